@@ -1,0 +1,25 @@
+"""Errors: numbers, texts, and their documentation."""
+
+import copy
+from pathlib import Path
+
+import pytest
+from lichen.common.errors import Code, LichenError
+
+DOCS = Path(__file__).parents[2] / "docs" / "errors.md"
+
+
+def test_an_error_says_what_where_and_what_to_do():
+    error = LichenError(Code.DATA_FIELD, "no field «body»", where="a.csv", fix="Map it.")
+    assert str(error) == "error 41 (data-field): a.csv: no field «body»\n  Map it."
+
+
+def test_an_error_survives_a_copy_between_processes():
+    error = copy.copy(LichenError(Code.DATA_FIELD, "what", where="where", fix="fix"))
+    assert (error.code, error.what, error.where, error.fix) == (Code.DATA_FIELD, "what", "where", "fix")
+
+
+@pytest.mark.parametrize("code", Code, ids=lambda code: code.name)
+def test_every_number_is_documented_and_a_usable_exit_code(code):
+    assert f"## {int(code)} {code.name.lower().replace('_', '-')}\n" in DOCS.read_text(encoding="utf-8")
+    assert 2 < code < 126
