@@ -1,0 +1,392 @@
+"""The coordinator's SQLite store: invites, nodes, runs, rounds, the outbox and the replies.
+
+Payloads are not here: messages hold digests, and the bytes lie in the spool (common/channel/spool.py).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lichen.common.errors import Code, LichenError
+
+VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE invites (
+    name TEXT NOT NULL, secret_sha256 TEXT PRIMARY KEY, expires_at REAL NOT NULL, used_at REAL
+) STRICT;
+CREATE TABLE nodes (
+    node_id INTEGER PRIMARY KEY, name TEXT NOT NULL, fingerprint TEXT NOT NULL, previous_fingerprint TEXT,
+    enrolled_at REAL NOT NULL, revoked_at REAL, last_seen REAL
+) STRICT;
+CREATE UNIQUE INDEX nodes_active_name ON nodes (name) WHERE revoked_at IS NULL;
+CREATE TABLE runs (
+    run_id INTEGER PRIMARY KEY, created_at REAL NOT NULL, status TEXT NOT NULL, plan TEXT NOT NULL, directory TEXT NOT NULL, error TEXT
+) STRICT;
+CREATE TABLE rounds (
+    run_id INTEGER NOT NULL, round INTEGER NOT NULL, state TEXT NOT NULL, PRIMARY KEY (run_id, round)
+) STRICT;
+CREATE TABLE outbox (
+    message_id TEXT PRIMARY KEY, run_id INTEGER NOT NULL, node_id INTEGER NOT NULL, bytes BLOB NOT NULL,
+    created_at REAL NOT NULL, acked_at REAL, cancelled_at REAL, released_at REAL
+) STRICT;
+CREATE INDEX outbox_node ON outbox (node_id);
+CREATE TABLE replies (
+    message_id TEXT PRIMARY KEY, node_id INTEGER NOT NULL, bytes BLOB NOT NULL, received_at REAL NOT NULL
+) STRICT;
+"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """An enrolled agent.
+
+    ``previous_fingerprint`` is its certificate before the last renewal: accepted until the new one was seen once, so that an
+    agent that died in mid-renewal is not locked out.
+    """
+
+    name: str
+    node_id: int
+    fingerprint: str
+    previous_fingerprint: str | None
+    enrolled_at: float
+    revoked_at: float | None
+    last_seen: float | None
+
+    @property
+    def active(self) -> bool:
+        """Whether it may connect."""
+        return self.revoked_at is None
+
+    def accepts(self, fingerprint: str) -> bool:
+        """Whether a certificate with this SHA-256 fingerprint (hex) is this node's."""
+        return fingerprint in (self.fingerprint, self.previous_fingerprint)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One submitted plan; ``run_id`` is also Flower's."""
+
+    run_id: int
+    created_at: float
+    status: str
+    plan: str
+    directory: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class OutboxEntry:
+    """A message to a node, without its payload, until its reply is stored."""
+
+    message_id: str
+    run_id: int
+    node_id: int
+    bytes: bytes
+    acked_at: float | None
+
+
+_NODE = "name, node_id, fingerprint, previous_fingerprint, enrolled_at, revoked_at, last_seen"
+_RUN = "run_id, created_at, status, plan, directory, error"
+_OUTBOX = "message_id, run_id, node_id, bytes, acked_at"
+
+
+def random_id() -> int:
+    """A random id in 1 … 2^63 - 1: SQLite's and Flower's integers both hold it."""
+    return 1 + secrets.randbelow(2**63 - 1)
+
+
+class Store:
+    """Everything the coordinator must still know after a crash, in one SQLite file; safe to use from several threads.
+
+    Args:
+        path: the database file; made if it is not there.
+
+    Raises:
+        LichenError: STORE_VERSION if a newer lichen wrote the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=10)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._migrate()
+
+    def _migrate(self) -> None:
+        with self._transaction() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > VERSION:
+                raise LichenError(
+                    Code.STORE_VERSION,
+                    f"the store has format {version}, this lichen reads up to {VERSION}",
+                    where=str(self.path),
+                    fix="Install the lichen that wrote it, or a newer one.",
+                )
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version = {VERSION}")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One durable transaction: all or nothing, on the disk when the block has ended."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        """Close the database; the object is of no use afterwards."""
+        with self._lock:
+            self._db.close()
+
+    def backup(self, target: str | Path) -> None:
+        """Copy a consistent snapshot to ``target`` while the store is in use."""
+        other = sqlite3.connect(target)
+        try:
+            with self._lock:
+                self._db.backup(other)
+        finally:
+            other.close()
+
+    # Invites
+
+    def add_invite(self, name: str, secret_sha256: str, expires_at: float) -> None:
+        """Keep an invite for ``name``: only the hash of its secret; it expires at ``expires_at`` (Unix seconds)."""
+        with self._transaction() as db:
+            db.execute("INSERT INTO invites (name, secret_sha256, expires_at) VALUES (?, ?, ?)", (name, secret_sha256, expires_at))
+
+    def take_invite(self, secret_sha256: str, now: float) -> str:
+        """Mark an invite used and return its node name.
+
+        Raises:
+            LichenError: INVITE_INVALID, INVITE_USED or INVITE_EXPIRED.
+        """
+        with self._transaction() as db:
+            row = db.execute("SELECT name, expires_at, used_at FROM invites WHERE secret_sha256 = ?", (secret_sha256,)).fetchone()
+            if row is None:
+                raise LichenError(Code.INVITE_INVALID, "this coordinator has no such invite", fix="Ask its operator for an invite.")
+            name, expires_at, used_at = row
+            if used_at is not None:
+                raise LichenError(Code.INVITE_USED, f"the invite for {name!r} was used already", fix="Ask the operator for a new invite.")
+            if now >= expires_at:
+                raise LichenError(Code.INVITE_EXPIRED, f"the invite for {name!r} has expired", fix="Ask the operator for a new invite.")
+            db.execute("UPDATE invites SET used_at = ? WHERE secret_sha256 = ?", (now, secret_sha256))
+            return str(name)
+
+    # Nodes
+
+    def add_node(self, name: str, fingerprint: str) -> int:
+        """Enrol a node under its certificate's fingerprint (hex SHA-256 of the DER form) and return its random id.
+
+        Raises:
+            LichenError: NAME_TAKEN if an active node has the name.
+        """
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM nodes WHERE name = ? AND revoked_at IS NULL", (name,)).fetchone():
+                raise LichenError(
+                    Code.NAME_TAKEN,
+                    f"a node named {name!r} is enrolled already",
+                    fix="Choose another name, or revoke the old node first.",
+                )
+            node_id = random_id()
+            db.execute(
+                "INSERT INTO nodes (name, node_id, fingerprint, enrolled_at) VALUES (?, ?, ?, ?)",
+                (name, node_id, fingerprint, time.time()),
+            )
+            return node_id
+
+    def renew_node(self, name: str, fingerprint: str) -> None:
+        """Give an active node a new certificate; the old one is good until the new one has been seen.
+
+        Raises:
+            LichenError: NODE_UNKNOWN.
+        """
+        with self._transaction() as db:
+            # A second renewal before the first was seen keeps the certificate that the agent surely holds.
+            changed = db.execute(
+                "UPDATE nodes SET previous_fingerprint = COALESCE(previous_fingerprint, fingerprint), fingerprint = ?"
+                " WHERE name = ? AND revoked_at IS NULL",
+                (fingerprint, name),
+            ).rowcount
+            if not changed:
+                raise _unknown_node(name)
+
+    def node_by_name(self, name: str) -> Node | None:
+        """The active node of that name; else the one revoked last; else None."""
+        rows = self._rows(f"SELECT {_NODE} FROM nodes WHERE name = ? ORDER BY revoked_at IS NOT NULL, revoked_at DESC", name)  # noqa: S608
+        return Node(*rows[0]) if rows else None
+
+    def nodes(self) -> list[Node]:
+        """All nodes ever enrolled, by name."""
+        return [Node(*row) for row in self._rows(f"SELECT {_NODE} FROM nodes ORDER BY name, enrolled_at")]  # noqa: S608
+
+    def revoke_node(self, name: str, now: float) -> Node:
+        """Revoke the active node of that name for good and return it as it is now.
+
+        Raises:
+            LichenError: NODE_UNKNOWN if there is no active one.
+        """
+        with self._transaction() as db:
+            row = db.execute("SELECT node_id FROM nodes WHERE name = ? AND revoked_at IS NULL", (name,)).fetchone()
+            if row is None:
+                raise _unknown_node(name)
+            db.execute("UPDATE nodes SET revoked_at = ? WHERE node_id = ?", (now, row[0]))
+            db.execute("UPDATE outbox SET cancelled_at = ? WHERE node_id = ? AND cancelled_at IS NULL", (now, row[0]))
+            return Node(*db.execute(f"SELECT {_NODE} FROM nodes WHERE node_id = ?", row).fetchone())  # noqa: S608
+
+    def saw_node(self, node_id: int, fingerprint: str, now: float) -> None:
+        """Note that the node was connected at ``now`` with this certificate; a renewed one then replaces the old for good."""
+        with self._transaction() as db:
+            db.execute("UPDATE nodes SET last_seen = ? WHERE node_id = ?", (now, node_id))
+            db.execute("UPDATE nodes SET previous_fingerprint = NULL WHERE node_id = ? AND fingerprint = ?", (node_id, fingerprint))
+
+    # Runs and rounds
+
+    def add_run(self, run_id: int, plan_json: str, directory: str) -> None:
+        """Keep a submitted plan, with status ``queued``."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO runs (run_id, created_at, status, plan, directory) VALUES (?, ?, 'queued', ?, ?)",
+                (run_id, time.time(), plan_json, directory),
+            )
+
+    def runs(self) -> list[Run]:
+        """All runs, oldest first."""
+        return [Run(*row) for row in self._rows(f"SELECT {_RUN} FROM runs ORDER BY created_at, rowid")]  # noqa: S608
+
+    def run(self, run_id: int) -> Run:
+        """One run.
+
+        Raises:
+            LichenError: RUN_UNKNOWN.
+        """
+        rows = self._rows(f"SELECT {_RUN} FROM runs WHERE run_id = ?", run_id)  # noqa: S608
+        if not rows:
+            raise LichenError(Code.RUN_UNKNOWN, f"there is no run {run_id}", fix="`lichen coordinator runs` lists them.")
+        return Run(*rows[0])
+
+    def set_run_status(self, run_id: int, status: str, error: str | None = None) -> None:
+        """Set a run's status, and the error that ended it if one did.
+
+        Raises:
+            LichenError: RUN_UNKNOWN.
+        """
+        with self._transaction() as db:
+            if not db.execute("UPDATE runs SET status = ?, error = ? WHERE run_id = ?", (status, error, run_id)).rowcount:
+                raise LichenError(Code.RUN_UNKNOWN, f"there is no run {run_id}", fix="`lichen coordinator runs` lists them.")
+
+    def save_round(self, run_id: int, round: int, state: dict[str, Any]) -> None:
+        """Keep a round's state (cohort, assignments …), a JSON object; replaces the one before."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO rounds (run_id, round, state) VALUES (?, ?, ?)", (run_id, round, json.dumps(state)))
+
+    def load_round(self, run_id: int, round: int) -> dict[str, Any] | None:
+        """A round's state as it was saved last, or None."""
+        rows = self._rows("SELECT state FROM rounds WHERE run_id = ? AND round = ?", run_id, round)
+        return dict(json.loads(rows[0][0])) if rows else None
+
+    # Outbox and replies
+
+    def put_outbox(self, messages: Iterable[tuple[str, int, int, bytes]]) -> None:
+        """Keep messages ``(message_id, run_id, node_id, bytes)`` in one transaction; an id that is there already stays as it was."""
+        now = time.time()
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR IGNORE INTO outbox (message_id, run_id, node_id, bytes, created_at) VALUES (?, ?, ?, ?, ?)",
+                [(*message, now) for message in messages],
+            )
+
+    def outstanding(self, node_id: int) -> list[OutboxEntry]:
+        """What a node must still be sent or still owes a reply to, oldest first."""
+        query = (
+            f"SELECT {_OUTBOX} FROM outbox WHERE node_id = ? AND cancelled_at IS NULL"  # noqa: S608
+            " AND message_id NOT IN (SELECT message_id FROM replies) ORDER BY rowid"
+        )
+        return [OutboxEntry(*row) for row in self._rows(query, node_id)]
+
+    def ack(self, message_id: str, node_id: int) -> None:
+        """Note that the node has stored the message durably."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE outbox SET acked_at = ? WHERE message_id = ? AND node_id = ? AND acked_at IS NULL",
+                (time.time(), message_id, node_id),
+            )
+
+    def cancel(self, message_ids: Iterable[str], now: float) -> list[tuple[str, int]]:
+        """Withdraw messages whose reply nobody waits for; returns ``(message_id, node_id)`` of those still owed one."""
+        cancelled = []
+        with self._transaction() as db:
+            for message_id in message_ids:
+                row = db.execute(
+                    "UPDATE outbox SET cancelled_at = ? WHERE message_id = ? AND cancelled_at IS NULL"
+                    " AND message_id NOT IN (SELECT message_id FROM replies) RETURNING message_id, node_id",
+                    (now, message_id),
+                ).fetchone()
+                if row:
+                    cancelled.append((str(row[0]), int(row[1])))
+        return cancelled
+
+    def release(self, message_ids: Iterable[str], now: float) -> None:
+        """Let go of messages and replies that were used (after the checkpoint): their bytes are erased, their ids stay known."""
+        with self._transaction() as db:
+            for message_id in message_ids:
+                db.execute(
+                    "UPDATE outbox SET released_at = ?, cancelled_at = COALESCE(cancelled_at, ?), bytes = x'' WHERE message_id = ?",
+                    (now, now, message_id),
+                )
+                db.execute("DELETE FROM replies WHERE message_id = ?", (message_id,))
+
+    def awaits(self, message_id: str, node_id: int) -> bool | None:
+        """Whether a reply from this node to this message is wanted; None if it was never sent such a message."""
+        rows = self._rows(
+            "SELECT cancelled_at IS NULL AND message_id NOT IN (SELECT message_id FROM replies) FROM outbox"
+            " WHERE message_id = ? AND node_id = ?",
+            message_id,
+            node_id,
+        )
+        return bool(rows[0][0]) if rows else None
+
+    def save_reply(self, message_id: str, node_id: int, data: bytes) -> bool:
+        """Keep a reply; False if there is one already (the first stays) or the message was withdrawn."""
+        with self._transaction() as db:
+            return bool(
+                db.execute(
+                    "INSERT OR IGNORE INTO replies (message_id, node_id, bytes, received_at)"
+                    " SELECT message_id, node_id, ?, ? FROM outbox WHERE message_id = ? AND node_id = ? AND cancelled_at IS NULL",
+                    (data, time.time(), message_id, node_id),
+                ).rowcount
+            )
+
+    def reply(self, message_id: str) -> bytes | None:
+        """The stored reply to a message, or None."""
+        rows = self._rows("SELECT bytes FROM replies WHERE message_id = ?", message_id)
+        return bytes(rows[0][0]) if rows else None
+
+    def live_messages(self) -> Iterator[bytes]:
+        """Every message and reply that was not released or withdrawn: what the spool's payloads are kept for."""
+        for (data,) in self._rows("SELECT bytes FROM outbox WHERE cancelled_at IS NULL UNION ALL SELECT bytes FROM replies"):
+            yield bytes(data)
+
+
+def _unknown_node(name: str) -> LichenError:
+    return LichenError(Code.NODE_UNKNOWN, f"there is no active node named {name!r}", fix="`lichen coordinator nodes` lists them.")
