@@ -1,0 +1,296 @@
+"""What travels: typed assignments and reports <-> Flower messages, and the privacy rule of every field.
+
+This is the one file that touches Flower's serde and its message constructors (written against flwr 1.42), and the one that knows
+whether a payload lies inside its message or beside it in a spool.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as MessageProto
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lichen.common.errors import Code, LichenError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+INLINE = "lichen.safetensors.v1"
+BY_REFERENCE = "lichen.ref.v1"
+TRAIN, EVALUATE, QUERY = "train", "evaluate", "query"
+
+
+class Rule(Enum):
+    """Why a field may leave a node."""
+
+    DECLARED = "a constant that the plan or the owner declares, or a function of such constants; it does not depend on the data"
+    NOISED = "depends on the data; carries calibrated noise and is charged to the accountant"
+    PLAIN = "depends on the data; sent only where the plan has no differential privacy (unit: none)"
+    ERROR = "an error number; under privacy without text"
+
+
+# The payload (the update itself) is NOISED under privacy: it is made of noised steps only.
+PAYLOAD_RULE = Rule.NOISED
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+R = TypeVar("R", bound=_Record)
+
+
+class Assignment(_Record):
+    """What the coordinator asks of one node in one round. Data, never code."""
+
+    format: Literal[1] = 1
+    plan: str
+    plan_sha256: str
+    round: int
+
+
+class TrainReport(_Record):
+    """What a node says beside its update. Every field carries the rule by which it may leave (see `Rule`)."""
+
+    format: Annotated[Literal[1], Rule.DECLARED] = 1
+    client: Annotated[str, Rule.DECLARED]
+    round: Annotated[int, Rule.DECLARED]
+    steps: Annotated[int, Rule.DECLARED]
+    declared_size: Annotated[int | None, Rule.DECLARED] = None
+    noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
+    sample_rate: Annotated[float | None, Rule.DECLARED] = None
+    epsilon: Annotated[float | None, Rule.DECLARED] = None
+    examples: Annotated[int | None, Rule.PLAIN] = None
+    train_loss: Annotated[float | None, Rule.PLAIN] = None
+
+
+class EvaluateReport(_Record):
+    """A node's hold-out scores: a confusion matrix (rows: true label), flattened, and the summed loss."""
+
+    format: Annotated[Literal[1], Rule.DECLARED] = 1
+    client: Annotated[str, Rule.DECLARED]
+    round: Annotated[int, Rule.DECLARED]
+    confusion: Annotated[list[float] | None, Rule.NOISED] = None
+    epsilon: Annotated[float | None, Rule.DECLARED] = None
+    loss_sum: Annotated[float | None, Rule.PLAIN] = None
+
+
+def check_release(report: TrainReport | EvaluateReport, *, private: bool) -> None:
+    """Refuse to let a field out that its rule keeps in.
+
+    Raises:
+        LichenError: INTERNAL, if a PLAIN field is set under differential privacy, or a field has no rule.
+    """
+    for name, info in type(report).model_fields.items():
+        rules = [item for item in info.metadata if isinstance(item, Rule)]
+        if len(rules) != 1:
+            raise LichenError(Code.INTERNAL, f"field {name!r} of {type(report).__name__} has no privacy rule")
+        if private and rules[0] is Rule.PLAIN and getattr(report, name) is not None:
+            raise LichenError(Code.INTERNAL, f"field {name!r} of {type(report).__name__} may not leave under differential privacy")
+
+
+# --- records -----------------------------------------------------------------------------------------------------------------
+
+
+def to_config(record: _Record) -> ConfigRecord:
+    """A record as Flower's flat ConfigRecord, which holds no None: a field that is None stays out."""
+    return ConfigRecord({key: value for key, value in record.model_dump().items() if value is not None})
+
+
+def from_config(kind: type[R], config: Mapping[str, Any]) -> R:
+    """The record that a peer sent, validated.
+
+    Raises:
+        LichenError: FRAME_INVALID, if a field is missing, unknown or of the wrong type.
+    """
+    try:
+        return kind.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise LichenError(Code.FRAME_INVALID, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=kind.__name__) from None
+
+
+def plan_digest(plan_json: str) -> str:
+    """The hexadecimal SHA-256 of a plan's canonical JSON."""
+    return hashlib.sha256(json.dumps(json.loads(plan_json), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# --- payloads ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PayloadRef:
+    """A payload that lies in a spool as a file named by its digest."""
+
+    digest: str
+    """Hexadecimal SHA-256 of the bytes."""
+    length: int
+    """In bytes."""
+
+
+def put_tensors(content: RecordDict, tensors: Mapping[str, torch.Tensor], spool: Path | None) -> None:
+    """Add named tensors to a message as one safetensors payload: inline, or as a file of ``spool`` and a reference to it."""
+    from safetensors.torch import save
+
+    data = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+    if spool is None:
+        array = Array(dtype="uint8", shape=(len(data),), stype=INLINE, data=data)
+    else:
+        digest = hashlib.sha256(data)
+        path = spool / digest.hexdigest()
+        if not path.exists():
+            temporary = spool / f"{digest.hexdigest()}.{os.getpid()}.tmp"
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        array = Array(dtype="uint8", shape=(len(data),), stype=BY_REFERENCE, data=digest.digest())
+    content["payload"] = ArrayRecord({"payload": array})
+
+
+def get_tensors(content: RecordDict, spool: Path | None) -> dict[str, torch.Tensor]:
+    """The named tensors of a message's payload; those of a spooled one are memory-mapped.
+
+    Raises:
+        LichenError: FRAME_INVALID, if there is no payload or it is of another kind; PAYLOAD_CORRUPT, if it is no safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load, load_file
+
+    array = _payload_array(content)
+    if array is None:
+        raise LichenError(Code.FRAME_INVALID, "the message has no payload")
+    try:
+        if array.stype == INLINE:
+            return dict(load(array.data))
+        if spool is None:
+            raise LichenError(Code.FRAME_INVALID, "the payload lies in a spool, and this end has none")
+        return dict(load_file(spool / array.data.hex()))
+    except (SafetensorError, OSError) as error:
+        raise LichenError(Code.PAYLOAD_CORRUPT, f"the payload is not a safetensors file: {error}") from None
+
+
+def payload_refs(message: Message) -> list[PayloadRef]:
+    """The payloads that lie beside this message and must be there before it may be used."""
+    if not message.has_content():
+        return []
+    array = _payload_array(message.content)
+    if array is None or array.stype != BY_REFERENCE:
+        return []
+    return [PayloadRef(array.data.hex(), array.shape[0])]
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """The payload's length in bytes; 0 where there is none."""
+    array = _payload_array(content)
+    return 0 if array is None else int(array.shape[0])
+
+
+def _payload_array(content: RecordDict) -> Array | None:
+    record = content.array_records.get("payload")
+    if record is None:
+        return None
+    array = record.get("payload")
+    if array is None or len(record) != 1 or array.dtype != "uint8" or len(array.shape) != 1 or array.stype not in {INLINE, BY_REFERENCE}:
+        raise LichenError(Code.FRAME_INVALID, "the message's payload is not one that lichen makes")
+    if len(array.data) != (array.shape[0] if array.stype == INLINE else hashlib.sha256().digest_size):
+        raise LichenError(Code.PAYLOAD_CORRUPT, "the payload's length does not match its description")
+    return array
+
+
+# --- messages ----------------------------------------------------------------------------------------------------------------
+
+
+def build_message(
+    content: RecordDict,
+    *,
+    run_id: int,
+    message_id: str,
+    src_node_id: int,
+    dst_node_id: int,
+    message_type: str,
+    group_id: str,
+    reply_to: str = "",
+    ttl: float = 86400.0,
+) -> Message:
+    """A Flower message with the given metadata (outside a Flower process the shorter constructors fail)."""
+    return Message(
+        content,
+        metadata=_metadata(run_id, message_id, src_node_id, dst_node_id, reply_to, group_id, ttl, message_type),
+    )
+
+
+def reply(message: Message, content: RecordDict) -> Message:
+    """The answer to ``message``, with an id that follows from it: the same question has the same answer's id."""
+    return Message(content, metadata=_reply_metadata(message))
+
+
+def error_reply(message: Message, code: int, reason: str = "") -> Message:
+    """An answer that says by number that ``message`` could not be served. Under privacy ``reason`` must be empty."""
+    return Message(Error(code=code, reason=reason), metadata=_reply_metadata(message))
+
+
+def message_to_bytes(message: Message) -> bytes:
+    """A Flower message as bytes."""
+    return bytes(message_to_proto(message).SerializeToString())
+
+
+def message_from_bytes(data: bytes) -> Message:
+    """A Flower message from bytes.
+
+    Raises:
+        LichenError: FRAME_INVALID, if they are none.
+    """
+    try:
+        return message_from_proto(MessageProto.FromString(data))
+    except Exception as error:  # protobuf's and flwr's own errors share no base
+        raise LichenError(Code.FRAME_INVALID, f"not a Flower message: {type(error).__name__}") from None
+
+
+def _reply_metadata(message: Message) -> Metadata:
+    asked = message.metadata
+    return _metadata(
+        asked.run_id,
+        hashlib.sha256(f"reply|{asked.message_id}".encode()).hexdigest()[:32],
+        asked.dst_node_id,
+        asked.src_node_id,
+        asked.message_id,
+        asked.group_id,
+        asked.ttl,
+        asked.message_type,
+    )
+
+
+def _metadata(run_id: int, message_id: str, src: int, dst: int, reply_to: str, group_id: str, ttl: float, message_type: str) -> Metadata:
+    return Metadata(
+        run_id=run_id,
+        message_id=message_id,
+        src_node_id=src,
+        dst_node_id=dst,
+        reply_to_message_id=reply_to,
+        group_id=group_id,
+        created_at=time.time(),
+        ttl=ttl,
+        message_type=message_type,
+    )
+
+
+def message_items(content: RecordDict) -> Iterator[tuple[str, str]]:
+    """Every (record, field) of a message: what the test of privacy rules walks over."""
+    for name, record in content.items():
+        for key in record:
+            yield name, key
