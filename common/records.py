@@ -224,24 +224,33 @@ def build_message(
     dst_node_id: int,
     message_type: str,
     group_id: str,
-    reply_to: str = "",
     ttl: float = 86400.0,
 ) -> Message:
     """A Flower message with the given metadata (outside a Flower process the shorter constructors fail)."""
     return Message(
         content,
-        metadata=_metadata(run_id, message_id, src_node_id, dst_node_id, reply_to, group_id, ttl, message_type),
+        metadata=Metadata(
+            run_id=run_id,
+            message_id=message_id,
+            src_node_id=src_node_id,
+            dst_node_id=dst_node_id,
+            reply_to_message_id="",
+            group_id=group_id,
+            created_at=time.time(),
+            ttl=ttl,
+            message_type=message_type,
+        ),
     )
 
 
 def reply(message: Message, content: RecordDict) -> Message:
-    """The answer to ``message``, with an id that follows from it: the same question has the same answer's id."""
-    return Message(content, metadata=_reply_metadata(message))
+    """The answer to ``message``."""
+    return Message(content, reply_to=message)
 
 
 def error_reply(message: Message, code: int, reason: str = "") -> Message:
     """An answer that says by number that ``message`` could not be served. Under privacy ``reason`` must be empty."""
-    return Message(Error(code=code, reason=reason), metadata=_reply_metadata(message))
+    return Message(Error(code=code, reason=reason), reply_to=message)
 
 
 def message_to_bytes(message: Message) -> bytes:
@@ -259,34 +268,6 @@ def message_from_bytes(data: bytes) -> Message:
         return message_from_proto(MessageProto.FromString(data))
     except Exception as error:  # protobuf's and flwr's own errors share no base
         raise LichenError(Code.FRAME_INVALID, f"not a Flower message: {type(error).__name__}") from None
-
-
-def _reply_metadata(message: Message) -> Metadata:
-    asked = message.metadata
-    return _metadata(
-        asked.run_id,
-        hashlib.sha256(f"reply|{asked.message_id}".encode()).hexdigest()[:32],
-        asked.dst_node_id,
-        asked.src_node_id,
-        asked.message_id,
-        asked.group_id,
-        asked.ttl,
-        asked.message_type,
-    )
-
-
-def _metadata(run_id: int, message_id: str, src: int, dst: int, reply_to: str, group_id: str, ttl: float, message_type: str) -> Metadata:
-    return Metadata(
-        run_id=run_id,
-        message_id=message_id,
-        src_node_id=src,
-        dst_node_id=dst,
-        reply_to_message_id=reply_to,
-        group_id=group_id,
-        created_at=time.time(),
-        ttl=ttl,
-        message_type=message_type,
-    )
 
 
 def message_items(content: RecordDict) -> Iterator[tuple[str, str]]:
