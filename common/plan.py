@@ -1,0 +1,457 @@
+"""The plan: one document that describes a federation, the same for a simulation, a deployment and stock Flower."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from lichen.common.errors import Code, LichenError
+
+FORMAT = 1
+
+
+def _whole(value: object) -> object:
+    # YAML reads 1e-5 as text and `--set x=1` gives an int where a float is meant; both are harmless to accept
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_whole)]
+
+
+class Section(BaseModel):
+    """A part of the plan: unknown keys are refused, and nothing changes after it was read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Task(Section):
+    """What is learned."""
+
+    kind: Literal["text-classification"] = "text-classification"
+    """The kind of task."""
+    labels: tuple[str, ...] = Field(min_length=2)
+    """The class names, in the order of the model's outputs. They are public."""
+    label_descriptions: dict[str, str] = Field(default_factory=dict)
+    """A few words on each label, for `model.head.init: label-descriptions`. They are public: never take them from private rows."""
+    max_length: int = Field(default=128, ge=4, le=8192)
+    """Tokens kept of each text."""
+    text_field: str = "text"
+    """The data field that holds the text."""
+    label_field: str = "label"
+    """The data field that holds the label's name."""
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must be distinct")
+        if strangers := set(self.label_descriptions) - set(self.labels):
+            raise ValueError(f"label_descriptions names labels that task.labels does not: {sorted(strangers)}")
+        return self
+
+
+class Adapter(Section):
+    """Which weights are trained, and travel."""
+
+    kind: Literal["lora", "full"] = "lora"
+    """`lora`: low-rank updates of the targets, and the head. `full`: every weight."""
+    rank: int = Field(default=8, ge=1, le=512)
+    """LoRA's r (Hu et al. 2021)."""
+    alpha: Number = Field(default=16.0, gt=0)
+    """LoRA's α; the update is scaled by α / r."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear modules that get an adapter; empty: query and value projections, found by architecture."""
+    dropout: Number = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+
+
+class Head(Section):
+    """How the classifier reads the model."""
+
+    pooling: Literal["mean", "pooler"] = "mean"
+    """`mean`: a linear head over the mean of all real tokens' features. `pooler`: the architecture's own (BERT's pooler, a last token)."""
+    init: Literal["label-descriptions", "zeros", "random"] = "zeros"
+    """The head's start. `label-descriptions`: the base model's own embedding of each label's description (mean pooling only)."""
+    scale: Number = Field(default=1.0, gt=0)
+    """Length of each class's starting vector with `init: label-descriptions`."""
+
+
+class Model(Section):
+    """The Transformer that is tuned."""
+
+    base: str = Field(min_length=1)
+    """A hub name, a local path, or `package:DISTRIBUTION/PATH` for weights that an installed package carries."""
+    revision: str | None = None
+    """The hub revision (a commit); ignored for a path."""
+    adapter: Adapter = Adapter()
+    head: Head = Head()
+
+
+class Cohort(Section):
+    """Who takes part in a round."""
+
+    size: int = Field(default=4, ge=1)
+    """Clients asked in each round."""
+    minimum: int = Field(default=1, ge=1)
+    """A round with fewer usable updates fails."""
+    deadline_s: Number = Field(default=600.0, gt=0)
+    """Seconds that a round may take; who is later is left out."""
+    mode: Literal["synchronous"] = "synchronous"
+    """`synchronous`: a round ends when all asked clients have answered or the deadline has passed."""
+
+    @model_validator(mode="after")
+    def _minimum_fits(self) -> Self:
+        if self.minimum > self.size:
+            raise ValueError(f"minimum ({self.minimum}) is above size ({self.size})")
+        return self
+
+
+class Local(Section):
+    """What a client does in a round."""
+
+    epochs: Number | None = Field(default=None, gt=0)
+    """Passes over the local data; give this or `steps`."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; give this or `epochs`."""
+    batch_size: int = Field(default=16, ge=1)
+    """Examples in a step; under differential privacy the expected number, unless `privacy.sample_rate` is given."""
+    max_physical_batch_size: int = Field(default=32, ge=1)
+    """Rows that pass through the model at once; larger batches are accumulated."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The local optimizer; its state starts afresh each round, so clients are stateless."""
+    learning_rate: Number = Field(default=1e-3, gt=0)
+    """Of the adapter, or of all weights."""
+    head_learning_rate: Number | None = Field(default=None, gt=0)
+    """Of the head; by default the same."""
+    learning_rate_decay: Literal["none", "linear", "cosine"] = "none"
+    """Falls from the full rate in the first round towards zero after the last."""
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    """AdamW's; of SGD the first is the momentum."""
+    weight_decay: Number = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must lie in [0, 1)")
+        return self
+
+
+class Privacy(Section):
+    """Differential privacy. Adjacency is add/remove of one unit; each client's ε holds against everyone, the coordinator included."""
+
+    unit: Literal["none", "example", "entity"] = "none"
+    """What is protected: nothing, one row, or all rows with one value of `unit_field`."""
+    unit_field: str | None = None
+    """The data field that names the entity (a patient, a customer)."""
+    epsilon: Number = Field(default=8.0, gt=0)
+    """ε for each unit over all rounds, at most."""
+    delta: Number = Field(default=1e-5, gt=0, lt=0.1)
+    """δ; below 1 / (number of units)."""
+    clip: Number = Field(default=1.0, gt=0)
+    """ℓ2 bound on each unit's gradient."""
+    noise: Literal["local"] = "local"
+    """`local`: each client adds the noise that its own guarantee needs."""
+    sample_rate: Number | None = Field(default=None, gt=0, le=1)
+    """Poisson sampling rate of a step; by default `local.batch_size` / the declared size."""
+
+    @model_validator(mode="after")
+    def _entity_is_named(self) -> Self:
+        if (self.unit == "entity") != (self.unit_field is not None):
+            raise ValueError("unit_field goes with unit: entity, and only with it")
+        return self
+
+
+class Aggregation(Section):
+    """What the coordinator does with the updates."""
+
+    rule: Literal["fedavg"] = "fedavg"
+    """`fedavg`: the weighted mean (McMahan et al. 2017); weights are true sizes without privacy, declared ones with it."""
+    secure: Literal[False] = False
+    """Secure aggregation."""
+    optimizer: Literal["fedavg", "fedavgm"] = "fedavg"
+    """How the mean update is applied: as it is, or with server momentum (Hsu et al. 2019)."""
+    learning_rate: Number = Field(default=1.0, gt=0)
+    """The server's."""
+    momentum: Number = Field(default=0.0, ge=0, lt=1)
+    """The server's, for `fedavgm`."""
+    average_last: int = Field(default=1, ge=1)
+    """The final model is the mean over this many last rounds (post-processing: it costs no privacy)."""
+
+    @model_validator(mode="after")
+    def _momentum_belongs_to_fedavgm(self) -> Self:
+        if (self.momentum > 0) != (self.optimizer == "fedavgm"):
+            raise ValueError("momentum above 0 goes with optimizer: fedavgm, and only with it")
+        return self
+
+
+class Uplink(Section):
+    """How updates travel to the coordinator."""
+
+    codec: Literal["none"] = "none"
+    """`none`: 32-bit floats."""
+    bits: Literal[32] = 32
+    """Bits a parameter."""
+
+
+class Downlink(Section):
+    """How the model travels to clients."""
+
+    codec: Literal["none"] = "none"
+    """`none`: 32-bit floats."""
+
+
+class Transfer(Section):
+    """How tensors travel."""
+
+    uplink: Uplink = Uplink()
+    downlink: Downlink = Downlink()
+
+
+class Evaluation(Section):
+    """How the model is scored."""
+
+    batch_size: int = Field(default=64, ge=1)
+    """Rows at once."""
+    validation_fraction: Number = Field(default=0.1, ge=0, lt=0.5)
+    """Share of the training split that a simulation keeps for validation."""
+    federated_every: int = Field(default=0, ge=0)
+    """Every so many rounds the clients score the model on their hold-outs; 0: never. Under privacy the counts are noised and charged."""
+
+
+class DataSource(Section):
+    """Data for a simulation that lies in files."""
+
+    path: str
+    """Training rows: JSONL, CSV, Parquet or text."""
+    test: str | None = None
+    """Test rows."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """From field names (`text`, `label`, …) to the file's columns."""
+
+
+class Simulation(Section):
+    """How one machine plays the federation. Not used in a deployment."""
+
+    clients: int = Field(default=4, ge=1)
+    """Simulated clients."""
+    partition: str = "iid"
+    """`iid`, `dirichlet:ALPHA` or `by:FIELD`."""
+    data: str | DataSource | None = None
+    """A named data set, or files."""
+
+
+class Plan(Section):
+    """A federation."""
+
+    format: Literal[1] = FORMAT
+    """The version of this format."""
+    name: str = Field(default="federation", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    """A short name."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of all that is random but the noise of a deployment."""
+    rounds: int = Field(ge=1)
+    """Rounds of training."""
+    task: Task
+    model: Model
+    cohort: Cohort = Cohort()
+    local: Local
+    privacy: Privacy = Privacy()
+    aggregation: Aggregation = Aggregation()
+    transfer: Transfer = Transfer()
+    evaluation: Evaluation = Evaluation()
+    simulation: Simulation = Simulation()
+
+    @property
+    def private(self) -> bool:
+        """Whether differential privacy is on."""
+        return self.privacy.unit != "none"
+
+    def canonical_json(self) -> str:
+        """The plan with all defaults, keys sorted: equal plans give equal text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    def sha256(self) -> str:
+        """The hexadecimal digest of the canonical JSON, which names this plan to policies and people."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The plan with all defaults, as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read a plan from a YAML (or JSON) file.
+
+    Args:
+        path: the file.
+        overrides: ``key.path=value`` settings that replace keys of the file; the value is YAML.
+
+    Raises:
+        LichenError: PLAN_UNREADABLE, PLAN_INVALID, PLAN_VERSION, PLAN_UNSOUND.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise LichenError(Code.PLAN_UNREADABLE, f"can't read the plan: {error}", where=str(path)) from None
+    except yaml.YAMLError as error:
+        raise LichenError(Code.PLAN_UNREADABLE, f"not YAML: {' '.join(str(error).split())}", where=str(path)) from None
+    if not isinstance(document, dict):
+        raise LichenError(Code.PLAN_INVALID, "a plan is a mapping of keys", where=str(path), fix="Start from `lichen plan new`.")
+    for override in overrides:
+        _override(document, override)
+    return parse_plan(document, where=str(path))
+
+
+def parse_plan(document: Mapping[str, Any], *, where: str = "plan") -> Plan:
+    """Validate a plan that was read already. Raises as `load_plan` does."""
+    version = document.get("format", FORMAT)
+    if isinstance(version, int) and version > FORMAT:
+        raise LichenError(Code.PLAN_VERSION, f"format {version} is newer than this lichen's {FORMAT}", where=where, fix="Upgrade lichen.")
+    try:
+        plan = Plan.model_validate(dict(document))
+    except ValidationError as error:
+        raise _explain(error, document, where) from None
+    check_sound(plan, where=where)
+    return plan
+
+
+def plan_from_json(text: str) -> Plan:
+    """A plan that arrived in a message. Raises as `load_plan` does."""
+    try:
+        document = json.loads(text)
+    except ValueError:
+        raise LichenError(Code.PLAN_UNREADABLE, "the plan that arrived is not JSON") from None
+    if not isinstance(document, dict):
+        raise LichenError(Code.PLAN_INVALID, "the plan that arrived is not a mapping")
+    return parse_plan(document, where="received plan")
+
+
+def check_sound(plan: Plan, *, where: str = "plan") -> None:
+    """Refuse combinations that would not do, or not protect, what they seem to.
+
+    Raises:
+        LichenError: PLAN_UNSOUND, with the reason and the keys to change.
+    """
+
+    def refuse(what: str, fix: str) -> None:
+        raise LichenError(Code.PLAN_UNSOUND, what, where=where, fix=fix)
+
+    if plan.model.head.init == "label-descriptions":
+        if plan.model.head.pooling != "mean":
+            refuse("model.head.init: label-descriptions needs mean pooling", "Set model.head.pooling: mean.")
+        if missing := [label for label in plan.task.labels if label not in plan.task.label_descriptions]:
+            refuse(f"no description of {missing}", "Describe every label in task.label_descriptions, or set model.head.init: zeros.")
+    if plan.aggregation.average_last > plan.rounds:
+        refuse(
+            f"aggregation.average_last ({plan.aggregation.average_last}) is above rounds ({plan.rounds})",
+            f"Set it to at most {plan.rounds}.",
+        )
+    if plan.private and plan.local.epochs is not None and plan.privacy.sample_rate is None:
+        refuse(
+            "local.epochs under differential privacy needs privacy.sample_rate: the number of steps must not depend on true sizes",
+            "Set privacy.sample_rate, or local.steps instead of local.epochs.",
+        )
+
+
+def schema() -> dict[str, Any]:
+    """The plan's JSON schema."""
+    return Plan.model_json_schema()
+
+
+def _override(document: dict[str, Any], setting: str) -> None:
+    path, equals, text = setting.partition("=")
+    if not equals or not path:
+        raise LichenError(
+            Code.PLAN_INVALID, f"{setting!r} is not KEY.PATH=VALUE", where="--set", fix="For example --set privacy.epsilon=2."
+        )
+    *parents, last = path.split(".")
+    node = document
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise LichenError(Code.PLAN_INVALID, f"{part!r} holds a value, not keys", where=f"--set {path}")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise LichenError(Code.PLAN_INVALID, f"{text!r} is not a YAML value", where=f"--set {path}") from None
+
+
+def _explain(error: ValidationError, document: Mapping[str, Any], where: str) -> LichenError:
+    """The first mistakes of a plan, each with its path, what was wrong and the nearest valid value."""
+    told: list[str] = []
+    for detail in error.errors(include_url=False):
+        path = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("function-", "str", "DataSource")))
+        line = f"{path or 'plan'}: {_complaint(detail)}"
+        if hint := _hint(detail):
+            line += f" (nearest valid: {hint})"
+        if line not in told:
+            told.append(line)
+    shown = told[:8]
+    more = f"\n  … and {len(told) - len(shown)} more" if len(told) > len(shown) else ""
+    return LichenError(
+        Code.PLAN_INVALID,
+        shown[0] if len(told) == 1 else f"{len(told)} mistakes\n  " + "\n  ".join(shown) + more,
+        where=where,
+        fix="`lichen plan schema` describes every key.",
+    )
+
+
+def _complaint(detail: ErrorDetails) -> str:
+    if detail["type"] == "extra_forbidden":
+        return "unknown key"
+    if detail["type"] == "missing":
+        return "required, but missing"
+    value = detail["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f", not {value!r}"
+    return detail["msg"].removeprefix("Value error, ") + shown
+
+
+def _hint(detail: ErrorDetails) -> str | None:
+    context = detail.get("ctx", {})
+    if detail["type"] == "extra_forbidden":
+        *parents, last = [str(part) for part in detail["loc"]]
+        return _closest(last, _fields_at(parents))
+    if detail["type"] == "literal_error":
+        options = [option.strip("'") for option in str(context["expected"]).replace(" or ", ", ").split(", ")]
+        return _closest(str(detail["input"]), options) or options[0]
+    for bound in ("ge", "le"):
+        if bound in context:
+            return str(context[bound])
+    for bound, side in (("gt", "just above"), ("lt", "just below")):
+        if bound in context:
+            return f"{side} {context[bound]}"
+    return None
+
+
+def _fields_at(path: Iterable[str]) -> list[str]:
+    model: type[BaseModel] = Plan
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not kinds:
+            return []
+        model = kinds[0]
+    return list(model.model_fields)
+
+
+def _closest(word: str, options: Sequence[str]) -> str | None:
+    found = difflib.get_close_matches(word, options, n=1, cutoff=0.4)
+    return found[0] if found else None
