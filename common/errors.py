@@ -62,6 +62,7 @@ class Code(IntEnum):
     INVITE_EXPIRED = 76
     INVITE_USED = 77
     NAME_TAKEN = 78
+    KEY_EXPOSED = 79
     # 80: coordinator
     HOME_MISSING = 80
     HOME_IN_USE = 81
@@ -79,6 +80,7 @@ class Code(IntEnum):
     WORKER_FAILED = 102
     WORKER_DEADLINE = 103
     NO_MODEL = 104
+    ALREADY_ENROLLED = 105
 
 
 class LichenError(Exception):
