@@ -41,7 +41,7 @@ format: install
 	$(BIN)/ruff check --fix $(SOURCES)
 
 proto: install
-	$(BIN)/python -m grpc_tools.protoc -Icommon/channel --python_out=common/channel --mypy_out=common/channel common/channel/fleet.proto
+	$(BIN)/python -m grpc_tools.protoc -Icommon/channel --python_out=common/channel --pyi_out=common/channel common/channel/*.proto
 
 clean:
 	rm -rf $(VENV) .build .mypy_cache .ruff_cache .pytest_cache .hypothesis
