@@ -22,7 +22,8 @@ VERSION = 1
 
 _SCHEMA = """
 CREATE TABLE invites (
-    name TEXT NOT NULL, secret_sha256 TEXT PRIMARY KEY, expires_at REAL NOT NULL, used_at REAL
+    name TEXT NOT NULL, secret_sha256 TEXT PRIMARY KEY, expires_at REAL NOT NULL, used_at REAL,
+    certificate BLOB
 ) STRICT;
 CREATE TABLE nodes (
     node_id INTEGER PRIMARY KEY, name TEXT NOT NULL, fingerprint TEXT NOT NULL, previous_fingerprint TEXT,
@@ -70,6 +71,16 @@ class Node:
     def accepts(self, fingerprint: str) -> bool:
         """Whether a certificate with this SHA-256 fingerprint (hex) is this node's."""
         return fingerprint in (self.fingerprint, self.previous_fingerprint)
+
+
+@dataclass(frozen=True)
+class StoredInvite:
+    """An invite as the coordinator keeps it; ``certificate`` (PEM) is what it was answered with, for an agent that asks again."""
+
+    name: str
+    expires_at: float
+    used_at: float | None
+    certificate: bytes | None
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,11 @@ class Store:
         with self._transaction() as db:
             db.execute("INSERT INTO invites (name, secret_sha256, expires_at) VALUES (?, ?, ?)", (name, secret_sha256, expires_at))
 
+    def invite(self, secret_sha256: str) -> StoredInvite | None:
+        """The invite with this secret, used or not; None if there is none."""
+        rows = self._rows("SELECT name, expires_at, used_at, certificate FROM invites WHERE secret_sha256 = ?", secret_sha256)
+        return StoredInvite(*rows[0]) if rows else None
+
     def take_invite(self, secret_sha256: str, now: float) -> str:
         """Mark an invite used and return its node name.
 
@@ -182,16 +198,16 @@ class Store:
             LichenError: INVITE_INVALID, INVITE_USED or INVITE_EXPIRED.
         """
         with self._transaction() as db:
-            row = db.execute("SELECT name, expires_at, used_at FROM invites WHERE secret_sha256 = ?", (secret_sha256,)).fetchone()
-            if row is None:
-                raise LichenError(Code.INVITE_INVALID, "this coordinator has no such invite", fix="Ask its operator for an invite.")
-            name, expires_at, used_at = row
-            if used_at is not None:
-                raise LichenError(Code.INVITE_USED, f"the invite for {name!r} was used already", fix="Ask the operator for a new invite.")
-            if now >= expires_at:
-                raise LichenError(Code.INVITE_EXPIRED, f"the invite for {name!r} has expired", fix="Ask the operator for a new invite.")
-            db.execute("UPDATE invites SET used_at = ? WHERE secret_sha256 = ?", (now, secret_sha256))
-            return str(name)
+            return _take_invite(db, secret_sha256, now, None)
+
+    def enrol(self, secret_sha256: str, certificate: bytes, fingerprint: str, now: float) -> int:
+        """Use an invite, enrol its node under this certificate and return the node's id: all in one transaction, or nothing.
+
+        Raises:
+            LichenError: INVITE_INVALID, INVITE_USED or INVITE_EXPIRED; NAME_TAKEN, and then the invite stays unused.
+        """
+        with self._transaction() as db:
+            return _add_node(db, _take_invite(db, secret_sha256, now, certificate), fingerprint, now)
 
     # Nodes
 
@@ -202,18 +218,7 @@ class Store:
             LichenError: NAME_TAKEN if an active node has the name.
         """
         with self._transaction() as db:
-            if db.execute("SELECT 1 FROM nodes WHERE name = ? AND revoked_at IS NULL", (name,)).fetchone():
-                raise LichenError(
-                    Code.NAME_TAKEN,
-                    f"a node named {name!r} is enrolled already",
-                    fix="Choose another name, or revoke the old node first.",
-                )
-            node_id = random_id()
-            db.execute(
-                "INSERT INTO nodes (name, node_id, fingerprint, enrolled_at) VALUES (?, ?, ?, ?)",
-                (name, node_id, fingerprint, time.time()),
-            )
-            return node_id
+            return _add_node(db, name, fingerprint, time.time())
 
     def renew_node(self, name: str, fingerprint: str) -> None:
         """Give an active node a new certificate; the old one is good until the new one has been seen.
@@ -386,6 +391,29 @@ class Store:
         """Every message and reply that was not released or withdrawn: what the spool's payloads are kept for."""
         for (data,) in self._rows("SELECT bytes FROM outbox WHERE cancelled_at IS NULL UNION ALL SELECT bytes FROM replies"):
             yield bytes(data)
+
+
+def _take_invite(db: sqlite3.Connection, secret_sha256: str, now: float, certificate: bytes | None) -> str:
+    row = db.execute("SELECT name, expires_at, used_at FROM invites WHERE secret_sha256 = ?", (secret_sha256,)).fetchone()
+    if row is None:
+        raise LichenError(Code.INVITE_INVALID, "this coordinator has no such invite", fix="Ask its operator for an invite.")
+    name, expires_at, used_at = row
+    if used_at is not None:
+        raise LichenError(Code.INVITE_USED, f"the invite for {name!r} was used already", fix="Ask the operator for a new invite.")
+    if now >= expires_at:
+        raise LichenError(Code.INVITE_EXPIRED, f"the invite for {name!r} has expired", fix="Ask the operator for a new invite.")
+    db.execute("UPDATE invites SET used_at = ?, certificate = ? WHERE secret_sha256 = ?", (now, certificate, secret_sha256))
+    return str(name)
+
+
+def _add_node(db: sqlite3.Connection, name: str, fingerprint: str, now: float) -> int:
+    if db.execute("SELECT 1 FROM nodes WHERE name = ? AND revoked_at IS NULL", (name,)).fetchone():
+        raise LichenError(
+            Code.NAME_TAKEN, f"a node named {name!r} is enrolled already", fix="Choose another name, or revoke the old node first."
+        )
+    node_id = random_id()
+    db.execute("INSERT INTO nodes (name, node_id, fingerprint, enrolled_at) VALUES (?, ?, ?, ?)", (name, node_id, fingerprint, now))
+    return node_id
 
 
 def _unknown_node(name: str) -> LichenError:
