@@ -39,6 +39,7 @@ class Code(IntEnum):
     DATA_DECLARED_SIZE = 45
     DATASET_UNKNOWN = 46
     PARTITION_INVALID = 47
+    DATA_FORMAT = 48
     # 50: privacy and policy
     PRIVACY_BUDGET = 50
     PRIVACY_SELF_CHECK = 51

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.plan import DataSource
 
 Row = dict[str, Any]
 
@@ -81,31 +83,30 @@ def load_named(name: str) -> NamedSplits:
     return known.load(known)
 
 
-def load_spec(spec: str | Mapping[str, Any]) -> NamedSplits:
-    """Load what a plan's `simulation.data` says: a name, or ``{path, fields, test (optional), …}``.
+def load_spec(spec: str | DataSource | Mapping[str, Any]) -> NamedSplits:
+    """Load what a plan's `simulation.data` says: a name, or files.
 
     Args:
-        spec: a known name, or a mapping with ``path`` (file or folder), ``fields`` (task field → column) and optionally ``test``, a
-            path with the same columns that holds the test rows.
+        spec: a known name, or the plan's ``path`` (file or folder), ``fields`` (task field → column; empty: every column by its name)
+            and ``test`` (where the test rows lie, if anywhere). Relative paths start at the working directory.
 
     Raises:
-        LichenError: DATASET_UNKNOWN for an unknown name or a mapping without path and fields; DATA_* for what the files hold.
+        LichenError: DATASET_UNKNOWN, EXTRA_MISSING as :func:`load_named`; PLAN_INVALID for a mapping that is none; DATA_* for what
+            the files hold.
     """
     if isinstance(spec, str):
         return load_named(spec)
     from lichen.client.readers import read_path
 
-    extra = set(spec) - {"path", "fields", "test"}
-    path, fields, test = spec.get("path"), spec.get("fields"), spec.get("test")
-    if extra or not path or not isinstance(fields, Mapping) or not fields:
-        what = f"unknown keys {sorted(extra)}" if extra else "simulation.data needs a name, or a path and a field mapping"
-        raise LichenError(
-            Code.DATASET_UNKNOWN, what, where="simulation.data", fix="Write: data: {path: rows.csv, fields: {text: BODY, label: TOPIC}}"
-        )
-    train = read_path(Path(path), dict(fields)).to_pylist()
-    held = read_path(Path(test), dict(fields)).to_pylist() if test else None
-    labels = sorted({str(row["label"]) for row in train}) if "label" in fields else None
-    return NamedSplits(str(path), train, held, labels)
+    try:
+        source = spec if isinstance(spec, DataSource) else DataSource.model_validate(dict(spec))
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        where = ".".join(["simulation.data", *map(str, detail["loc"])])
+        raise LichenError(Code.PLAN_INVALID, detail["msg"], where=where) from None
+    train = read_path(Path(source.path).expanduser(), source.fields).to_pylist()
+    test = read_path(Path(source.test).expanduser(), source.fields).to_pylist() if source.test else None
+    return NamedSplits(source.path, train, test, sorted({str(row["label"]) for row in train}) if "label" in train[0] else None)
 
 
 def split_validation(rows: Sequence[Row], fraction: float = 0.1, seed: int = 0, *, label: str = "label") -> tuple[list[Row], list[Row]]:

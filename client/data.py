@@ -1,0 +1,351 @@
+"""The local data of a node: `data.yaml` (which files, which columns), its check, and its split into training and hold-out rows.
+
+Rows stay here. Nothing in this file logs a row; the texts of its errors are for the data owner, and under differential privacy only
+their number leaves the node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lichen.client.readers import BadRow, Reader, Row, TextRows, refuse, to_table
+from lichen.common.errors import Code, LichenError
+from lichen.common.private_files import write_private
+
+Split = Literal["train", "holdout"]
+MANIFEST = "data.yaml"
+FORMAT: Final = 1
+_EVERYTHING = 2**64
+
+
+class Source(BaseModel):
+    """One entry of `data.yaml`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    path: str
+    """A file, or a folder of files: JSONL, CSV, Parquet or text, told by suffix. A relative path starts at the node's home."""
+    fields: dict[str, str] = Field(min_length=1)
+    """Task field → column, for example `text: BODY`, `label: TOPIC`, `patient: PATIENT_ID`. Text files have `text` and `file`."""
+    declared_size: int | None = Field(default=None, ge=1)
+    """A public constant that stands for the number of training rows. The owner chooses it; lichen never derives it from the data."""
+    holdout: float = Field(default=0.1, ge=0)
+    """Rows kept for local evaluation: below 1 a share, from 1 a number."""
+    text_rows: TextRows = "line"
+    """What one row of a text file is."""
+    added_at: str
+    """When the owner added it (ISO 8601)."""
+
+    @field_validator("holdout")
+    @classmethod
+    def _share_or_number(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("must be a share below 1 or a whole number of rows")
+        return value
+
+
+class Manifest(BaseModel):
+    """The document `data.yaml`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = FORMAT
+    holdout_key: str = Field(pattern="^[0-9a-f]{32}$")
+    sources: tuple[Source, ...] = ()
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """Rows of one split, in the order of the sources.
+
+    Attributes:
+        rows: a ``pyarrow.Table`` with one column a field, memory-mapped where it came from a node home.
+        declared_size: sum of the sources' declared sizes; None if one source has none, and for the hold-out.
+    """
+
+    rows: Any
+    declared_size: int | None
+
+    def __len__(self) -> int:
+        return int(self.rows.num_rows)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        return tuple(self.rows.column_names)
+
+    def column(self, field: str) -> list[Any]:
+        """All values of a field, as Python objects."""
+        return list(self.rows.column(field).to_pylist())
+
+    def take(self, indices: Sequence[int]) -> dict[str, list[Any]]:
+        """The rows of a batch: for each field the values at ``indices``, in that order, repeats allowed."""
+        import pyarrow as pa
+
+        return dict(self.rows.take(pa.array(indices, type=pa.int64())).to_pydict())
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What `lichen client data check` shows of a source. For the owner's eyes only: it is made of true counts.
+
+    Attributes:
+        path: as in `data.yaml`.
+        kinds: the kinds of its files.
+        files: how many files.
+        train: usable rows to train on.
+        holdout: usable rows held out.
+        bad_rows: how many rows can't be used.
+        bad: the first of them.
+        labels: how often each value of the field ``label`` occurs, the most frequent first (without such a field: empty).
+        characters: for each text field the shortest, median and longest length in characters.
+        repeated: rows that equal an earlier one.
+        declared_size: as in `data.yaml`.
+    """
+
+    path: str
+    kinds: tuple[str, ...]
+    files: int
+    train: int
+    holdout: int
+    bad_rows: int
+    bad: tuple[BadRow, ...]
+    labels: dict[str, int]
+    characters: dict[str, tuple[int, int, int]]
+    repeated: int
+    declared_size: int | None
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """All sources of a node; see :class:`SourceReport`."""
+
+    sources: tuple[SourceReport, ...]
+
+    @property
+    def rows(self) -> int:
+        """Usable rows."""
+        return sum(source.train + source.holdout for source in self.sources)
+
+    @property
+    def usable(self) -> bool:
+        """Whether :func:`load` would succeed: no bad row, and something to train on."""
+        return sum(source.train for source in self.sources) > 0 and not any(source.bad_rows for source in self.sources)
+
+
+def read_manifest(home: Path) -> Manifest:
+    """Read `data.yaml`.
+
+    Raises:
+        LichenError: DATA_NOT_FOUND if the node has none yet; DATA_FORMAT if it can't be understood or is of a newer lichen.
+    """
+    path = home / MANIFEST
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fix = "Add a source: lichen client data add FILE --field text=COLUMN"
+        raise LichenError(Code.DATA_NOT_FOUND, "this node has no data yet", where=str(path), fix=fix) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LichenError(Code.DATA_NOT_FOUND, f"can't be read: {error}", where=str(path)) from None
+    except yaml.YAMLError as error:
+        raise LichenError(Code.DATA_FORMAT, f"not YAML: {' '.join(str(error).split())}", where=str(path)) from None
+    version = document.get("format") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise LichenError(
+            Code.DATA_FORMAT, f"format {version} is newer than this lichen's {FORMAT}", where=str(path), fix="Upgrade lichen."
+        )
+    try:
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in detail["loc"])
+        raise LichenError(Code.DATA_FORMAT, f"{key or 'the document'}: {detail['msg']}", where=str(path)) from None
+
+
+def write_manifest(home: Path, manifest: Manifest) -> None:
+    """Write `data.yaml`, whole or not at all, readable by its owner only (its key would tell which rows are held out)."""
+    text = yaml.safe_dump(manifest.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    write_private(home / MANIFEST, text.encode())
+
+
+def add_source(
+    home: Path,
+    path: Path,
+    *,
+    fields: Mapping[str, str],
+    declared_size: int | None = None,
+    holdout: float = 0.1,
+    text_rows: TextRows = "line",
+) -> Source:
+    """Check a file or folder, and write it into `data.yaml`; the entry of a path that is there already is replaced.
+
+    Args:
+        home: the node's home.
+        path: the data; a relative one starts at the working directory. Stored relative to the home if it lies in it.
+        fields: task field → column.
+        declared_size: the public constant for its number of training rows; needed under differential privacy.
+        holdout: share (below 1) or number of rows kept for local evaluation.
+        text_rows: what one row of a text file is.
+
+    Raises:
+        LichenError: DATA_NOT_FOUND, DATA_FORMAT, DATA_FIELD, DATA_ROW, DATA_EMPTY for the data; DATA_DECLARED_SIZE for a size below 1;
+            DATA_FIELD for no fields or a bad ``holdout``. Then nothing is written.
+    """
+    if declared_size is not None and declared_size < 1:
+        raise LichenError(Code.DATA_DECLARED_SIZE, f"declared size {declared_size} is below 1", fix="Give a public constant, such as 4096.")
+    place = path.expanduser().resolve()
+    base = home.resolve()
+    try:
+        source = Source(
+            path=str(place.relative_to(base)) if place.is_relative_to(base) else str(place),
+            fields=dict(fields),
+            declared_size=declared_size,
+            holdout=holdout,
+            text_rows=text_rows,
+            added_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        raise LichenError(Code.DATA_FIELD, f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}", where=str(path)) from None
+    manifest = read_manifest(home) if (home / MANIFEST).exists() else Manifest(holdout_key=secrets.token_hex(16))
+    if sum(1 for side, _ in _sides(home, source, manifest) if side == "train") == 0:
+        raise LichenError(Code.DATA_EMPTY, "every row is held out", where=str(path), fix="Lower --holdout.")
+    others = tuple(other for other in manifest.sources if other.path != source.path)
+    write_manifest(home, manifest.model_copy(update={"sources": (*others, source)}))
+    return source
+
+
+def load(home: Path, split: Split, fields: Sequence[str]) -> LocalData:
+    """The rows of one split, strictly: one bad row is an error.
+
+    A row's side is told by a hash of its mapped fields under the node's own key: it stays the same when the data is exported again in
+    another order or format, equal rows are on one side, and nobody without the key can tell it. With a share, a row's side does not
+    depend on other rows, so add/remove of one row changes one split by that row. With a
+    number, that row may push another over to training: training rows still change by one, the hold-out by a swap.
+
+    Args:
+        home: the node's home.
+        split: ``train`` or ``holdout``.
+        fields: the task fields to read; every source must map each of them.
+
+    Raises:
+        LichenError: DATA_FIELD if a source does not map a field, or two sources hold different types; DATA_EMPTY if no row is left to
+            train on (an empty hold-out is none); DATA_NOT_FOUND, DATA_FORMAT, DATA_ROW as the data is.
+    """
+    import pyarrow as pa
+
+    manifest = read_manifest(home)
+    if not manifest.sources:
+        raise LichenError(Code.DATA_EMPTY, "no sources", where=str(home / MANIFEST))
+    tables: list[Any] = []
+    for source in manifest.sources:
+        if missing := [field for field in fields if field not in source.fields]:
+            what = f"no column is mapped to {', '.join(map(repr, missing))}; mapped: {', '.join(source.fields)}"
+            raise LichenError(Code.DATA_FIELD, what, where=source.path, fix=f"Add it again with --field {missing[0]}=COLUMN.")
+        reader = _reader(home, source)
+        rows = (row for side, row in _sides(home, source, manifest, reader) if side == split)
+        tables.append(to_table(reader, rows, home).select(list(fields)))
+        if tables[-1].schema != tables[0].schema:
+            what = f"its types differ from those of {manifest.sources[0].path}: {_types(tables[-1])}, not {_types(tables[0])}"
+            raise LichenError(Code.DATA_FIELD, what, where=source.path, fix="Export both alike.")
+    table = pa.concat_tables(tables)
+    if split == "train" and table.num_rows == 0:
+        raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(home / MANIFEST))
+    sizes = [source.declared_size for source in manifest.sources]
+    known = [size for size in sizes if size is not None]
+    return LocalData(table, sum(known) if split == "train" and len(known) == len(sizes) else None)
+
+
+def check(home: Path, *, limit: int = 20) -> DataReport:
+    """Read everything, and report instead of stopping at the first bad row. For the owner's eyes only.
+
+    Args:
+        home: the node's home.
+        limit: how many bad rows of a source are listed; all are counted.
+
+    Raises:
+        LichenError: DATA_NOT_FOUND, DATA_FORMAT, DATA_FIELD and DATA_EMPTY as :func:`load`, where a file fails as a whole.
+    """
+    manifest = read_manifest(home)
+    return DataReport(tuple(_report(home, source, manifest, limit) for source in manifest.sources))
+
+
+def _report(home: Path, source: Source, manifest: Manifest, limit: int) -> SourceReport:
+    bad: list[BadRow] = []
+    count = 0
+
+    def note(row: BadRow) -> None:
+        nonlocal count
+        count += 1
+        if len(bad) < limit:
+            bad.append(row)
+
+    reader = _reader(home, source, note)
+    sides: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    lengths: dict[str, list[int]] = {}
+    seen: set[int] = set()
+    repeated = 0
+    for side, row in _sides(home, source, manifest, reader):
+        sides[side] += 1
+        if "label" in row:
+            labels[str(row["label"])] += 1
+        for field, value in row.items():
+            if isinstance(value, str) and field != "label":
+                lengths.setdefault(field, []).append(len(value))
+        digest = _digest(row, b"")
+        repeated += digest in seen
+        seen.add(digest)
+    return SourceReport(
+        path=source.path,
+        kinds=tuple(sorted({kind for _, kind in reader.files})),
+        files=len(reader.files),
+        train=sides["train"],
+        holdout=sides["holdout"],
+        bad_rows=count,
+        bad=tuple(bad),
+        labels=dict(labels.most_common()),
+        characters={field: (min(found), sorted(found)[len(found) // 2], max(found)) for field, found in lengths.items()},
+        repeated=repeated,
+        declared_size=source.declared_size,
+    )
+
+
+def _reader(home: Path, source: Source, on_bad: Callable[[BadRow], None] = refuse) -> Reader:
+    return Reader(home / source.path, source.fields, text_rows=source.text_rows, on_bad=on_bad)
+
+
+def _sides(home: Path, source: Source, manifest: Manifest, reader: Reader | None = None) -> Iterator[tuple[Split, Row]]:
+    """Every usable row with its side. A number of held-out rows takes one pass more, to find the hash below which they lie."""
+    key = bytes.fromhex(manifest.holdout_key)
+    if source.holdout < 1:
+        bound = int(source.holdout * _EVERYTHING)
+    else:
+        digests = sorted(_digest(row, key) for row in _reader(home, source, lambda _: None))
+        bound = digests[int(source.holdout)] if int(source.holdout) < len(digests) else _EVERYTHING
+    for row in reader or _reader(home, source):
+        yield ("holdout" if _digest(row, key) < bound else "train"), row
+
+
+def _digest(row: Row, key: bytes) -> int:
+    """64 keyed bits of a row's content; numbers count as their text, so that CSV and JSONL exports agree."""
+    digest = hashlib.blake2b(key=key, digest_size=8)
+    for field in sorted(row):
+        for part in (field, row[field] if isinstance(row[field], str) else repr(row[field])):
+            data = part.encode()
+            digest.update(len(data).to_bytes(8, "big") + data)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _types(table: Any) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in table.schema)
