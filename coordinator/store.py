@@ -10,7 +10,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,20 +95,9 @@ class Run:
     error: str | None
 
 
-@dataclass(frozen=True)
-class OutboxEntry:
-    """A message to a node, without its payload, until its reply is stored."""
-
-    message_id: str
-    run_id: int
-    node_id: int
-    bytes: bytes
-    acked_at: float | None
-
-
 _NODE = "name, node_id, fingerprint, previous_fingerprint, enrolled_at, revoked_at, last_seen"
 _RUN = "run_id, created_at, status, plan, directory, error"
-_OUTBOX = "message_id, run_id, node_id, bytes, acked_at"
+_OUTSTANDING = "cancelled_at IS NULL AND message_id NOT IN (SELECT message_id FROM replies)"
 
 
 def random_id() -> int:
@@ -188,7 +177,7 @@ class Store:
 
     def invite(self, secret_sha256: str) -> StoredInvite | None:
         """The invite with this secret, used or not; None if there is none."""
-        rows = self._rows("SELECT name, expires_at, used_at, certificate FROM invites WHERE secret_sha256 = ?", secret_sha256)
+        rows = self._rows(f"SELECT {_INVITE} FROM invites WHERE secret_sha256 = ?", secret_sha256)  # noqa: S608
         return StoredInvite(*rows[0]) if rows else None
 
     def take_invite(self, secret_sha256: str, now: float) -> str:
@@ -198,16 +187,26 @@ class Store:
             LichenError: INVITE_INVALID, INVITE_USED or INVITE_EXPIRED.
         """
         with self._transaction() as db:
-            return _take_invite(db, secret_sha256, now, None)
+            return _take_invite(db, secret_sha256, now)
 
-    def enrol(self, secret_sha256: str, certificate: bytes, fingerprint: str, now: float) -> int:
-        """Use an invite, enrol its node under this certificate and return the node's id: all in one transaction, or nothing.
+    def enrol(self, secret_sha256: str, issue: Callable[[str], tuple[bytes, str]], now: float) -> StoredInvite:
+        """Use an invite and enrol its node, in one transaction: a crash leaves both done or neither.
+
+        Args:
+            secret_sha256: hash of the invite's secret, hex.
+            issue: makes the certificate for the invite's name: its PEM, which is kept as the invite's answer, and its fingerprint.
+            now: Unix seconds.
 
         Raises:
-            LichenError: INVITE_INVALID, INVITE_USED or INVITE_EXPIRED; NAME_TAKEN, and then the invite stays unused.
+            LichenError: INVITE_INVALID, INVITE_USED or INVITE_EXPIRED; NAME_TAKEN; what ``issue`` raises: the last two leave the
+                invite unused.
         """
         with self._transaction() as db:
-            return _add_node(db, _take_invite(db, secret_sha256, now, certificate), fingerprint, now)
+            name = _take_invite(db, secret_sha256, now)
+            certificate, fingerprint = issue(name)
+            db.execute("UPDATE invites SET certificate = ? WHERE secret_sha256 = ?", (certificate, secret_sha256))
+            _add_node(db, name, fingerprint, now)
+            return StoredInvite(*db.execute(f"SELECT {_INVITE} FROM invites WHERE secret_sha256 = ?", (secret_sha256,)).fetchone())  # noqa: S608
 
     # Nodes
 
@@ -244,6 +243,11 @@ class Store:
     def nodes(self) -> list[Node]:
         """All nodes ever enrolled, by name."""
         return [Node(*row) for row in self._rows(f"SELECT {_NODE} FROM nodes ORDER BY name, enrolled_at")]  # noqa: S608
+
+    def node_by_id(self, node_id: int) -> Node | None:
+        """The node with that id, revoked or not."""
+        rows = self._rows(f"SELECT {_NODE} FROM nodes WHERE node_id = ?", node_id)  # noqa: S608
+        return Node(*rows[0]) if rows else None
 
     def revoke_node(self, name: str, now: float) -> Node:
         """Revoke the active node of that name for good and return it as it is now.
@@ -313,21 +317,33 @@ class Store:
     # Outbox and replies
 
     def put_outbox(self, messages: Iterable[tuple[str, int, int, bytes]]) -> None:
-        """Keep messages ``(message_id, run_id, node_id, bytes)`` in one transaction; an id that is there already stays as it was."""
+        """Keep messages ``(message_id, run_id, node_id, bytes)`` in one transaction.
+
+        An id that is there already keeps its first bytes; one that was withdrawn is wanted again.
+        """
         now = time.time()
         with self._transaction() as db:
             db.executemany(
-                "INSERT OR IGNORE INTO outbox (message_id, run_id, node_id, bytes, created_at) VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO outbox (message_id, run_id, node_id, bytes, created_at) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (message_id) DO UPDATE SET cancelled_at = NULL WHERE released_at IS NULL",
                 [(*message, now) for message in messages],
             )
 
-    def outstanding(self, node_id: int) -> list[OutboxEntry]:
-        """What a node must still be sent or still owes a reply to, oldest first."""
-        query = (
-            f"SELECT {_OUTBOX} FROM outbox WHERE node_id = ? AND cancelled_at IS NULL"  # noqa: S608
-            " AND message_id NOT IN (SELECT message_id FROM replies) ORDER BY rowid"
-        )
-        return [OutboxEntry(*row) for row in self._rows(query, node_id)]
+    def outstanding(self, node_id: int) -> list[str]:
+        """The ids of the messages to which a node still owes a reply, oldest first."""
+        query = f"SELECT message_id FROM outbox WHERE node_id = ? AND {_OUTSTANDING} ORDER BY rowid"  # noqa: S608
+        return [str(row[0]) for row in self._rows(query, node_id)]
+
+    def message(self, message_id: str) -> bytes | None:
+        """A message that still wants its reply; None if it does not."""
+        rows = self._rows(f"SELECT bytes FROM outbox WHERE message_id = ? AND {_OUTSTANDING}", message_id)  # noqa: S608
+        return bytes(rows[0][0]) if rows else None
+
+    def awaits(self, message_id: str, node_id: int) -> tuple[int, bool] | None:
+        """The run of a message to this node and whether its reply is still wanted; None if the node was never sent such a message."""
+        query = f"SELECT run_id, {_OUTSTANDING} FROM outbox WHERE message_id = ? AND node_id = ?"  # noqa: S608
+        rows = self._rows(query, message_id, node_id)
+        return (int(rows[0][0]), bool(rows[0][1])) if rows else None
 
     def ack(self, message_id: str, node_id: int) -> None:
         """Note that the node has stored the message durably."""
@@ -339,17 +355,10 @@ class Store:
 
     def cancel(self, message_ids: Iterable[str], now: float) -> list[tuple[str, int]]:
         """Withdraw messages whose reply nobody waits for; returns ``(message_id, node_id)`` of those still owed one."""
-        cancelled = []
+        query = f"UPDATE outbox SET cancelled_at = ? WHERE message_id = ? AND {_OUTSTANDING} RETURNING message_id, node_id"  # noqa: S608
         with self._transaction() as db:
-            for message_id in message_ids:
-                row = db.execute(
-                    "UPDATE outbox SET cancelled_at = ? WHERE message_id = ? AND cancelled_at IS NULL"
-                    " AND message_id NOT IN (SELECT message_id FROM replies) RETURNING message_id, node_id",
-                    (now, message_id),
-                ).fetchone()
-                if row:
-                    cancelled.append((str(row[0]), int(row[1])))
-        return cancelled
+            rows = [row for message_id in message_ids for row in db.execute(query, (now, message_id)).fetchall()]
+        return [(str(message_id), int(node_id)) for message_id, node_id in rows]
 
     def release(self, message_ids: Iterable[str], now: float) -> None:
         """Let go of messages and replies that were used (after the checkpoint): their bytes are erased, their ids stay known."""
@@ -361,26 +370,19 @@ class Store:
                 )
                 db.execute("DELETE FROM replies WHERE message_id = ?", (message_id,))
 
-    def awaits(self, message_id: str, node_id: int) -> bool | None:
-        """Whether a reply from this node to this message is wanted; None if it was never sent such a message."""
-        rows = self._rows(
-            "SELECT cancelled_at IS NULL AND message_id NOT IN (SELECT message_id FROM replies) FROM outbox"
-            " WHERE message_id = ? AND node_id = ?",
-            message_id,
-            node_id,
-        )
-        return bool(rows[0][0]) if rows else None
+    def save_replies(self, replies: Iterable[tuple[str, int, bytes]]) -> list[bool]:
+        """Keep replies ``(message_id, node_id, bytes)`` in one transaction.
 
-    def save_reply(self, message_id: str, node_id: int, data: bytes) -> bool:
-        """Keep a reply; False if there is one already (the first stays) or the message was withdrawn."""
+        Returns:
+            For each whether it was kept: not if there was one already (the first stays), or its message was withdrawn.
+        """
+        query = (
+            "INSERT OR IGNORE INTO replies (message_id, node_id, bytes, received_at)"
+            " SELECT message_id, node_id, ?, ? FROM outbox WHERE message_id = ? AND node_id = ? AND cancelled_at IS NULL"
+        )
+        now = time.time()
         with self._transaction() as db:
-            return bool(
-                db.execute(
-                    "INSERT OR IGNORE INTO replies (message_id, node_id, bytes, received_at)"
-                    " SELECT message_id, node_id, ?, ? FROM outbox WHERE message_id = ? AND node_id = ? AND cancelled_at IS NULL",
-                    (data, time.time(), message_id, node_id),
-                ).rowcount
-            )
+            return [bool(db.execute(query, (data, now, message_id, node_id)).rowcount) for message_id, node_id, data in replies]
 
     def reply(self, message_id: str) -> bytes | None:
         """The stored reply to a message, or None."""
@@ -393,7 +395,7 @@ class Store:
             yield bytes(data)
 
 
-def _take_invite(db: sqlite3.Connection, secret_sha256: str, now: float, certificate: bytes | None) -> str:
+def _take_invite(db: sqlite3.Connection, secret_sha256: str, now: float) -> str:
     row = db.execute("SELECT name, expires_at, used_at FROM invites WHERE secret_sha256 = ?", (secret_sha256,)).fetchone()
     if row is None:
         raise LichenError(Code.INVITE_INVALID, "this coordinator has no such invite", fix="Ask its operator for an invite.")
@@ -402,7 +404,7 @@ def _take_invite(db: sqlite3.Connection, secret_sha256: str, now: float, certifi
         raise LichenError(Code.INVITE_USED, f"the invite for {name!r} was used already", fix="Ask the operator for a new invite.")
     if now >= expires_at:
         raise LichenError(Code.INVITE_EXPIRED, f"the invite for {name!r} has expired", fix="Ask the operator for a new invite.")
-    db.execute("UPDATE invites SET used_at = ?, certificate = ? WHERE secret_sha256 = ?", (now, certificate, secret_sha256))
+    db.execute("UPDATE invites SET used_at = ? WHERE secret_sha256 = ?", (now, secret_sha256))
     return str(name)
 
 

@@ -37,6 +37,33 @@ def told(failure: Any, where: str) -> LichenError | None:
     return LichenError(code, _plain(failure.details() or ""), where=where, fix=_plain(fix))
 
 
+def explain(failure: Any, where: str) -> LichenError:
+    """Return a failed call as a numbered error: what the server told, else CONNECT_FAILED with what is likely wrong.
+
+    Args:
+        failure: a call's failure, as raised by grpc or grpc.aio.
+        where: the server's address.
+    """
+    error = told(failure, where)
+    if error is not None:
+        return error
+    details = _plain(failure.details() or "")
+    status: grpc.StatusCode = failure.code()
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return LichenError(Code.CONNECT_FAILED, details or "the coordinator is busy", where=where, fix="Wait a minute and try again.")
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        what, fix = "the server there did not prove to be this federation's coordinator", "Check the address and this machine's clock."
+    elif "Hostname Verification" in details or "not valid for" in details:
+        what, fix = (
+            "the coordinator's certificate is not for this address",
+            "Use the address in the invite, or have its operator add this one.",
+        )
+    else:
+        what = "the coordinator could not be reached, or ended the connection"
+        fix = "Check the address, the network and that the coordinator runs; its log says why it refuses a certificate."
+    return LichenError(Code.CONNECT_FAILED, f"{what} ({status.name}: {details})", where=where, fix=fix)
+
+
 def _plain(text: str) -> str:
     """Keep what a terminal may show: the other end's text must not steer it."""
     return "".join(c if c.isprintable() else " " for c in text[:_MAX_CHARACTERS])
