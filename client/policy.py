@@ -1,0 +1,394 @@
+"""What this node's owner permits: `policy.yaml`, its check against a plan, and a person's approvals.
+
+The policy is enforced before anything of a plan is loaded; the tighter of plan and policy holds. Without a file the defaults hold:
+nothing leaves without differential privacy, ε ≤ 8 and δ ≤ 1e-5 over the node's life.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import Number, Plan
+from lichen.common.private_files import write_private
+
+POLICY = "policy.yaml"
+APPROVALS = "approvals"
+FORMAT: Final = 1
+_HOURS = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)-([01]?\d|2[0-3]):([0-5]\d)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Decision = Literal["pending", "approved", "rejected"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class PrivacyPolicy(_Section):
+    """What privacy a plan must give."""
+
+    require: tuple[Literal["example", "entity", "client"], ...] = Field(default=("example", "entity"), min_length=1)
+    """Units of privacy (the plan's privacy.unit) that are enough. No protection at all is governed by unnoised_updates_to_coordinator."""
+    max_epsilon: Number = Field(default=8.0, gt=0)
+    """Largest ε over the life of this node's data: what earlier runs spent is added to what the plan asks."""
+    max_delta: Number = Field(default=1e-5, gt=0, lt=1)
+    """Largest δ, summed in the same way."""
+
+
+class Policy(_Section):
+    """The document `policy.yaml`: limits on any plan. Every key may be left out."""
+
+    format: Literal[1] = FORMAT
+    """The version of this format."""
+    models: tuple[str, ...] | None = None
+    """Base models that may be loaded: a plan's model.base, word for word, or sha256:DIGEST of the weights. Left out: any."""
+    tasks: tuple[str, ...] | None = None
+    """Kinds of task (the plan's task.kind). Left out: any."""
+    unnoised_updates_to_coordinator: Literal["never", "allow"] = "never"
+    """Whether updates without noise of this node's own may leave it (privacy.unit: none). An update can reveal rows."""
+    privacy: PrivacyPolicy = PrivacyPolicy()
+    min_cohort: int = Field(default=1, ge=1)
+    """Smallest cohort.minimum of a plan: an update is never averaged with fewer others than that."""
+    secure_aggregation: Literal["required", "optional"] = "optional"
+    """Whether the plan's aggregation.secure must be on."""
+    max_rounds: int | None = Field(default=None, ge=1)
+    """Most rounds of a plan."""
+    max_rank: int | None = Field(default=None, ge=1)
+    """Largest rank of an adapter."""
+    full_tuning: bool = True
+    """Whether all weights may be tuned (model.adapter.kind: full)."""
+    evaluation: bool = True
+    """Whether models may be scored on this node's held-out rows for the coordinator (evaluation.federated_every)."""
+    threads: int | None = Field(default=None, ge=1)
+    """Most threads of the worker that trains."""
+    memory_mb: int | None = Field(default=None, ge=256)
+    """Most memory of the worker that trains, in MiB."""
+    hours: str | None = None
+    """When the node may train, in local time, such as "22:00-06:00". Outside it waits."""
+    approval: Literal["automatic", "ask"] = "automatic"
+    """ask: a person must approve each plan (lichen client pending, approve, reject)."""
+
+    _home: Path | None = PrivateAttr(default=None)
+
+    @field_validator("hours")
+    @classmethod
+    def _hours_are_a_span(cls, value: str | None) -> str | None:
+        if value is not None and (not _HOURS.fullmatch(value) or len(set(_minutes(value))) == 1):
+            raise ValueError('must be a span of time such as "22:00-06:00"')
+        return value
+
+    @field_validator("models")
+    @classmethod
+    def _digests_are_whole(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in value or ():
+            if name.startswith("sha256:") and not _SHA256.fullmatch(name.removeprefix("sha256:")):
+                raise ValueError(f"{name!r} is not sha256: and 64 hexadecimal digits")
+        return value
+
+    def open_at(self, now: datetime) -> bool:
+        """Whether ``now`` lies in `hours`; a time with a zone is converted to local time."""
+        if self.hours is None:
+            return True
+        local = now.astimezone() if now.tzinfo else now
+        begin, end = _minutes(self.hours)
+        minute = local.hour * 60 + local.minute
+        return begin <= minute < end if begin < end else minute >= begin or minute < end
+
+    def check(
+        self,
+        plan: Plan,
+        plan_sha256: str,
+        now: datetime,
+        *,
+        epsilon_spent: float = 0.0,
+        delta_spent: float = 0.0,
+        weights_sha256: Callable[[], str] | None = None,
+    ) -> None:
+        """Refuse a plan that asks for more than is permitted.
+
+        Args:
+            plan: what arrived.
+            plan_sha256: the digest that a person approves; it must be the plan's own.
+            now: for `hours`.
+            epsilon_spent: what other runs spent on this node's data; under basic composition it adds to the plan's ε.
+            delta_spent: the same of δ.
+            weights_sha256: finds the digest of the base model's weights; called only where `models` lists digests. Without it such a
+                model counts as not permitted.
+
+        Raises:
+            LichenError: POLICY_REFUSED with each offending key, what the plan asks and what is permitted; POLICY_APPROVAL if a person
+                has yet to decide.
+        """
+        refusals = [*self._refusals(plan, epsilon_spent, delta_spent, weights_sha256)]
+        if plan.sha256() != plan_sha256:
+            refusals.append(f"the plan's digest is {plan.sha256()}, not {plan_sha256}")
+        if not self.open_at(now):
+            refusals.append(f"the time is {now:%H:%M}; hours permits {self.hours}")
+        if refusals:
+            raise _refused(plan, refusals)
+        if self.approval == "ask":
+            decided = decision(self._home, plan_sha256) if self._home else "pending"
+            if decided == "rejected":
+                raise _refused(plan, ["a person rejected this plan; approval is ask"])
+            if decided == "pending":
+                fix = f"lichen client approve {plan_sha256[:12]}, or reject."
+                raise LichenError(Code.POLICY_APPROVAL, "a person must approve this plan first", where=plan.name, fix=fix)
+
+    def _refusals(self, plan: Plan, epsilon: float, delta: float, weights: Callable[[], str] | None) -> Iterator[str]:
+        if self.models is not None and plan.model.base not in self.models:
+            digests = [name for name in self.models if name.startswith("sha256:")]
+            own = f"sha256:{weights()}" if digests and weights else None
+            if own not in digests:
+                yield _told("model.base", plan.model.base + (f" ({own})" if own else ""), "models", ", ".join(self.models) or "none")
+        if self.tasks is not None and plan.task.kind not in self.tasks:
+            yield _told("task.kind", plan.task.kind, "tasks", ", ".join(self.tasks) or "none")
+        if plan.private:
+            yield from self._privacy_refusals(plan, epsilon, delta)
+        elif self.unnoised_updates_to_coordinator == "never":
+            yield _told("privacy.unit", "none", "unnoised_updates_to_coordinator", "never")
+        if plan.cohort.minimum < self.min_cohort:
+            yield _told("cohort.minimum", plan.cohort.minimum, "min_cohort", f"{self.min_cohort} or more")
+        if self.secure_aggregation == "required" and not plan.aggregation.secure:
+            yield _told("aggregation.secure", False, "secure_aggregation", "required")
+        if self.max_rounds is not None and plan.rounds > self.max_rounds:
+            yield _told("rounds", plan.rounds, "max_rounds", self.max_rounds)
+        if plan.model.adapter.kind == "full":
+            if not self.full_tuning:
+                yield _told("model.adapter.kind", "full", "full_tuning", False)
+        elif self.max_rank is not None and plan.model.adapter.rank > self.max_rank:
+            yield _told("model.adapter.rank", plan.model.adapter.rank, "max_rank", self.max_rank)
+        if plan.evaluation.federated_every and not self.evaluation:
+            yield _told("evaluation.federated_every", plan.evaluation.federated_every, "evaluation", False)
+
+    def _privacy_refusals(self, plan: Plan, epsilon: float, delta: float) -> Iterator[str]:
+        asked, permitted = plan.privacy, self.privacy
+        if asked.unit not in permitted.require:
+            yield _told("privacy.unit", asked.unit, "privacy.require", ", ".join(permitted.require))
+        # Noise that is added elsewhere leaves this node's own update bare.
+        if str(asked.noise) != "local" and self.unnoised_updates_to_coordinator == "never":
+            yield _told("privacy.noise", asked.noise, "unnoised_updates_to_coordinator", "never")
+        for key, wanted, spent, most in (
+            ("epsilon", asked.epsilon, epsilon, permitted.max_epsilon),
+            ("delta", asked.delta, delta, permitted.max_delta),
+        ):
+            if wanted + spent > most:
+                before = f" after {spent:g} that other runs spent" if spent else ""
+                yield _told(f"privacy.{key}", f"{wanted:g}{before}", f"privacy.max_{key}", f"{most:g}")
+
+    @classmethod
+    def _of(cls, home: Path, policy: Self) -> Self:
+        policy._home = home
+        return policy
+
+
+def load_policy(home: Path) -> Policy:
+    """The node's policy; the default one if it has no `policy.yaml`. Writes nothing.
+
+    Raises:
+        LichenError: POLICY_INVALID if the file can't be understood, with the key.
+    """
+    path = home / POLICY
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Policy._of(home, Policy())
+    except (OSError, UnicodeDecodeError) as error:
+        raise LichenError(Code.POLICY_INVALID, f"can't be read: {error}", where=str(path)) from None
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LichenError(Code.POLICY_INVALID, f"not YAML: {' '.join(str(error).split())}", where=str(path)) from None
+    if not isinstance(document, dict):
+        raise LichenError(Code.POLICY_INVALID, "a policy is a mapping of keys", where=str(path), fix="Delete the file for the defaults.")
+    version = document.get("format", FORMAT)
+    if isinstance(version, int) and version > FORMAT:
+        raise LichenError(
+            Code.POLICY_INVALID, f"format {version} is newer than this lichen's {FORMAT}", where=str(path), fix="Upgrade lichen."
+        )
+    try:
+        # Through JSON, whose arrays are tuples to a strict model as well.
+        return Policy._of(home, Policy.model_validate_json(json.dumps(document, default=str)))
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in detail["loc"])
+        what = f"{key}: {detail['msg'].removeprefix('Value error, ')}"
+        if detail["type"] == "extra_forbidden":
+            known = [*Policy.model_fields, *PrivacyPolicy.model_fields]
+            near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+            what = f"{key}: unknown key" + (f" (nearest known: {near[0]})" if near else "")
+        raise LichenError(Code.POLICY_INVALID, what, where=str(path), fix="`lichen client policy` describes every key.") from None
+
+
+def write_default(home: Path) -> Path:
+    """Write the default policy, each key with what it means, and return its path.
+
+    Raises:
+        LichenError: OUTPUT_EXISTS if there is one already: an owner's limits are never overwritten.
+    """
+    path = home / POLICY
+    if path.exists():
+        raise LichenError(Code.OUTPUT_EXISTS, "there is a policy already", where=str(path))
+    write_private(path, "".join(_documented(Policy(), "")).encode())
+    return path
+
+
+def schema() -> dict[str, Any]:
+    """The policy's JSON schema."""
+    return Policy.model_json_schema()
+
+
+def _documented(section: BaseModel, indent: str) -> Iterator[str]:
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if field.description:
+            yield f"{indent}# {field.description}\n"
+        if isinstance(value, BaseModel):
+            yield f"{indent}{key}:\n"
+            yield from _documented(value, indent + "  ")
+        else:
+            shown = json.dumps(value) if not isinstance(value, str) else value
+            yield f"{indent}{'# ' if value is None else ''}{key}: {'…' if value is None else shown}\n"
+
+
+@dataclass(frozen=True)
+class Approval:
+    """A plan that waits, or waited, for a person.
+
+    Attributes:
+        plan_sha256: its digest, by which it is approved.
+        name: the plan's name.
+        state: the decision.
+        at: when it was asked for or decided (ISO 8601).
+        plan: a file with the whole plan, to read before deciding.
+    """
+
+    plan_sha256: str
+    name: str
+    state: Decision
+    at: str
+    plan: Path
+
+
+def enforce(home: Path, plan: Plan, now: datetime, **spent: Any) -> Policy:
+    """Load the policy and check a plan against it; a plan that needs a person is put before them.
+
+    Args:
+        home: the node's home.
+        plan: what arrived.
+        now: for `hours`.
+        spent: ``epsilon_spent``, ``delta_spent``, ``weights_sha256`` as in :meth:`Policy.check`.
+
+    Returns:
+        The policy, whose `threads` and `memory_mb` bind the worker.
+
+    Raises:
+        LichenError: POLICY_INVALID, POLICY_REFUSED, POLICY_APPROVAL.
+    """
+    policy = load_policy(home)
+    try:
+        policy.check(plan, plan.sha256(), now, **spent)
+    except LichenError as error:
+        if error.code is Code.POLICY_APPROVAL:
+            request(home, plan)
+        raise
+    return policy
+
+
+def request(home: Path, plan: Plan) -> None:
+    """Put a plan before the node's owner; nothing changes if it is there already."""
+    digest = plan.sha256()
+    if not _record(home, digest).exists():
+        write_private(home / APPROVALS / f"{digest}.plan.yaml", plan.to_yaml().encode())
+        _write(home, digest, plan.name, "pending")
+
+
+def decision(home: Path, plan_sha256: str) -> Decision:
+    """What a person decided on a plan; ``pending`` also if they were never asked."""
+    return _read(home, plan_sha256).state if _record(home, plan_sha256).exists() else "pending"
+
+
+def approvals(home: Path) -> list[Approval]:
+    """All plans that a person was asked about, the oldest first."""
+    found = [_read(home, path.stem) for path in (home / APPROVALS).glob("*.json") if _SHA256.fullmatch(path.stem)]
+    return sorted(found, key=lambda approval: (approval.at, approval.plan_sha256))
+
+
+def pending(home: Path) -> list[Approval]:
+    """The plans that wait for a person, the oldest first."""
+    return [approval for approval in approvals(home) if approval.state == "pending"]
+
+
+def approve(home: Path, plan_sha256: str) -> Approval:
+    """Permit a plan; the digest may be shortened to what is unique (at least 8 digits).
+
+    Raises:
+        LichenError: POLICY_APPROVAL if no plan, or more than one, has that digest.
+    """
+    return _decide(home, plan_sha256, "approved")
+
+
+def reject(home: Path, plan_sha256: str) -> Approval:
+    """Forbid a plan. Arguments and errors as :func:`approve`."""
+    return _decide(home, plan_sha256, "rejected")
+
+
+def _decide(home: Path, digest: str, state: Decision) -> Approval:
+    found = [approval for approval in approvals(home) if approval.plan_sha256.startswith(digest)] if len(digest) >= 8 else []
+    if len(found) != 1:
+        what = f"{len(found)} plans have a digest that begins with {digest!r}" if len(digest) >= 8 else f"{digest!r} is too short"
+        raise LichenError(Code.POLICY_APPROVAL, what, where=str(home), fix="lichen client pending")
+    _write(home, found[0].plan_sha256, found[0].name, state)
+    return _read(home, found[0].plan_sha256)
+
+
+def _record(home: Path, digest: str) -> Path:
+    # The digest comes from elsewhere and becomes a file's name.
+    if not _SHA256.fullmatch(digest):
+        raise LichenError(Code.POLICY_APPROVAL, f"{digest!r} is no SHA-256")
+    return home / APPROVALS / f"{digest}.json"
+
+
+def _write(home: Path, digest: str, name: str, state: Decision) -> None:
+    document = {"format": FORMAT, "name": name, "state": state, "at": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    write_private(_record(home, digest), json.dumps(document).encode())
+
+
+def _read(home: Path, digest: str) -> Approval:
+    path = _record(home, digest)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT or document["state"] not in ("pending", "approved", "rejected"):
+            raise ValueError
+        return Approval(digest, str(document["name"]), document["state"], str(document["at"]), path.with_name(f"{digest}.plan.yaml"))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise LichenError(
+            Code.POLICY_INVALID, "a damaged approval, or of a newer lichen", where=str(path), fix="Delete it to be asked again."
+        ) from None
+
+
+def _minutes(hours: str) -> tuple[int, int]:
+    match = _HOURS.fullmatch(hours)
+    if match is None:
+        raise ValueError(hours)
+    begin_hour, begin_minute, end_hour, end_minute = map(int, match.groups())
+    return begin_hour * 60 + begin_minute, end_hour * 60 + end_minute
+
+
+def _told(plan_key: str, asked: object, policy_key: str, permitted: object) -> str:
+    return f"{plan_key} asks {asked}; {policy_key} permits {permitted}"
+
+
+def _refused(plan: Plan, refusals: list[str]) -> LichenError:
+    what = refusals[0] if len(refusals) == 1 else f"{len(refusals)} refusals\n  " + "\n  ".join(refusals)
+    return LichenError(Code.POLICY_REFUSED, what, where=f"plan {plan.name}", fix=f"The data owner may change {POLICY}.")
