@@ -90,6 +90,8 @@ class Invite:
             if len(text) > MAX_CHARACTERS:
                 raise ValueError("too long")
             raw = _unbase64(text.removeprefix(PREFIX))
+            if _base64(raw) != text.removeprefix(PREFIX):  # the last character has bits to spare
+                raise ValueError("not canonical")
         except (ValueError, binascii.Error) as error:
             raise _invalid("it is cut, or characters were changed", _COPY) from error
         checksum, data = raw[:_CHECKSUM_BYTES], raw[_CHECKSUM_BYTES:]
