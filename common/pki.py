@@ -142,7 +142,8 @@ class Authority:
         """Make a server's key and certificate for these host names and IP addresses; both PEM, the key first.
 
         Raises:
-            LichenError: CERTIFICATE_INVALID if there is no host, or one is neither a DNS name nor an IP address.
+            LichenError: CERTIFICATE_INVALID if there is no host, or one is neither a DNS name nor an IP address; CERTIFICATE_EXPIRED if
+                the authority has expired.
         """
         if not hosts:
             raise LichenError(Code.CERTIFICATE_INVALID, "a server's certificate needs at least one host name or IP address")
@@ -157,7 +158,7 @@ class Authority:
 
         Raises:
             LichenError: CERTIFICATE_INVALID if the request is unreadable or too long, its signature is wrong (its sender does not hold
-                the key), its key is not P-256, or the name is not a node name.
+                the key), its key is not P-256, or the name is not a node name; CERTIFICATE_EXPIRED if the authority has expired.
         """
         return self._sign(check_name(name), csr_public_key(csr_pem), role, days=days, now=now)
 
@@ -174,8 +175,17 @@ class Authority:
         usage = ExtendedKeyUsageOID.SERVER_AUTH if role == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
         names = [*hosts, x509.UniformResourceIdentifier(_ROLE_PREFIX + role)]
         own = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        now = time.time() if now is None else now
+        left = self._certificate.not_valid_after_utc.timestamp() - now
+        if left <= 0:
+            raise LichenError(
+                Code.CERTIFICATE_EXPIRED,
+                "this federation's authority has expired, and can sign no more",
+                fix="Set up a new coordinator home and invite the nodes again.",
+            )
         certificate = (
-            _builder(_subject(name), self._certificate.subject, key, time.time() if now is None else now, days)
+            # Not beyond the authority's own end, so that each side sees in its own certificate when it ends.
+            _builder(_subject(name), self._certificate.subject, key, now, min(days, left / 86400))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)

@@ -216,6 +216,16 @@ def test_a_node_is_no_operator(authority: Authority) -> None:
         assert caught.value.code is code
 
 
+def test_an_authority_signs_nothing_beyond_its_end(tmp_path: Path) -> None:
+    authority = Authority.create(tmp_path, days=2)
+    end = pki.read_certificate(authority.ca_pem).not_after
+    assert pki.read_certificate(issue(authority, days=1)[1]).not_after < end
+    assert pki.read_certificate(issue(authority, days=90)[1]).not_after == pytest.approx(end, abs=2)
+    with pytest.raises(LichenError) as caught:
+        issue(authority, now=end + 1)
+    assert caught.value.code is Code.CERTIFICATE_EXPIRED
+
+
 def test_authority_is_kept_and_guarded(tmp_path: Path) -> None:
     home = tmp_path / "home" / "pki"
     made = Authority.create(home)
