@@ -53,7 +53,7 @@ def explain(failure: Any, where: str) -> LichenError:
         return LichenError(Code.CONNECT_FAILED, details or "the coordinator is busy", where=where, fix="Wait a minute and try again.")
     if "CERTIFICATE_VERIFY_FAILED" in details:
         what, fix = "the server there did not prove to be this federation's coordinator", "Check the address and this machine's clock."
-    elif "Hostname Verification" in details or "not valid for" in details:
+    elif "Hostname Verification" in details:
         what, fix = (
             "the coordinator's certificate is not for this address",
             "Use the address in the invite, or have its operator add this one.",
