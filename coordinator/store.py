@@ -95,6 +95,7 @@ class Run:
     error: str | None
 
 
+_INVITE = "name, expires_at, used_at, certificate"
 _NODE = "name, node_id, fingerprint, previous_fingerprint, enrolled_at, revoked_at, last_seen"
 _RUN = "run_id, created_at, status, plan, directory, error"
 _OUTSTANDING = "cancelled_at IS NULL AND message_id NOT IN (SELECT message_id FROM replies)"
