@@ -1,0 +1,168 @@
+"""One agent's live stream on the coordinator: its handshake, what it is sent, and how its replies are taken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import grpc.aio
+
+from lichen.common.channel import framing
+from lichen.common.channel.fleet_pb2 import Cancel, CoordinatorFrame, Envelope, Receipt, Welcome
+from lichen.common.channel.transfer import Link, PayloadMissingError, next_frame
+from lichen.common.errors import Code, LichenError
+from lichen.common.records import message_from_bytes, payload_refs
+from lichen.coordinator.store import Node
+
+if TYPE_CHECKING:
+    from lichen.coordinator.fleet import FleetServer
+
+log = logging.getLogger(__name__)
+
+_CORRUPT_LIMIT = 3  # then the sender's copy must be bad, and fetching it again is of no use
+
+
+class Session:
+    """One agent's live stream."""
+
+    def __init__(self, fleet: FleetServer, node: Node, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        self.node = node
+        self.welcomed = False
+        self.link: Link[CoordinatorFrame] = Link(CoordinatorFrame, fleet.spool, fleet.locks, context.write, fleet.timing)
+        self._fleet = fleet
+        self._context = context
+        self._offered: set[str] = set()
+        self._early: list[str] = []
+        self._replying: set[str] = set()
+
+    async def serve(self, fingerprint: str) -> None:
+        """Welcome the agent, send it what it owes replies to, and take its frames until the stream ends."""
+        outstanding = await asyncio.to_thread(self._load, fingerprint)
+        welcome = Welcome(
+            protocol=framing.PROTOCOL,
+            version=version("lichen"),
+            node_id=self.node.node_id,
+            name=self.node.name,
+            outstanding=outstanding[: framing.MAX_IDS],
+        )
+        self.link.send(CoordinatorFrame(welcome=welcome))
+        self.welcomed = True
+        for message_id in [*outstanding[: framing.MAX_IDS], *self._early]:
+            self.offer(message_id)
+        self._fleet.attached(self)
+        await self.link.run(self._read, self._handle)
+
+    def _load(self, fingerprint: str) -> list[str]:
+        store = self._fleet.store
+        store.saw_node(self.node.node_id, fingerprint, time.time())
+        node = store.node_by_id(self.node.node_id)
+        if node is None or not node.active:  # revoked between the handshake and now
+            raise revoked(self.node.name)
+        return store.outstanding(self.node.node_id)
+
+    def offer(self, message_id: str) -> None:
+        """Send a message, once on this stream."""
+        if not self.welcomed:
+            self._early.append(message_id)
+        elif message_id not in self._offered:
+            self._offered.add(message_id)
+            self.link.send_later(lambda: self._envelope(message_id))
+
+    async def _envelope(self, message_id: str) -> CoordinatorFrame | None:
+        data = await asyncio.to_thread(self._fleet.store.message, message_id)
+        if data is None:
+            return None  # answered or withdrawn meanwhile
+        self.link.offer(message_id, payload_refs(message_from_bytes(data)))
+        return CoordinatorFrame(envelope=Envelope(message_id=message_id, message=data))
+
+    def cancel(self, message_ids: list[str]) -> None:
+        """Tell the agent to drop messages."""
+        for message_id in message_ids:
+            self.link.withdraw(message_id)
+            self._offered.discard(message_id)
+        for start in range(0, len(message_ids), framing.MAX_IDS):
+            self.link.send(CoordinatorFrame(cancel=Cancel(message_ids=message_ids[start : start + framing.MAX_IDS])))
+
+    async def _read(self) -> bytes | None:
+        return await next_frame(self._context)
+
+    async def _handle(self, data: bytes) -> bool:
+        field, frame = framing.decode_agent_frame(data)
+        if await self.link.receive(field, frame):
+            return True
+        match field:
+            case "envelope":
+                message_id = frame.envelope.message_id
+                if message_id not in self._replying:
+                    self._replying.add(message_id)
+                    self.link.bytes_received += len(data)
+                    self.link.spawn(self._reply(message_id, frame.envelope.message))
+            case "ack":
+                await asyncio.to_thread(self._fleet.store.ack, frame.ack.message_id, self.node.node_id)
+            case "bye":
+                return False
+            case _:
+                raise framing.frame_invalid(f"a second {field}")
+        return True
+
+    async def _reply(self, message_id: str, data: bytes) -> None:
+        """Take a reply: its payload first, then the reply, then the receipt."""
+        try:
+            kept = await self._take(message_id, data)
+        finally:
+            self._replying.discard(message_id)
+        self.link.withdraw(message_id)
+        self.link.send(CoordinatorFrame(receipt=Receipt(message_id=message_id, stored=kept)))
+
+    async def _take(self, message_id: str, data: bytes) -> bool:
+        awaited = await asyncio.to_thread(self._fleet.store.awaits, message_id, self.node.node_id)
+        if awaited is None:
+            log.warning("node %s replied to message %s, which this coordinator does not know", self.node.name, message_id)
+            return False
+        run_id, wanted = awaited
+        if not wanted:
+            return await asyncio.to_thread(self._fleet.store.reply, message_id) is not None
+        message = message_from_bytes(data)
+        metadata = message.metadata
+        if (metadata.reply_to_message_id, metadata.run_id, metadata.src_node_id) != (message_id, run_id, self.node.node_id):
+            raise framing.frame_invalid("a reply whose metadata are not those of its message")
+        for ref in payload_refs(message):
+            try:
+                await self.link.fetch(ref)
+            except PayloadMissingError as error:
+                log.error("node %s: %s", self.node.name, error)
+                await self._fleet.give_up(message_id, self.node.node_id, error.code)
+                return False
+            except LichenError as error:
+                self._fleet.corrupt[ref.digest] += 1
+                if error.code is not Code.PAYLOAD_CORRUPT or self._fleet.corrupt[ref.digest] < _CORRUPT_LIMIT:
+                    raise
+                log.error("node %s, for the last time: %s", self.node.name, error)
+                await self._fleet.give_up(message_id, self.node.node_id, error.code)
+                return False
+        return await self._fleet.save_reply(message_id, self.node.node_id, data)
+
+
+async def take_hello(context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    """Take an agent's first frame.
+
+    Raises:
+        LichenError: FRAME_INVALID or PROTOCOL_VERSION.
+    """
+    field, frame = framing.decode_agent_frame(await next_frame(context) or b"")
+    if field != "hello":
+        raise framing.frame_invalid(f"{field} before hello")
+    if frame.hello.protocol != framing.PROTOCOL:
+        raise LichenError(
+            Code.PROTOCOL_VERSION,
+            f"the agent speaks protocol {frame.hello.protocol} (lichen {frame.hello.version}), this coordinator {framing.PROTOCOL}",
+            fix="Install the coordinator's version of lichen.",
+        )
+
+
+def revoked(name: str) -> LichenError:
+    """The error of an agent that may connect no longer."""
+    return LichenError(Code.CERTIFICATE_REVOKED, f"the certificate of node {name!r} was revoked", fix="Ask the operator for a new invite.")
