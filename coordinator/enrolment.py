@@ -22,8 +22,9 @@ from lichen.common.channel import enrolment_pb2 as pb
 from lichen.common.channel.refusal import refuse
 from lichen.common.errors import Code, LichenError
 from lichen.common.invite import SECRET_BYTES, Invite, check_address
-from lichen.common.pki import CLIENT_DAYS, Authority, check_name, fingerprint, require_role, same_key
-from lichen.coordinator.store import Node, Store
+from lichen.common.pki import CLIENT_DAYS, Authority, check_name, fingerprint, same_key
+from lichen.coordinator.admission import admit, one_line
+from lichen.coordinator.store import Store
 
 PROTOCOL = 1
 MAX_REQUEST_BYTES = 16_384
@@ -67,32 +68,6 @@ def make_invite(store: Store, authority: Authority, name: str, fleet_address: st
     )
     store.add_invite(name, invite.secret_sha256, invite.expires_at)
     return invite.encode()
-
-
-def admit(store: Store, auth_context: Mapping[str, Iterable[bytes]]) -> Node:
-    """Return the active node whose certificate the peer has shown in the handshake.
-
-    Args:
-        store: the coordinator's store.
-        auth_context: gRPC's ``context.auth_context()``.
-
-    Raises:
-        LichenError: CERTIFICATE_MISSING without a certificate; CERTIFICATE_INVALID if it is not a node's; NODE_UNKNOWN if no such
-            node was ever enrolled; CERTIFICATE_REVOKED if the node was revoked or has a newer certificate.
-    """
-    info = require_role(auth_context, "node")
-    node = store.node_by_name(info.name)
-    if node is None:
-        raise LichenError(Code.NODE_UNKNOWN, f"no node named {info.name!r} is enrolled here", fix="Ask the operator for an invite.")
-    if not node.active:
-        raise LichenError(Code.CERTIFICATE_REVOKED, f"the node {info.name!r} was revoked", fix="Ask the operator for a new invite.")
-    if not node.accepts(info.fingerprint):
-        raise LichenError(
-            Code.CERTIFICATE_REVOKED,
-            f"this certificate of {info.name!r} was replaced by another",
-            fix="If this machine did not enrol or renew again, tell the operator; else ask for a new invite.",
-        )
-    return node
 
 
 class EnrolmentService:
@@ -150,8 +125,11 @@ class EnrolmentService:
             return pb.Certificate(pem=await asyncio.to_thread(self._certificate_for, request, peer))
         except LichenError as error:
             self._failures.count(host, time.monotonic())
-            _log.warning("refused an enrolment from %s: %s", peer, _cause(error))
+            _log.warning("refused an enrolment from %s: %s", peer, one_line(error))
             await refuse(context, error)
+        except Exception:  # whatever it is, a stranger is not told its text
+            _log.exception("an enrolment from %s failed", peer)
+            await context.abort(grpc.StatusCode.INTERNAL, "the coordinator met an error of its own; its log has it")
 
     def _certificate_for(self, request: pb.EnrolRequest, peer: str) -> bytes:
         _check_protocol(request.protocol)
@@ -188,12 +166,12 @@ class EnrolmentService:
             auth_context: Mapping[str, Iterable[bytes]] = context.auth_context()
             return pb.Certificate(pem=await asyncio.to_thread(self._renewed, request, auth_context))
         except LichenError as error:
-            _log.warning("refused a renewal from %s: %s", context.peer(), _cause(error))
+            _log.warning("refused a renewal from %s: %s", context.peer(), one_line(error))
             await refuse(context, error)
 
     def _renewed(self, request: pb.RenewRequest, auth_context: Mapping[str, Iterable[bytes]]) -> bytes:
         _check_protocol(request.protocol)
-        node = admit(self._store, auth_context)
+        node, _ = admit(self._store, auth_context)
         certificate = self._authority.sign_csr(request.csr, node.name, "node", self._days)
         # The store goes on accepting the old certificate until the new one has been seen: this answer may be lost.
         self._store.renew_node(node.name, fingerprint(certificate))
@@ -244,7 +222,3 @@ def _check_protocol(protocol: int) -> None:
             f"the agent speaks enrolment protocol {protocol}, this coordinator {PROTOCOL}",
             fix="Install the same lichen on both.",
         )
-
-
-def _cause(error: LichenError) -> str:
-    return f"error {int(error.code)} ({error.code.name.lower().replace('_', '-')}): {error.what}"

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from lichen.common.errors import Code
+from lichen.common.errors import Code, LichenError
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def explain(reason: str) -> str:
     """Say in one line why gRPC's core refused a handshake, with the error's number if it has one."""
     for text, code, what in _CAUSES:
         if text in reason:
-            return f"error {int(code)} ({code.name.lower().replace('_', '-')}): {what}"
+            return str(LichenError(code, what))
     return reason
 
 

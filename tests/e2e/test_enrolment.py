@@ -26,7 +26,8 @@ from lichen.common.channel.refusal import explain
 from lichen.common.errors import Code, LichenError
 from lichen.common.invite import Invite
 from lichen.common.private_files import write_private
-from lichen.coordinator.enrolment import MAX_REQUEST_BYTES, EnrolmentService, admit, make_invite
+from lichen.coordinator.admission import admit
+from lichen.coordinator.enrolment import MAX_REQUEST_BYTES, EnrolmentService, make_invite
 from lichen.coordinator.handshakes import logged_handshakes
 from lichen.coordinator.store import Store
 
@@ -134,7 +135,7 @@ def test_join_enrols_and_keeps_the_key_private(coordinator: Coordinator, tmp_pat
     assert node is not None
     assert node.active
     assert node.fingerprint == identity.certificate.fingerprint
-    assert admit(coordinator.store, shown(identity.certificate_pem)) == node
+    assert admit(coordinator.store, shown(identity.certificate_pem)) == (node, node.fingerprint)
     assert yaml.safe_load((home / NODE_FILE).read_text()) == {
         "format": 1,
         "name": "clinic-a",
@@ -270,6 +271,17 @@ def test_large_requests_are_refused_unread(coordinator: Coordinator, tmp_path: P
     join(invite, tmp_path / "node")
 
 
+def test_a_fault_of_the_coordinator_tells_a_stranger_nothing(
+    coordinator: Coordinator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    invite = coordinator.invite()
+    coordinator.store.close()
+    error = refused(Code.CONNECT_FAILED, join, invite, tmp_path / "node")
+    assert "database" not in error.what
+    assert "error of its own" in error.what
+    assert any("database" in (record.exc_text or "") for record in caplog.records)
+
+
 def test_enrolment_listener_answers_one_call(coordinator: Coordinator) -> None:
     with grpc.secure_channel(coordinator.enrolment, grpc.ssl_channel_credentials(coordinator.authority.ca_pem)) as channel:
         for method in ("/lichen.enrolment.Renewal/Renew", "/lichen.Fleet/Attach", "/grpc.health.v1.Health/Check"):
@@ -312,7 +324,7 @@ def test_renewal_keeps_the_node(coordinator: Coordinator, tmp_path: Path, caplog
     assert any("renewed the certificate of clinic-a" in line for line in caplog.messages)
     # Both are good until the coordinator has seen the new one; then only that.
     for identity in (first, second):
-        assert admit(store, shown(identity.certificate_pem)).node_id == before.node_id
+        assert admit(store, shown(identity.certificate_pem))[0].node_id == before.node_id
     store.saw_node(after.node_id, second.certificate.fingerprint, time.time())
     refused(Code.CERTIFICATE_REVOKED, admit, store, shown(first.certificate_pem))
     refused(Code.CERTIFICATE_REVOKED, renew, coordinator, first.key_pem, first.certificate_pem, pki.make_csr(first.key_pem, "x"))
@@ -325,7 +337,7 @@ def test_lost_renewals_lock_nobody_out(coordinator: Coordinator, tmp_path: Path)
     for _ in range(3):
         renew(coordinator, identity.key_pem, identity.certificate_pem, pki.make_csr(pki.make_key(), "x"))
     assert renew_if_due(home, now=time.time() + LATE)
-    assert admit(coordinator.store, shown(load_identity(home).certificate_pem)).name == "clinic-a"
+    assert admit(coordinator.store, shown(load_identity(home).certificate_pem))[0].name == "clinic-a"
 
 
 def test_revoked_node(coordinator: Coordinator, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
