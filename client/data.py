@@ -90,9 +90,8 @@ class LocalData:
 
     def take(self, indices: Sequence[int]) -> dict[str, list[Any]]:
         """The rows of a batch: for each field the values at ``indices``, in that order, repeats allowed."""
-        import pyarrow as pa
-
-        return dict(self.rows.take(pa.array(indices, type=pa.int64())).to_pydict())
+        # Value by value: Table.take would first join the chunks, that is, copy the mapped file into memory.
+        return {name: [self.rows.column(name)[int(index)].as_py() for index in indices] for name in self.fields}
 
 
 @dataclass(frozen=True)
@@ -264,6 +263,19 @@ def load(home: Path, split: Split, fields: Sequence[str]) -> LocalData:
     sizes = [source.declared_size for source in manifest.sources]
     known = [size for size in sizes if size is not None]
     return LocalData(table, sum(known) if split == "train" and len(known) == len(sizes) else None)
+
+
+def stamp(home: Path) -> tuple[tuple[str, int, int], ...]:
+    """What tells whether the data has changed: path, size and time of change of the manifest and of every source file.
+
+    Raises:
+        LichenError: as :func:`read_manifest`.
+    """
+    places = [home / MANIFEST]
+    for source in read_manifest(home).sources:
+        place = home / source.path
+        places += sorted(place.rglob("*")) if place.is_dir() else [place]
+    return tuple((str(place), found.st_size, found.st_mtime_ns) for place in places if place.exists() and (found := place.stat()))
 
 
 def check(home: Path, *, limit: int = 20) -> DataReport:

@@ -140,7 +140,8 @@ def write_node_homes(
         fields: task field → column; every column under its own name if None.
         declared_size: what every client declares. None: the power of two nearest to its true number of training rows. That choice is
             the simulator's, which sees all data; in a deployment the owner declares a public constant, and lichen never derives it.
-        holdout: share (below 1) or number of rows that each client keeps for evaluation.
+        holdout: share (below 1) or number of rows that each client keeps for evaluation; a client that it would leave nothing to train
+            on keeps none.
         seed: of the keys that choose the held-out rows, so that a simulation repeats.
 
     Returns:
@@ -153,7 +154,7 @@ def write_node_homes(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from lichen.client.data import Manifest, Source, load, write_manifest
+    from lichen.client.data import Manifest, Source, write_manifest
 
     homes: list[Path] = []
     columns = {name: name for name in rows[0]} if fields is None else dict(fields)
@@ -169,12 +170,22 @@ def write_node_homes(
         except OSError as error:
             raise LichenError(Code.OUTPUT_UNUSABLE, f"cannot write: {error.strerror}", where=str(home)) from None
         key = hashlib.sha256(f"lichen simulation {seed} {number}".encode()).hexdigest()[:32]
-        source = Source(
-            path="data.parquet", fields=columns, declared_size=declared_size, holdout=holdout, added_at="1970-01-01T00:00:00+00:00"
-        )
+        source = Source(path="data.parquet", fields=columns, declared_size=1, holdout=holdout, added_at="1970-01-01T00:00:00+00:00")
         write_manifest(home, Manifest(holdout_key=key, sources=(source,)))
-        if declared_size is None:
-            size = nearest_power_of_two(len(load(home, "train", tuple(columns))))
-            write_manifest(home, Manifest(holdout_key=key, sources=(source.model_copy(update={"declared_size": size}),)))
+        kept = _training_rows(home)
+        if not kept:
+            source, kept = source.model_copy(update={"holdout": 0.0}), len(part)
+        source = source.model_copy(update={"declared_size": declared_size or nearest_power_of_two(kept)})
+        write_manifest(home, Manifest(holdout_key=key, sources=(source,)))
         homes.append(home)
     return homes
+
+
+def _training_rows(home: Path) -> int:
+    from lichen.client.data import check
+    from lichen.client.readers import refuse
+
+    report = check(home, limit=1).sources[0]
+    if report.bad:
+        refuse(report.bad[0])
+    return report.train

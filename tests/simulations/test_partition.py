@@ -1,0 +1,148 @@
+"""Partitions: every row goes to one client, again the same for a seed; nonsense is refused; homes can be loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lichen.client.data import load, read_manifest
+from lichen.common.errors import Code, LichenError
+from lichen.simulations.datasets import load_named
+from lichen.simulations.partition import nearest_power_of_two, partition, write_node_homes
+
+ROWS = [{"text": f"text {number}", "label": "abc"[number % 3], "carrier": "xy"[number % 2]} for number in range(300)]
+
+
+def assert_partition(parts: list[list[int]], count: int) -> None:
+    assert sorted(index for part in parts for index in part) == list(range(count))
+    assert all(part == sorted(part) for part in parts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=st.lists(st.sampled_from("abcd"), min_size=1, max_size=120),
+    clients=st.integers(1, 6),
+    kind=st.one_of(st.just("iid"), st.floats(0.01, 1000).map("dirichlet:{}".format)),
+    seed=st.integers(0, 2**64 - 1),
+    minimum=st.integers(0, 3),
+)
+def test_every_row_goes_to_one_client_and_the_same_for_a_seed(labels: list[str], clients: int, kind: str, seed: int, minimum: int) -> None:
+    rows = [{"text": "x", "label": label} for label in labels]
+    try:
+        parts = partition(rows, kind, clients, seed, minimum=minimum)
+    except LichenError:
+        # only a skewed draw, or too few rows, may be refused
+        assert kind.startswith("dirichlet") or clients > len(rows)
+        return
+    assert len(parts) == clients
+    assert_partition(parts, len(rows))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1 if kind == "iid" else min(sizes) >= minimum
+    assert parts == partition(rows, kind, clients, seed, minimum=minimum)
+
+
+@given(st.lists(st.one_of(st.sampled_from("abc"), st.integers(0, 3)), min_size=1, max_size=50))
+def test_by_field_gives_a_client_a_value(values: list[Any]) -> None:
+    rows = [{"text": "x", "carrier": value} for value in values]
+    parts = partition(rows, "by:carrier", None, 0)
+    assert_partition(parts, len(rows))
+    assert all(len({values[index] for index in part}) == 1 for part in parts)
+    assert len(parts) == len(set(values)) == len(partition(rows, "by:carrier", len(set(values)), 1))
+
+
+def test_r8_by_dirichlet() -> None:
+    rows = load_named("r8").train
+    parts = partition(rows, "dirichlet:0.5", 4, 0)
+    assert_partition(parts, 5485)
+    assert min(map(len, parts)) >= 10
+    assert parts != partition(rows, "dirichlet:0.5", 4, 1)
+
+
+def test_small_alpha_skews_and_large_alpha_does_not() -> None:
+    def spread(kind: str) -> float:
+        shares = [
+            [Counter(ROWS[index]["label"] for index in part)[label] / len(part) for label in "abc"] for part in partition(ROWS, kind, 3, 5)
+        ]
+        return float(np.std(shares, axis=0).mean())
+
+    assert spread("dirichlet:0.1") > 0.3 > 0.05 > spread("dirichlet:10000")
+
+
+@pytest.mark.parametrize(
+    ("kind", "clients", "words"),
+    [
+        ("", 2, "no partition is named ''"),
+        ("random", 2, "no partition is named 'random'"),
+        ("iid:3", 2, "no partition is named 'iid:3'"),
+        ("by:", 2, "no partition is named 'by:'"),
+        ("iid", 0, "cannot be dealt to 0 clients"),
+        ("iid", -1, "cannot be dealt to -1 clients"),
+        ("iid", 301, "300 rows cannot be dealt to 301 clients"),
+        ("iid", None, "cannot be dealt to None clients"),
+        ("dirichlet", 2, "'' is no positive number"),
+        ("dirichlet:x", 2, "'x' is no positive number"),
+        ("dirichlet:0", 2, "'0' is no positive number"),
+        ("dirichlet:-1", 2, "'-1' is no positive number"),
+        ("dirichlet:nan", 2, "'nan' is no positive number"),
+        ("dirichlet:inf", 2, "'inf' is no positive number"),
+        ("dirichlet:0.5", 31, "too few for 31 clients of at least 10"),
+        ("dirichlet:0.0001", 20, "fewer than 10 rows"),
+        ("by:carrier", 3, "'carrier' has 2 values, but 3 clients"),
+        ("by:nothing", None, "row 0 has no 'nothing'"),
+    ],
+)
+def test_nonsense_is_refused(kind: str, clients: int | None, words: str) -> None:
+    with pytest.raises(LichenError) as caught:
+        partition(ROWS, kind, clients, 0)
+    assert caught.value.code is Code.PARTITION_INVALID
+    assert words in caught.value.what
+    with pytest.raises(LichenError):
+        partition([], kind, clients, 0)
+
+
+@given(st.integers(1, 10**9))
+def test_the_nearest_power_of_two_is_nearest(count: int) -> None:
+    power = nearest_power_of_two(count)
+    assert power.bit_count() == 1
+    assert abs(power - count) <= min(abs(power // 2 - count) if power > 1 else count, abs(power * 2 - count))
+
+
+def test_homes_hold_each_client_s_rows_and_write_again_the_same(tmp_path: Path) -> None:
+    parts = partition(ROWS, "dirichlet:0.5", 4, 3)
+    homes = write_node_homes(parts, ROWS, tmp_path, holdout=0.25, seed=3)
+    assert [home.name for home in homes] == ["client-0", "client-1", "client-2", "client-3"]
+    for home, part in zip(homes, parts, strict=True):
+        train, held = load(home, "train", ("text", "label", "carrier")), load(home, "holdout", ("text",))
+        assert sorted(train.column("text") + held.column("text")) == sorted(ROWS[index]["text"] for index in part)
+        assert train.declared_size == nearest_power_of_two(len(train))
+        assert read_manifest(home).sources[0].path == "data.parquet"
+    history = homes[0] / "accountant" / "history"
+    history.parent.mkdir()
+    history.write_text("spent")
+    before = [(home / name).read_bytes() for home in homes for name in ("data.parquet", "data.yaml")]
+    write_node_homes(parts, ROWS, tmp_path, holdout=0.25, seed=3)
+    assert before == [(home / name).read_bytes() for home in homes for name in ("data.parquet", "data.yaml")]
+    assert history.read_text() == "spent"
+    moved = homes[0].rename(tmp_path / "moved")
+    assert len(load(moved, "train", ("text",))) > 0
+
+
+def test_homes_with_a_given_size_and_fields(tmp_path: Path) -> None:
+    home = write_node_homes([[0, 1, 2]], ROWS, tmp_path, fields={"text": "text", "patient": "carrier"}, declared_size=500, holdout=0)[0]
+    data = load(home, "train", ("text", "patient"))
+    assert (data.declared_size, data.column("patient")) == (500, ["x", "y", "x"])
+    with pytest.raises(LichenError, match=r"client 1 has no rows"):
+        write_node_homes([[0], []], ROWS, tmp_path)
+    for single in write_node_homes([[index] for index in range(40)], ROWS, tmp_path / "singles", holdout=0.5):
+        assert len(load(single, "train", ("text",))) == 1  # a client is never left with nothing to train on
+    with pytest.raises(LichenError, match=r"row 2: 'text' is null"):
+        write_node_homes([[0, 1]], [ROWS[0], {"text": None, "label": "a", "carrier": "x"}], tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(LichenError, match=r"output-unusable"):
+        write_node_homes([[0]], ROWS, tmp_path / "file")
