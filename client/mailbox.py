@@ -1,0 +1,137 @@
+"""The agent's mailbox (``agent.sqlite``): messages that were received, and the replies to them until they are receipted.
+
+A reply is kept as the bytes that are sent: what left once leaves again unchanged, never made (or noised) a second time.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lichen.common.errors import Code, LichenError
+
+VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE inbox (message_id TEXT PRIMARY KEY, bytes BLOB NOT NULL, received_at REAL NOT NULL, cancelled_at REAL) STRICT;
+CREATE TABLE replies (message_id TEXT PRIMARY KEY, bytes BLOB NOT NULL, made_at REAL NOT NULL, receipted_at REAL) STRICT;
+CREATE INDEX replies_owed ON replies (message_id) WHERE receipted_at IS NULL;
+CREATE TABLE syncs (number INTEGER PRIMARY KEY) STRICT;
+"""
+
+
+class Mailbox:
+    """Messages and replies of one agent, in one SQLite file; safe to use from several threads.
+
+    Args:
+        path: the database file; made if it is not there.
+
+    Raises:
+        LichenError: STORE_VERSION if a newer lichen wrote the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        with self._transaction() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > VERSION:
+                raise LichenError(
+                    Code.STORE_VERSION,
+                    f"the mailbox has format {version}, this lichen reads up to {VERSION}",
+                    where=str(path),
+                    fix="Install the lichen that wrote it, or a newer one.",
+                )
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version = {VERSION}")
+
+    @contextmanager
+    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """One transaction; a durable one, and all before it, is on the disk when the block has ended."""
+        with self._lock:
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        """Close the database; the object is of no use afterwards."""
+        with self._lock:
+            self._db.close()
+
+    def put(self, message_id: str, data: bytes) -> None:
+        """Keep a message, so that a restarted process finds it; only after `sync` or `put_reply` a power cut spares it too.
+
+        The message can be worked on meanwhile: its sender sends it again until it has the reply.
+        """
+        with self._transaction(durable=False) as db:
+            db.execute(
+                "INSERT INTO inbox (message_id, bytes, received_at) VALUES (?, ?, ?)"
+                " ON CONFLICT (message_id) DO UPDATE SET cancelled_at = NULL, bytes = excluded.bytes",
+                (message_id, data, time.time()),
+            )
+
+    def sync(self) -> None:
+        """Return when all that was put is on the disk."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO syncs (number) VALUES (1)")
+
+    def unhandled(self) -> list[tuple[str, bytes]]:
+        """Messages ``(message_id, bytes)`` that have no reply yet, oldest first."""
+        query = (
+            "SELECT message_id, bytes FROM inbox WHERE cancelled_at IS NULL"
+            " AND message_id NOT IN (SELECT message_id FROM replies) ORDER BY rowid"
+        )
+        return [(str(message_id), bytes(data)) for message_id, data in self._rows(query)]
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        """Drop messages that nobody wants answered any more."""
+        with self._transaction(durable=False) as db:
+            db.executemany(
+                "UPDATE inbox SET cancelled_at = ?, bytes = x'' WHERE message_id = ?", [(time.time(), item) for item in message_ids]
+            )
+
+    def put_reply(self, message_id: str, data: bytes) -> None:
+        """Keep the reply to a message durably; the first one stays."""
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO replies (message_id, bytes, made_at) VALUES (?, ?, ?)", (message_id, data, time.time()))
+
+    def reply(self, message_id: str) -> bytes | None:
+        """The reply to a message, receipted or not; None if none was made."""
+        rows = self._rows("SELECT bytes FROM replies WHERE message_id = ?", message_id)
+        return bytes(rows[0][0]) if rows else None
+
+    def unreceipted(self) -> list[str]:
+        """The ids of messages whose replies the coordinator may not have, oldest first."""
+        return [str(row[0]) for row in self._rows("SELECT message_id FROM replies WHERE receipted_at IS NULL ORDER BY rowid")]
+
+    def receipt(self, message_id: str) -> None:
+        """The coordinator has the reply, or wants it no longer."""
+        with self._transaction(durable=False) as db:
+            db.execute("UPDATE replies SET receipted_at = ? WHERE message_id = ?", (time.time(), message_id))
+            db.execute("UPDATE inbox SET bytes = x'' WHERE message_id = ?", (message_id,))
+
+    def live_messages(self) -> list[bytes]:
+        """The messages without a reply and the replies without a receipt: what the spool's payloads are kept for."""
+        replies = self._rows("SELECT bytes FROM replies WHERE receipted_at IS NULL")
+        return [data for _, data in self.unhandled()] + [bytes(row[0]) for row in replies]
+
+    def counts(self) -> tuple[int, int]:
+        """How many messages wait for a reply, and how many replies for a receipt."""
+        return len(self.unhandled()), len(self.unreceipted())
