@@ -34,7 +34,7 @@ Number = Annotated[float, BeforeValidator(_whole)]
 class Section(BaseModel):
     """A part of the plan: unknown keys are refused, and nothing changes after it was read."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Task(Section):
@@ -65,8 +65,8 @@ class Task(Section):
 class Adapter(Section):
     """Which weights are trained, and travel."""
 
-    kind: Literal["lora", "full"] = "lora"
-    """`lora`: low-rank updates of the targets, and the head. `full`: every weight."""
+    kind: Literal["lora", "full", "head"] = "lora"
+    """`lora`: low-rank updates of the targets, and the head. `full`: every weight. `head`: the head alone, on a frozen base."""
     rank: int = Field(default=8, ge=1, le=512)
     """LoRA's r (Hu et al. 2021)."""
     alpha: Number = Field(default=16.0, gt=0)
@@ -258,7 +258,7 @@ class Simulation(Section):
 class Plan(Section):
     """A federation."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     """The version of this format."""
     name: str = Field(default="federation", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     """A short name."""
@@ -280,6 +280,10 @@ class Plan(Section):
     def private(self) -> bool:
         """Whether differential privacy is on."""
         return self.privacy.unit != "none"
+
+    def __hash__(self) -> int:
+        """Equal plans hash alike; the mappings inside have no hash of their own."""
+        return hash(self.canonical_json())
 
     def canonical_json(self) -> str:
         """The plan with all defaults, keys sorted: equal plans give equal text."""
@@ -323,9 +327,10 @@ def parse_plan(document: Mapping[str, Any], *, where: str = "plan") -> Plan:
     if isinstance(version, int) and version > FORMAT:
         raise LichenError(Code.PLAN_VERSION, f"format {version} is newer than this lichen's {FORMAT}", where=where, fix="Upgrade lichen.")
     try:
-        plan = Plan.model_validate(dict(document))
+        # JSON text, because strict validation of Python objects would refuse a list where the model holds a tuple
+        plan = Plan.model_validate_json(json.dumps(document, default=str))
     except ValidationError as error:
-        raise _explain(error, document, where) from None
+        raise _explain(error, where) from None
     check_sound(plan, where=where)
     return plan
 
@@ -366,6 +371,11 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "local.epochs under differential privacy needs privacy.sample_rate: the number of steps must not depend on true sizes",
             "Set privacy.sample_rate, or local.steps instead of local.epochs.",
         )
+    if plan.privacy.unit == "entity" and plan.evaluation.federated_every:
+        refuse(
+            "federated evaluation under unit: entity would read an entity on both sides: hold-outs are drawn by row",
+            "Set evaluation.federated_every: 0.",
+        )
 
 
 def schema() -> dict[str, Any]:
@@ -392,7 +402,7 @@ def _override(document: dict[str, Any], setting: str) -> None:
         raise LichenError(Code.PLAN_INVALID, f"{text!r} is not a YAML value", where=f"--set {path}") from None
 
 
-def _explain(error: ValidationError, document: Mapping[str, Any], where: str) -> LichenError:
+def _explain(error: ValidationError, where: str) -> LichenError:
     """The first mistakes of a plan, each with its path, what was wrong and the nearest valid value."""
     told: list[str] = []
     for detail in error.errors(include_url=False):

@@ -72,19 +72,18 @@ class TrainReport(_Record):
     declared_size: Annotated[int | None, Rule.DECLARED] = None
     noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     sample_rate: Annotated[float | None, Rule.DECLARED] = None
-    epsilon: Annotated[float | None, Rule.DECLARED] = None
     examples: Annotated[int | None, Rule.PLAIN] = None
     train_loss: Annotated[float | None, Rule.PLAIN] = None
 
 
 class EvaluateReport(_Record):
-    """A node's hold-out scores: a confusion matrix (rows: true label), flattened, and the summed loss."""
+    """A node's hold-out scores: `Scores.counts`, flattened, and the summed loss."""
 
     format: Annotated[Literal[1], Rule.DECLARED] = 1
     client: Annotated[str, Rule.DECLARED]
     round: Annotated[int, Rule.DECLARED]
-    confusion: Annotated[list[float] | None, Rule.NOISED] = None
-    epsilon: Annotated[float | None, Rule.DECLARED] = None
+    counts: Annotated[list[float], Rule.NOISED]
+    noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     loss_sum: Annotated[float | None, Rule.PLAIN] = None
 
 

@@ -1,0 +1,195 @@
+"""The Flower ClientApp: the same in a simulation, on stock Flower and in the agent's worker.
+
+It reads two things of its context's node config: ``home``, the node's home directory, and ``name``; ``simulated`` is set by the
+simulator alone, and makes noise repeatable, hence not private. Whatever fails leaves as a number; under privacy, without a text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from lichen.client.data import Split, load, stamp
+from lichen.client.ledger import Ledger, Limit, Limits
+from lichen.client.policy import load_policy
+from lichen.common import records
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import Plan, plan_from_json
+from lichen.common.privacy.accounting import Segment, noise_multiplier
+from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
+
+if TYPE_CHECKING:
+    from lichen.client.trainer import Trained, Trainer
+    from lichen.common.model.adapter import State
+    from lichen.common.tasks.task import Encoded
+
+log = logging.getLogger(__name__)
+app = ClientApp()
+
+
+class Node:
+    """What the context says of the node that runs this app."""
+
+    def __init__(self, context: Context) -> None:
+        config = context.node_config
+        try:
+            self.home = Path(str(config["home"]))
+            self.name = str(config["name"])
+        except KeyError as missing:
+            raise LichenError(Code.AGENT_HOME_MISSING, f"the node config has no {missing}") from None
+        self.simulated = bool(config.get("simulated", False))
+        self.spool = Path(str(config["spool"])) if "spool" in config else None
+
+
+@app.train()  # type: ignore[untyped-decorator]
+def train(message: Message, context: Context) -> Message:
+    """Fine-tune on the node's rows; the reply holds the update and a `TrainReport`."""
+    return _serve(message, context, _train)
+
+
+@app.evaluate()  # type: ignore[untyped-decorator]
+def evaluate(message: Message, context: Context) -> Message:
+    """Score the model on the node's hold-out; the reply holds an `EvaluateReport`."""
+    return _serve(message, context, _evaluate)
+
+
+def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, Message], RecordDict]) -> Message:
+    private = True  # until the plan says otherwise
+    try:
+        assignment = records.from_config(records.Assignment, message.content.config_records["assignment"])
+        plan = plan_from_json(assignment.plan)
+        private = plan.private
+        node = Node(context)
+        if not node.simulated:
+            load_policy(node.home).check(plan, assignment.plan_sha256, datetime.now().astimezone())
+        return records.reply(message, work(node, plan, assignment.round, message))
+    except LichenError as error:
+        log.error("%s", error)
+        return records.error_reply(message, int(error.code), "" if private else error.what)
+    except Exception as error:
+        log.exception("unexpected failure")
+        return records.error_reply(message, int(Code.INTERNAL), "" if private else type(error).__name__)
+
+
+def _train(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
+    trainer = _trainer(plan)
+    start = records.get_tensors(message.content, node.spool)
+    rows = _rows(node, plan, "train", trainer)
+    if not plan.private:
+        trained = trainer.train(start, rows.encoded, round, SeededSource("order", plan.seed, node.name, round))
+        report = records.TrainReport(
+            client=node.name, round=round, steps=trained.steps, examples=len(rows.encoded), train_loss=trained.loss
+        )
+    else:
+        trained, report = _train_private(node, plan, round, message, trainer, start, rows)
+    records.check_release(report, private=plan.private)
+    content = RecordDict({"report": records.to_config(report)})
+    records.put_tensors(content, trained.delta, node.spool)
+    return content
+
+
+def _train_private(
+    node: Node, plan: Plan, round: int, message: Message, trainer: Trainer, start: State, rows: Rows
+) -> tuple[Trained, records.TrainReport]:
+    from lichen.client.trainer import planned_steps
+
+    if rows.declared_size is None:
+        raise LichenError(
+            Code.DATA_DECLARED_SIZE,
+            "no declared size, and the true one may not be used",
+            where=str(node.home / "data.yaml"),
+            fix="Add the source again with --declared-size N.",
+        )
+    planned = planned_steps(plan, rows.declared_size)
+    run, message_id = str(message.metadata.run_id), message.metadata.message_id
+    with Ledger(node.home) as ledger:
+        steps = ledger.reserve("train", run, message_id, round, planned, _limits(node, plan))
+        segment = planned._replace(steps=steps)
+        source = _source(node, "train", plan.seed, node.name, round)
+        trained = trainer.train_private(start, rows.encoded, rows.units, segment, rows.declared_size, round, source)
+        ledger.released("train", run, message_id)
+        report = records.TrainReport(
+            client=node.name,
+            round=round,
+            steps=steps,
+            declared_size=rows.declared_size,
+            noise_multiplier=segment.noise_multiplier,
+            sample_rate=segment.sample_rate,
+        )
+    return trained, report
+
+
+def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
+    trainer = _trainer(plan)
+    trainer.model.load(records.get_tensors(message.content, node.spool))
+    rows = _rows(node, plan, "holdout", trainer)
+    scores = trainer.task.score(trainer.model.network, rows.encoded, plan.evaluation.batch_size)
+    if not plan.private:
+        report = records.EvaluateReport(client=node.name, round=round, counts=scores.counts.flatten().tolist(), loss_sum=scores.loss_sum)
+    else:
+        times = plan.rounds // plan.evaluation.federated_every
+        segment = Segment(noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, 1.0, times), 1.0, 1)
+        run, message_id = str(message.metadata.run_id), message.metadata.message_id
+        with Ledger(node.home) as ledger:
+            ledger.reserve("holdout", run, message_id, round, segment, _limits(node, plan))
+            noise = _source(node, "holdout", plan.seed, node.name, round).normal(scores.counts.shape, segment.noise_multiplier)
+            ledger.released("holdout", run, message_id)
+        counts = (scores.counts + noise.numpy()).flatten().tolist()
+        report = records.EvaluateReport(client=node.name, round=round, counts=counts, noise_multiplier=segment.noise_multiplier)
+    records.check_release(report, private=plan.private)
+    return RecordDict({"report": records.to_config(report)})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A split's rows, encoded."""
+
+    encoded: Encoded
+    units: list[list[int]]
+    """The rows of each unit of privacy."""
+    declared_size: int | None
+
+
+def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer) -> Rows:
+    return _read_rows(node.home, plan, split, trainer, stamp(node.home))
+
+
+@lru_cache(maxsize=64)
+def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: object) -> Rows:
+    """Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
+    entity = (plan.privacy.unit_field,) if plan.privacy.unit_field else ()
+    data = load(home, split, (*trainer.task.fields, *entity))
+    encoded = trainer.task.encode({field: data.column(field) for field in trainer.task.fields})
+    units: dict[object, list[int]] = {}
+    for row, owner in enumerate(data.column(entity[0]) if entity else range(len(data))):
+        units.setdefault(owner, []).append(row)
+    return Rows(encoded, list(units.values()), data.declared_size)
+
+
+@lru_cache(maxsize=1)
+def _trainer(plan: Plan) -> Trainer:
+    """One model a process; imported here, so that an idle agent does not load torch."""
+    from lichen.client.trainer import Trainer
+
+    return Trainer(plan)
+
+
+def _source(node: Node, *key: object) -> RandomSource:
+    return SeededSource(*key) if node.simulated else SecretSource()
+
+
+def _limits(node: Node, plan: Plan) -> Limits:
+    life = None if node.simulated else load_policy(node.home).privacy
+    return Limits(
+        run=Limit(plan.privacy.epsilon, plan.privacy.delta),
+        life=Limit(life.max_epsilon, life.max_delta) if life else None,
+        repeats=node.simulated,
+    )

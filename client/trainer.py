@@ -1,0 +1,166 @@
+"""Local fine-tuning of one plan's model, with and without differential privacy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.accounting import Segment, noise_multiplier
+from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients, Unit
+from lichen.common.privacy.randomness import RandomSource, poisson_sample
+from lichen.common.privacy.self_check import ROWS, self_check
+from lichen.common.tasks import workbench
+
+if TYPE_CHECKING:
+    from lichen.common.model.adapter import State
+    from lichen.common.plan import Plan
+    from lichen.common.tasks.task import Encoded
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a round's local training."""
+
+    delta: State
+    """Trained minus received tensors."""
+    steps: int
+    loss: float | None
+    """Mean loss of the examples seen; None under differential privacy, where it may not be known."""
+
+
+def planned_steps(plan: Plan, declared_size: int) -> Segment:
+    """What one round costs a client under differential privacy: a function of the plan and the declared size, never of the data.
+
+    Args:
+        plan: a private one.
+        declared_size: units that the owner declares.
+
+    Raises:
+        LichenError: PRIVACY_TARGET.
+    """
+    rate = plan.privacy.sample_rate or min(1.0, plan.local.batch_size / declared_size)
+    steps = plan.local.steps or max(1, round((plan.local.epochs or 1) / rate))
+    noise = noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, rate, steps * plan.rounds)
+    return Segment(noise, rate, steps)
+
+
+class Trainer:
+    """Holds a plan's model ready; each call loads a round's tensors into it.
+
+    Raises:
+        LichenError: MODEL_…, or PRIVACY_SELF_CHECK where the private step is not what it should be.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.task, self.model = workbench(plan)
+        self._gradients: PerUnitGradients | None = None
+        if plan.private:
+            self._gradients = PerUnitGradients(self.model, self.task.losses, plan.local.max_physical_batch_size)
+            made_up = self.task.made_up(ROWS)
+            self_check(self._gradients, self.task.losses, lambda rows: self.task.collate(made_up, rows))
+
+    def train(self, start: State, data: Encoded, round: int, source: RandomSource) -> Trained:
+        """Train without differential privacy.
+
+        Args:
+            start: the tensors to start from.
+            data: the local examples.
+            round: from 1; the learning rate's decay follows it.
+            source: of the examples' order.
+
+        Raises:
+            LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED.
+        """
+        self.model.load(start)
+        optimizer = self._optimizer(round)
+        loss_sum, seen, steps = 0.0, 0, 0
+        for batch in self._batches(len(data), source):
+            optimizer.zero_grad(set_to_none=True)
+            for part in _chunks(batch, self.plan.local.max_physical_batch_size):
+                losses = self.task.losses(self.model.network, self.task.collate(data, part))
+                torch.autograd.backward(losses.sum() / len(batch))
+                loss_sum += float(losses.detach().sum())
+            optimizer.step()
+            seen += len(batch)
+            steps += 1
+        return Trained(self._delta(start), steps, loss_sum / max(seen, 1))
+
+    def train_private(
+        self, start: State, data: Encoded, units: Sequence[Unit], segment: Segment, declared_size: int, round: int, source: RandomSource
+    ) -> Trained:
+        """Train with differential privacy: Poisson draws of units, clipped gradients, noise in each step.
+
+        Args:
+            start: the tensors to start from.
+            data: the local examples.
+            units: the rows of each unit.
+            segment: noise, sample rate and steps, reserved already.
+            declared_size: the denominator is ``sample_rate`` times this.
+            round: from 1.
+            source: of draws and noise.
+
+        Raises:
+            LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED.
+        """
+        if self._gradients is None:
+            raise LichenError(Code.INTERNAL, "the trainer was made for a plan without differential privacy")
+        self.model.load(start)
+        optimizer = NoisyOptimizer(
+            self._optimizer(round),
+            noise_multiplier=segment.noise_multiplier,
+            max_grad_norm=self.plan.privacy.clip,
+            expected_batch_size=segment.sample_rate * declared_size,
+            source=source,
+        )
+        for _ in range(segment.steps):
+            drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
+            self._gradients.step(optimizer, drawn, lambda rows: self.task.collate(data, rows))
+        return Trained(self._delta(start), segment.steps, None)
+
+    def _optimizer(self, round: int) -> torch.optim.Optimizer:
+        local = self.plan.local
+        progress = (round - 1) / self.plan.rounds
+        factor = {"none": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[local.learning_rate_decay]
+        body = [parameter for name, parameter in self.model.trainable.items() if name not in self.model.head]
+        head = [self.model.trainable[name] for name in self.model.trainable if name in self.model.head]
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, "lr": rate * factor}
+            for parameters, rate in ((body, local.learning_rate), (head, local.head_learning_rate or local.learning_rate))
+            if parameters
+        ]
+        if local.optimizer == "sgd":
+            return torch.optim.SGD(groups, momentum=local.betas[0], weight_decay=local.weight_decay)
+        return torch.optim.AdamW(groups, betas=local.betas, weight_decay=local.weight_decay)
+
+    def _batches(self, count: int, source: RandomSource) -> Iterator[list[int]]:
+        """Batches of shuffled passes over the data."""
+        size = self.plan.local.batch_size
+        steps = self.plan.local.steps or max(1, math.ceil((self.plan.local.epochs or 1) * count / size))
+        order: list[int] = []
+        for _ in range(steps):
+            if not order:
+                order = torch.argsort(source.uniform(count)).tolist()
+            batch, order = order[:size], order[size:]
+            yield batch
+
+    def _delta(self, start: Mapping[str, torch.Tensor]) -> State:
+        delta = {name: parameter.detach() - start[name] for name, parameter in self.model.trainable.items()}
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in delta.values())
+        if not finite or not any(bool(tensor.any()) for tensor in delta.values()):
+            raise LichenError(
+                Code.MODEL_NOT_TRAINED,
+                "training gave values that are not finite" if not finite else "training moved no weight",
+                fix="Lower local.learning_rate, and check model.adapter.targets.",
+            )
+        return delta
+
+
+def _chunks(batch: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(batch), size):
+        yield batch[start : start + size]

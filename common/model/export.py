@@ -1,0 +1,74 @@
+"""Write a tuned model so that plain transformers and peft load it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lichen.common.model.adapter import TunedModel
+    from lichen.common.plan import Plan
+
+_LOAD = {
+    ("lora", "mean"): "AutoPeftModelForTokenClassification",
+    ("lora", "pooler"): "AutoPeftModelForSequenceClassification",
+    ("full", "mean"): "AutoModelForTokenClassification",
+    ("full", "pooler"): "AutoModelForSequenceClassification",
+}
+
+
+def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save the adapter (`lora`) or the whole model, the configuration, the tokenizer, and a card that says how to load them.
+
+    Args:
+        directory: made if it is not there.
+        plan: what was trained.
+        model: the model, with its final tensors loaded.
+        tokenizer: the base model's.
+    """
+    network: Any = model.network
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network.save_pretrained(directory)
+    (network.base_model.model if plan.model.adapter.kind == "lora" else network).config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(_card(plan), encoding="utf-8")
+
+
+def _card(plan: Plan) -> str:
+    lora = plan.model.adapter.kind == "lora"
+    loader = _LOAD["lora" if lora else "full", plan.model.head.pooling]
+    pooled = "(logits * mask).sum(1) / mask.sum(1)" if plan.model.head.pooling == "mean" else "logits"
+    note = (
+        "The class scores of a text are the mean of its tokens' logits, which is a linear head on mean-pooled features."
+        if plan.model.head.pooling == "mean"
+        else "The class scores are the model's logits."
+    )
+    base = f", num_labels={len(plan.task.labels)}" if lora else ""
+    return f"""---
+library_name: {"peft" if lora else "transformers"}
+---
+
+# {plan.name}
+
+Fine-tuned by lichen from `{plan.model.base}`: {plan.task.kind}, labels {", ".join(plan.task.labels)}. {note}
+
+```python
+import torch
+from {"peft" if lora else "transformers"} import {loader}
+from transformers import AutoTokenizer
+
+model = {loader}.from_pretrained("model"{base}).eval()
+tokenizer = AutoTokenizer.from_pretrained("model")
+labels = {list(plan.task.labels)!r}
+batch = tokenizer(["a text"], truncation=True, max_length={plan.task.max_length}, padding=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**batch).logits
+mask = batch["attention_mask"].unsqueeze(-1)
+scores = {pooled}
+print([labels[index] for index in scores.argmax(-1)])
+```
+"""

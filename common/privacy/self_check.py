@@ -1,0 +1,96 @@
+"""The check at start: does the private step clip and sum as a loop over single examples does? If not, nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lichen.common.tasks.task import Batch
+
+ROWS = 4
+TOLERANCE = 1e-4
+
+
+class _Silent:
+    """A source without noise."""
+
+    secret = False
+
+    def uniform(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.float64)
+
+    def normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
+        return torch.zeros(shape)
+
+
+def self_check(
+    gradients: PerUnitGradients,
+    losses: Callable[[nn.Module, Batch], torch.Tensor],
+    collate: Callable[[list[int]], Batch],
+) -> None:
+    """Compare the clipped sum with the loop over single examples, on a made-up batch (a real one would be read outside the accounting).
+
+    The trainable tensors are moved off their start for the check, since at LoRA's start half of all gradients are zero, and put back.
+
+    Args:
+        gradients: what is checked.
+        losses: `Task.losses`.
+        collate: makes a batch of some of `ROWS` made-up rows.
+
+    Raises:
+        LichenError: PRIVACY_SELF_CHECK, if they differ, or if the sum is zero.
+    """
+    model = gradients.model
+    start = model.state()
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in model.trainable.values():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        one_by_one = [_gradient(model.network, list(model.trainable.values()), losses, collate([row])) for row in range(ROWS)]
+        norms = torch.stack([torch.sqrt(sum((part**2).sum() for part in parts)) for parts in one_by_one])  # type: ignore[arg-type]
+        clip = float(norms.median())  # some rows are clipped, some are not
+        expected = [
+            torch.stack([parts[index] * min(1.0, clip / float(norm)) for parts, norm in zip(one_by_one, norms, strict=True)]).sum(0)
+            for index in range(len(model.trainable))
+        ]
+        got = _clipped_sum(gradients, clip, collate)
+    finally:
+        model.load(start)
+    size = torch.sqrt(sum((part**2).sum() for part in expected))  # type: ignore[arg-type]
+    error = torch.sqrt(sum(((left - right) ** 2).sum() for left, right in zip(got, expected, strict=True)))  # type: ignore[arg-type]
+    if not float(size) > 0 or not float(error) <= TOLERANCE * float(size):
+        raise LichenError(
+            Code.PRIVACY_SELF_CHECK,
+            f"the clipped sum differs from the loop over single examples by {float(error):.3g} (its norm is {float(size):.3g})",
+            where="model.base",
+            fix="This model can't be trained privately as it is; nothing was trained.",
+        )
+
+
+def _gradient(
+    network: nn.Module,
+    parameters: list[nn.Parameter],
+    losses: Callable[[nn.Module, Batch], torch.Tensor],
+    batch: Batch,
+) -> list[torch.Tensor]:
+    found = torch.autograd.grad(losses(network, batch).sum(), parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def _clipped_sum(gradients: PerUnitGradients, clip: float, collate: Callable[[list[int]], Batch]) -> list[torch.Tensor]:
+    parameters = list(gradients.model.trainable.values())
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer = NoisyOptimizer(
+        torch.optim.SGD(parameters, lr=1.0), noise_multiplier=1.0, max_grad_norm=clip, expected_batch_size=1.0, source=_Silent()
+    )
+    gradients.step(optimizer, [[row] for row in range(ROWS)], lambda rows: collate(list(rows)))
+    return [old - parameter.detach() for old, parameter in zip(before, parameters, strict=True)]

@@ -1,0 +1,134 @@
+"""`result.json`: what a run did, in keys that scripts rely on. Extend it; don't change it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lichen.common.errors import Code, LichenError
+
+Status = Literal["running", "finished", "failed", "stopped"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Round(_Section):
+    """One round; also a line of `metrics.jsonl`."""
+
+    round: int
+    """From 1."""
+    participants: int
+    """Clients whose update was used."""
+    failed: int
+    """Clients that were asked and gave no usable update."""
+    errors: dict[str, int | None] = Field(default_factory=dict)
+    """Error number of each failed client; null for one that did not answer in time."""
+    train_loss: float | None = None
+    """Mean over participants; null under differential privacy."""
+    validation: dict[str, float] | None = None
+    """Metrics on the coordinator's validation split."""
+    federated: dict[str, float] | None = None
+    """Metrics on the clients' hold-outs, where the plan asks for them; noised under differential privacy."""
+    epsilon: float | None = None
+    """The largest client's ε so far."""
+    uplink_bytes: int
+    """Payload bytes from all clients."""
+    downlink_bytes: int
+    """Payload bytes to all clients."""
+    seconds: float
+    """The whole round."""
+
+
+class ClientPrivacy(_Section):
+    """What a client's data paid."""
+
+    epsilon: float
+    """For one record: the maximum over segments."""
+    epsilon_sum: float
+    """For a person with records in all segments: the sum."""
+    steps: int
+    """Noised training steps."""
+    noise_multiplier: float
+    sample_rate: float
+    segments: dict[str, float] = Field(default_factory=dict)
+    """ε of each segment: disjoint sets of records."""
+
+
+class Privacy(_Section):
+    """The run's differential privacy."""
+
+    unit: Literal["none", "example", "entity", "client"]
+    adjacency: Literal["add/remove"] | None = None
+    delta: float | None = None
+    max_epsilon: float | None = None
+    """Over all clients."""
+    noise: Literal["secret", "seeded: not private"] | None = None
+    """Where the noise came from. A simulation's repeats, so it protects nobody."""
+    clients: dict[str, ClientPrivacy] = Field(default_factory=dict)
+
+
+class Transfer(_Section):
+    """Bytes over the whole run."""
+
+    uplink_bytes: int
+    downlink_bytes: int
+    bits_per_parameter: float | None = None
+    """Uplink, of each update."""
+    ratio_to_fp32: float | None = None
+    """Uplink, against 32-bit floats."""
+
+
+class Result(_Section):
+    """The document `result.json`."""
+
+    format: Literal[1] = 1
+    run_id: str
+    status: Status
+    error: str | None = None
+    plan_sha256: str
+    engine: Literal["inprocess", "ray", "deployed", "flower"]
+    seed: int
+    versions: dict[str, str]
+    seconds: float
+    parameters: int | None = None
+    """Trained parameters."""
+    rounds: list[Round] = Field(default_factory=list)
+    final: dict[str, Any] | None = None
+    """`split` and its metrics; the test split is scored once, at the end."""
+    privacy: Privacy
+    transfer: Transfer
+    continual: None = None
+
+
+def read_result(directory: Path) -> Result:
+    """The result of a run directory.
+
+    Raises:
+        LichenError: OUTPUT_UNUSABLE, if it is not there or can't be understood.
+    """
+    path = directory / "result.json"
+    try:
+        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise LichenError(Code.OUTPUT_UNUSABLE, f"no readable result.json: {str(error).splitlines()[0]}", where=str(directory)) from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, sees the old text or the new, and never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def schema() -> str:
+    """The JSON schema of `result.json`."""
+    return json.dumps(Result.model_json_schema(), indent=2, ensure_ascii=False)

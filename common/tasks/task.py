@@ -1,0 +1,96 @@
+"""What a kind of task must offer, so that the trainer, the privacy code and the coordinator need not know which it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from lichen.common.model.adapter import TunedModel
+
+Batch = dict[str, "torch.Tensor"]
+"""Inputs of the model and targets, each with the examples as its first axis."""
+
+Columns = Mapping[str, Sequence[object]]
+"""Rows by column, as they were ingested."""
+
+
+class Encoded(Protocol):
+    """Examples that are ready to be batched. One example is one row as ingested."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, shape (N,)."""
+        ...
+
+
+E = TypeVar("E", bound=Encoded)
+
+
+class Task(Protocol[E]):
+    """One kind of task."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The data fields it reads."""
+        ...
+
+    def build(self) -> TunedModel:
+        """Load the base, attach the adapter, start the head."""
+        ...
+
+    def encode(self, columns: Columns) -> E:
+        """Turn rows into examples.
+
+        Raises:
+            LichenError: DATA_LABEL, DATA_FIELD.
+        """
+        ...
+
+    def made_up(self, rows: int) -> E:
+        """Examples that nobody wrote, of the shape of real ones: for the privacy self-check."""
+        ...
+
+    def collate(self, data: E, indices: Sequence[int]) -> Batch:
+        """A padded batch of the given examples."""
+        ...
+
+    def losses(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of each example, shape (B,), that depends on that example alone: their sum is what DP clips by part."""
+        ...
+
+    def score(self, network: nn.Module, data: E, batch_size: int) -> Scores:
+        """Score a model."""
+        ...
+
+    def scores_from(self, counts: Sequence[float], loss_sum: float | None) -> Scores:
+        """Scores from flattened counts, perhaps summed over clients, perhaps noised.
+
+        Raises:
+            LichenError: FRAME_INVALID, if their number does not fit.
+        """
+        ...
+
+
+class Scores(Protocol):
+    """Sums from which metrics follow, so that scores of several clients can be added."""
+
+    @property
+    def counts(self) -> np.ndarray:
+        """What an evaluation releases: one example changes one entry by one, so the ℓ2 sensitivity is 1."""
+        ...
+
+    @property
+    def loss_sum(self) -> float | None:
+        """Loss summed over examples; None where it may not be known."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics by their usual names."""
+        ...

@@ -1,0 +1,202 @@
+"""Text classification: a linear head over pooled features, per-example cross-entropy, accuracy and macro-F1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - torch's own convention
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.model.adapter import TunedModel, attach
+from lichen.common.model.base import load_base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lichen.common.plan import Plan
+    from lichen.common.tasks.task import Batch, Columns
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Token ids of each text, and labels as class indices."""
+
+    tokens: list[list[int]]
+    labels: torch.Tensor
+    """Shape (N,), int64."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, shape (N,)."""
+        return np.array([len(ids) for ids in self.tokens], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class ClassificationScores:
+    """A confusion matrix and the summed loss.
+
+    Args:
+        counts: shape (C, C), rows are true labels; noised ones may be fractional or negative.
+        loss_sum: cross-entropy in nats, summed over examples; None where it may not be known.
+    """
+
+    counts: np.ndarray
+    loss_sum: float | None
+
+    def metrics(self) -> dict[str, float]:
+        """`accuracy`, `macro_f1` (over classes that occur; as scikit-learn's) and, where it is known, `loss` (mean)."""
+        counts = np.clip(self.counts, 0, None)
+        total = max(counts.sum(), 1.0)
+        hits = np.diag(counts)
+        seen = counts.sum(0) + counts.sum(1)
+        f1 = 2 * hits[seen > 0] / seen[seen > 0]
+        found = {"accuracy": float(hits.sum() / total), "macro_f1": float(f1.mean()) if f1.size else 0.0}
+        return found if self.loss_sum is None else found | {"loss": float(self.loss_sum / total)}
+
+
+class TextClassification:
+    """Texts to one of the plan's labels.
+
+    With mean pooling the network is `AutoModelForTokenClassification`, and a text's logits are the mean of its real tokens' logits.
+    Since the head is linear, that equals the head on mean-pooled features (Reimers and Gurevych 2019), and the model stays one that
+    plain transformers and peft load. With `pooler` it is `AutoModelForSequenceClassification` as it is.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.fields = (plan.task.text_field, plan.task.label_field)
+        self._index = {label: index for index, label in enumerate(plan.task.labels)}
+        self._mean = plan.model.head.pooling == "mean"
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
+        if self._tokenizer is None:
+            raise LichenError(Code.INTERNAL, "the task's model was not built yet")
+        return self._tokenizer
+
+    def build(self) -> TunedModel:
+        """Load the base, attach the adapter, start the head (see `Task.build`)."""
+        from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+        labels = self.plan.task.labels
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.plan.seed)  # a random head is the same in every run of the plan
+            base, self._tokenizer = load_base(
+                self.plan.model,
+                AutoModelForTokenClassification if self._mean else AutoModelForSequenceClassification,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id=self._index,
+            )
+        model = attach(base, self.plan, "TOKEN_CLS" if self._mean else "SEQ_CLS")
+        model.network.train()
+        self._start_head(base, model)
+        return model
+
+    def encode(self, columns: Columns) -> EncodedTexts:
+        """Tokenise texts, and look labels up (see `Task.encode`)."""
+        texts, names = (columns[field] for field in self.fields)
+        strangers = sorted({str(name) for name in names if str(name) not in self._index})
+        if strangers:
+            raise LichenError(Code.DATA_LABEL, f"{strangers[:5]} not among the plan's labels", where=self.plan.task.label_field)
+        labels = torch.tensor([self._index[str(name)] for name in names], dtype=torch.int64)
+        return EncodedTexts(self._tokens([str(text) for text in texts]), labels)
+
+    def made_up(self, rows: int) -> EncodedTexts:
+        """Random tokens of random lengths, and random labels."""
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(3, min(self.plan.task.max_length, 24) + 1, (rows,), generator=generator).tolist()
+        ordinary = sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
+        picks = [torch.randint(len(ordinary), (length,), generator=generator).tolist() for length in lengths]
+        labels = torch.randint(len(self.plan.task.labels), (rows,), generator=generator)
+        return EncodedTexts([[ordinary[pick] for pick in row] for row in picks], labels)
+
+    def collate(self, data: EncodedTexts, indices: Sequence[int]) -> Batch:
+        """A batch padded to its longest text: ``input_ids`` and ``attention_mask`` (B, T), ``labels`` (B,)."""
+        batch = self._pad([data.tokens[index] for index in indices])
+        batch["labels"] = data.labels[torch.as_tensor(indices, dtype=torch.int64)]
+        return batch
+
+    def losses(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """Cross-entropy of each text, shape (B,). The model's own mean over the batch is never used: it breaks DP's sensitivity."""
+        return F.cross_entropy(self._logits(network, batch), batch["labels"], reduction="none")
+
+    @torch.no_grad()
+    def score(self, network: nn.Module, data: EncodedTexts, batch_size: int) -> ClassificationScores:
+        """Score a model on all examples, in order of length so that little is padded."""
+        classes = len(self.plan.task.labels)
+        confusion = np.zeros((classes, classes), dtype=np.float64)
+        loss_sum = 0.0
+        order = np.argsort(data.lengths, kind="stable").tolist()
+        network.eval()
+        try:
+            for start in range(0, len(order), batch_size):
+                batch = self.collate(data, order[start : start + batch_size])
+                logits = self._logits(network, batch)
+                loss_sum += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
+                np.add.at(confusion, (batch["labels"].numpy(), logits.argmax(1).numpy()), 1)
+        finally:
+            network.train()
+        return ClassificationScores(confusion, loss_sum)
+
+    def scores_from(self, counts: Sequence[float], loss_sum: float | None) -> ClassificationScores:
+        """Scores from a flattened confusion matrix (see `Task.scores_from`)."""
+        classes = len(self.plan.task.labels)
+        if len(counts) != classes**2 or not all(math.isfinite(count) for count in counts):
+            raise LichenError(Code.FRAME_INVALID, f"{len(counts)} counts are no confusion matrix of {classes} classes")
+        return ClassificationScores(np.array(counts, dtype=np.float64).reshape(classes, classes), loss_sum)
+
+    def _logits(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        mask = batch["attention_mask"]
+        logits: torch.Tensor = network(input_ids=batch["input_ids"], attention_mask=mask).logits
+        return _mean_over_tokens(logits, mask) if self._mean else logits
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded: Any = self.tokenizer(texts, truncation=True, max_length=self.plan.task.max_length)
+        return list(encoded["input_ids"])
+
+    def _pad(self, rows: list[list[int]]) -> Batch:
+        length = max(len(row) for row in rows)
+        ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id), dtype=torch.int64)
+        mask = torch.zeros((len(rows), length), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            mask[index, : len(row)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    @torch.no_grad()
+    def _start_head(self, base: PreTrainedModel, model: TunedModel) -> None:
+        head = self.plan.model.head
+        if head.init == "random":
+            return
+        for name in model.head:
+            model.trainable[name].zero_()
+        if head.init == "zeros":
+            return
+        batch = self._pad(self._tokens([self.plan.task.label_descriptions[label] for label in self.plan.task.labels]))
+        hidden = base.base_model(**batch).last_hidden_state
+        embedding = F.normalize(_mean_over_tokens(hidden, batch["attention_mask"]), dim=1)
+        # what all descriptions share says nothing of the class
+        weight = head.scale * F.normalize(embedding - embedding.mean(0), dim=1)
+        (name,) = (name for name in model.head if model.trainable[name].shape == weight.shape)
+        model.trainable[name].copy_(weight)
+
+
+def _mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of ``values`` (B, T, D) over real tokens (``mask`` (B, T)): (B, D)."""
+    weights = mask.to(values.dtype).unsqueeze(-1)
+    return (values * weights).sum(1) / weights.sum(1).clamp(min=1)
