@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,15 +21,15 @@ import grpc
 import grpc.aio
 from flwr.app import Message
 
-from lichen.common import pki
 from lichen.common.channel import framing
 from lichen.common.channel.refusal import refuse
 from lichen.common.channel.spool import Spool
 from lichen.common.channel.transfer import Locks
 from lichen.common.errors import Code, LichenError
 from lichen.common.records import error_reply, message_from_bytes, message_to_bytes, payload_refs
+from lichen.coordinator.admission import admit, one_line, revoked
 from lichen.coordinator.grid import Arrivals, GrpcGrid
-from lichen.coordinator.session import Session, revoked, take_hello
+from lichen.coordinator.session import Session, take_hello
 from lichen.coordinator.store import Node, Store
 
 __all__ = ["FleetServer", "GrpcGrid"]
@@ -110,11 +110,11 @@ class FleetServer:
         """Serve one agent's stream, from its handshake to its end."""
         self._loop = asyncio.get_running_loop()
         try:
-            node, fingerprint = await asyncio.to_thread(self._authenticate, context.auth_context())
+            node, fingerprint = await asyncio.to_thread(admit, self.store, context.auth_context())
             async with asyncio.timeout(self.timing.handshake):
                 await take_hello(context)
         except LichenError as error:
-            log.warning("refused an agent from %s: %s", context.peer(), error)
+            log.warning("refused an agent from %s: %s", context.peer(), one_line(error))
             await refuse(context, error)
         except TimeoutError:
             log.warning("refused an agent from %s: no hello within %g s", context.peer(), self.timing.handshake)
@@ -136,16 +136,6 @@ class FleetServer:
                 del self._sessions[node.node_id]
             self.traffic[node.node_id, "sent"] += session.link.bytes_sent
             self.traffic[node.node_id, "received"] += session.link.bytes_received
-
-    def _authenticate(self, auth: Mapping[str, Iterable[bytes]]) -> tuple[Node, str]:
-        """The node whose certificate this is, and the certificate's fingerprint (TLS has checked the authority and the dates)."""
-        info = pki.read_certificate(next(iter(auth.get("x509_pem_cert", ())), b""))
-        node = self.store.node_by_name(info.name)
-        if node is None:
-            raise LichenError(Code.NODE_UNKNOWN, f"no node named {info.name!r} is enrolled here", fix="Join with a new invite.")
-        if not node.active or not node.accepts(info.fingerprint):
-            raise revoked(info.name)
-        return node, info.fingerprint
 
     def attached(self, session: Session) -> None:
         """Tell who waits for nodes that one is there."""

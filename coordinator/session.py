@@ -15,6 +15,7 @@ from lichen.common.channel.fleet_pb2 import Cancel, CoordinatorFrame, Envelope, 
 from lichen.common.channel.transfer import Link, PayloadMissingError, next_frame
 from lichen.common.errors import Code, LichenError
 from lichen.common.records import message_from_bytes, payload_refs
+from lichen.coordinator.admission import revoked
 from lichen.coordinator.store import Node
 
 if TYPE_CHECKING:
@@ -161,8 +162,3 @@ async def take_hello(context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
             f"the agent speaks protocol {frame.hello.protocol} (lichen {frame.hello.version}), this coordinator {framing.PROTOCOL}",
             fix="Install the coordinator's version of lichen.",
         )
-
-
-def revoked(name: str) -> LichenError:
-    """The error of an agent that may connect no longer."""
-    return LichenError(Code.CERTIFICATE_REVOKED, f"the certificate of node {name!r} was revoked", fix="Ask the operator for a new invite.")
