@@ -15,19 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import grpc.aio
 import pytest
 import yaml
+from flwr.app import Message
 
+from lichen.client.connection import Connection, Credentials, Status
 from lichen.client.enrolment import IDENTITY_FILE, NODE_FILE, Identity, join, leave, load_identity, renew_if_due
+from lichen.client.mailbox import Mailbox
 from lichen.common import pki
 from lichen.common.channel import enrolment_pb2 as pb
+from lichen.common.channel import framing
 from lichen.common.channel.refusal import explain
+from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
 from lichen.common.invite import Invite
 from lichen.common.private_files import write_private
 from lichen.coordinator.admission import admit
 from lichen.coordinator.enrolment import MAX_REQUEST_BYTES, EnrolmentService, make_invite
+from lichen.coordinator.fleet import FleetServer
 from lichen.coordinator.handshakes import logged_handshakes
 from lichen.coordinator.store import Store
 
@@ -43,6 +48,7 @@ class Coordinator:
     authority: pki.Authority
     store: Store
     loop: asyncio.AbstractEventLoop
+    server: FleetServer
     enrolment: str = ""
     fleet: str = ""
 
@@ -60,23 +66,21 @@ def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    coordinator = Coordinator(home, authority, Store(home / "store.sqlite"), loop)
+    store = Store(home / "store.sqlite")
+    coordinator = Coordinator(home, authority, store, loop, FleetServer(store, Spool(home / "spool")))
     service = EnrolmentService(coordinator.store, authority, days=DAYS)
     key, certificate = authority.issue_server(["127.0.0.1"])
 
-    async def start() -> grpc.aio.Server:
+    async def start() -> None:
         coordinator.enrolment = f"127.0.0.1:{await service.start('127.0.0.1:0', key, certificate)}"
-        fleet = grpc.aio.server(handlers=[service.renewal_handler()])
-        credentials = grpc.ssl_server_credentials([(key, certificate)], authority.ca_pem, require_client_auth=True)
-        coordinator.fleet = f"127.0.0.1:{fleet.add_secure_port('127.0.0.1:0', credentials)}"
-        await fleet.start()
-        return fleet
+        port = await coordinator.server.start("127.0.0.1:0", key, certificate, authority.ca_pem, service.renewal_handler())
+        coordinator.fleet = f"127.0.0.1:{port}"
 
     async def stop() -> None:
         await service.stop()
-        await fleet.stop(0)
+        await coordinator.server.stop(0)
 
-    fleet = coordinator.do(start())
+    coordinator.do(start())
     yield coordinator
     coordinator.do(stop())
     loop.call_soon_threadsafe(loop.stop)
@@ -122,6 +126,39 @@ def renew(coordinator: Coordinator, key: bytes | None, certificate: bytes | None
             return call(pb.RenewRequest(protocol=1, csr=csr), timeout=10).pem
         except grpc.RpcError as error:
             raise explain(error, coordinator.fleet) from error
+
+
+def attach(coordinator: Coordinator, home: Path, once_connected: Callable[[], object] | None = None) -> Status:
+    """Connect as the agent of ``home`` does, once, and return where that led; then leave, or wait for what the call brings about."""
+
+    def credentials() -> Credentials:
+        identity = load_identity(home)
+        return Credentials(identity.ca_pem, identity.key_pem, identity.certificate_pem)
+
+    async def handle(message: Message) -> Message:
+        return message
+
+    async def run() -> Status:
+        seen: list[Status] = []
+
+        def note(status: Status) -> None:
+            seen.append(status)
+            if status.state == "connected":
+                if once_connected is None:
+                    connection.stop()
+                else:
+                    asyncio.get_running_loop().run_in_executor(None, once_connected)
+
+        mailbox, spool = Mailbox(home / "agent.sqlite"), Spool(home / "spool")
+        connection = Connection(coordinator.fleet, credentials, mailbox, spool, on_status=note)
+        try:
+            async with asyncio.timeout(10):
+                await connection.run(handle)
+        finally:
+            mailbox.close()
+        return next(status for status in seen if status.state == "connected")
+
+    return asyncio.run(run())
 
 
 def shown(certificate: bytes) -> dict[str, list[bytes]]:
@@ -211,6 +248,12 @@ def test_a_request_cannot_choose_its_name(coordinator: Coordinator) -> None:
     assert [node.name for node in coordinator.store.nodes()] == ["clinic-a"]
     renewed = renew(coordinator, key, certificate, pki.make_csr(key, "clinic-b"))
     assert pki.read_certificate(renewed).name == "clinic-a"
+
+
+def test_an_answer_for_another_name_is_not_kept(coordinator: Coordinator, tmp_path: Path) -> None:
+    invite = dataclasses.replace(Invite.decode(coordinator.invite("clinic-a")), name="clinic-b")
+    refused(Code.CERTIFICATE_INVALID, join, invite.encode(), tmp_path / "node")
+    assert not (tmp_path / "node" / NODE_FILE).exists()
 
 
 def test_a_bad_request_does_not_use_the_invite_up(coordinator: Coordinator, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -407,6 +450,7 @@ def test_refused_handshake_has_its_number_at_the_agent_and_in_the_log(
     error = refused(code, load_identity, home)
     assert error.where.endswith("identity.pem")
     refused(code, renew_if_due, home)
+    refused(code, attach, coordinator, home)
 
 
 def test_an_exposed_key_is_not_used(coordinator: Coordinator, tmp_path: Path) -> None:
@@ -436,3 +480,49 @@ def test_unreachable_coordinator(coordinator: Coordinator, tmp_path: Path) -> No
     invite = dataclasses.replace(Invite.decode(coordinator.invite()), enrolment="127.0.0.1:1")
     error = refused(Code.CONNECT_FAILED, join, invite.encode(), tmp_path / "node", timeout=10)
     assert error.where == "127.0.0.1:1"
+
+
+def test_enrolled_agent_attaches_and_a_renewed_one_again(coordinator: Coordinator, tmp_path: Path) -> None:
+    home, store = tmp_path / "node", coordinator.store
+    first = join(coordinator.invite(), home)
+    before = attach(coordinator, home)
+    assert before.name == "clinic-a"
+    assert renew_if_due(home, now=time.time() + LATE)
+    after = attach(coordinator, home)
+    assert after.node_id == before.node_id
+    # The coordinator has seen the new certificate: the old one is out.
+    node = store.node_by_name("clinic-a")
+    assert node is not None
+    assert node.previous_fingerprint is None
+    write_private(home / IDENTITY_FILE, first.key_pem + first.certificate_pem)
+    refused(Code.CERTIFICATE_REVOKED, attach, coordinator, home)
+
+
+def test_revocation_ends_a_live_stream_and_stays(coordinator: Coordinator, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home = tmp_path / "node"
+    join(coordinator.invite(), home)
+    began = time.monotonic()
+    refused(Code.CERTIFICATE_REVOKED, attach, coordinator, home, lambda: coordinator.server.revoke("clinic-a"))
+    assert time.monotonic() - began < 5
+    in_log(caplog, Code.CERTIFICATE_REVOKED, "ended the stream of node clinic-a")
+    caplog.clear()
+    refused(Code.CERTIFICATE_REVOKED, attach, coordinator, home)
+    in_log(caplog, Code.CERTIFICATE_REVOKED, "refused an agent", "clinic-a")
+
+
+def test_streams_are_for_enrolled_nodes(coordinator: Coordinator, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home = tmp_path / "node"
+    identity = join(coordinator.invite(), home)
+    csr = pki.make_csr(identity.key_pem, "x")
+    # Signed by the right authority, but never given to an enrolled node.
+    write_private(home / IDENTITY_FILE, identity.key_pem + coordinator.authority.sign_csr(csr, "stray", "node"))
+    refused(Code.NODE_UNKNOWN, attach, coordinator, home)
+    in_log(caplog, Code.NODE_UNKNOWN, "refused an agent", "stray")
+    operator = coordinator.authority.sign_csr(csr, "clinic-a", "operator")
+    with grpc.secure_channel(
+        coordinator.fleet, grpc.ssl_channel_credentials(coordinator.authority.ca_pem, identity.key_pem, operator)
+    ) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream(framing.METHOD)(iter(()), timeout=10))
+    assert explain(caught.value, "").code is Code.CERTIFICATE_INVALID
+    in_log(caplog, Code.CERTIFICATE_INVALID, "refused an agent", "operator")
