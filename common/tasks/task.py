@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from lichen.common.model.adapter import TunedModel
 
@@ -39,6 +40,11 @@ class Task(Protocol[E]):
     @property
     def fields(self) -> tuple[str, ...]:
         """The data fields it reads."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
         ...
 
     def build(self) -> TunedModel:

@@ -1,0 +1,87 @@
+"""`lichen plan`: make, check and explain plans."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import load_plan, schema
+
+app = typer.Typer(help="Make and check plans.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+TEMPLATE = """\
+# A federation of lichen. `lichen plan schema` describes every key, `lichen plan show FILE` fills in the defaults.
+name: {name}
+seed: 0
+rounds: 5
+
+task:
+  kind: text-classification
+  labels: [negative, positive]   # the class names, in the order of the model's outputs
+  max_length: 128
+
+model:
+  base: sentence-transformers/all-MiniLM-L6-v2   # a hub name, a local path, or package:DISTRIBUTION/PATH
+  adapter: {{kind: lora, rank: 8}}
+
+cohort: {{size: 4, minimum: 2, deadline_s: 600}}
+
+local:
+  steps: 20
+  batch_size: 32
+  learning_rate: 1.0e-3
+
+privacy:
+  unit: example        # none, example, or entity with unit_field
+  epsilon: 8           # for each client, over all rounds
+  delta: 1.0e-5        # below 1 / (number of units)
+  clip: 1.0
+  sample_rate: 0.05
+
+simulation: {{clients: 4, partition: "dirichlet:0.5", data: {{path: train.csv, fields: {{text: text, label: label}}}}}}
+"""
+
+PlanFile = Annotated[Path, typer.Argument(help="The plan's file (YAML or JSON).", show_default=False)]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a key of the plan. May be repeated.")]
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="Where to write it.", show_default=False)],
+    name: Annotated[str, typer.Option(help="The federation's name.")] = "federation",
+) -> None:
+    """Write a plan to start from. Example: lichen plan new plan.yaml."""
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(TEMPLATE.format(name=name))
+    except FileExistsError:
+        raise LichenError(Code.OUTPUT_EXISTS, "there is a file already", where=str(file), fix="Choose another name.") from None
+    except OSError as error:
+        raise LichenError(Code.OUTPUT_UNUSABLE, str(error), where=str(file)) from None
+    typer.echo(f"wrote {file}; check it with: lichen plan validate {file}")
+
+
+@app.command()
+def validate(plan: PlanFile, settings: Settings = None) -> None:
+    """Check a plan; say what is wrong with it, where, and what would be right. Example: lichen plan validate plan.yaml."""
+    found = load_plan(plan, settings or ())
+    typer.echo(f"{plan}: valid; {found.name}, {found.rounds} rounds, sha256 {found.sha256()}")
+
+
+@app.command("schema")
+def schema_() -> None:
+    """Print the plan's JSON schema, with a description of every key. Example: lichen plan schema > plan.schema.json."""
+    typer.echo(json.dumps(schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def show(
+    plan: PlanFile, settings: Settings = None, as_json: Annotated[bool, typer.Option("--json", help="As canonical JSON.")] = False
+) -> None:
+    """Print a plan with all defaults filled in. Example: lichen plan show plan.yaml --set rounds=10."""
+    found = load_plan(plan, settings or ())
+    typer.echo(found.canonical_json() if as_json else found.to_yaml().rstrip())

@@ -1,0 +1,114 @@
+"""The Flower ServerApp: the same in a simulation, on stock Flower and in the coordinator service.
+
+Its context's run config holds ``plan`` (JSON), ``directory`` (the run directory), ``engine``, and where there are any ``validation``
+and ``test`` (Parquet files) and ``spool``.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from lichen.common import records
+from lichen.common.errors import LichenError
+from lichen.common.model.export import save_model
+from lichen.common.plan import Plan, plan_from_json
+from lichen.common.result import Result, Transfer
+from lichen.common.tasks import workbench
+from lichen.coordinator.run_directory import RunDirectory, versions
+from lichen.coordinator.strategy import FederatedStrategy, privacy_of
+
+if TYPE_CHECKING:
+    from lichen.common.model.adapter import State
+
+log = logging.getLogger(__name__)
+app = ServerApp()
+
+
+class OwnData:
+    """The coordinator's own validation and test rows, scored with the run's model."""
+
+    def __init__(self, plan: Plan, validation: Path | None, test: Path | None) -> None:
+        self.plan = plan
+        self.task, self.model = workbench(plan)
+        self._encoded = {path: self._read(path) for path in (validation, test) if path is not None}
+        self._validation = validation
+        self._test = test
+
+    def validation(self, state: State) -> dict[str, float] | None:
+        """Metrics on the validation split; None if there is none."""
+        return self._score(state, self._validation)
+
+    def test(self, state: State) -> dict[str, float] | None:
+        """Metrics on the test split; None if there is none."""
+        return self._score(state, self._test)
+
+    def add_counts(self, reports: list[records.EvaluateReport]) -> dict[str, float] | None:
+        """Metrics of the clients' hold-outs together."""
+        counts = [sum(column) for column in zip(*(report.counts for report in reports), strict=True)]
+        losses = [report.loss_sum for report in reports if report.loss_sum is not None]
+        return self.task.scores_from(counts, sum(losses) if len(losses) == len(reports) else None).metrics()
+
+    def _score(self, state: State, split: Path | None) -> dict[str, float] | None:
+        if split is None:
+            return None
+        self.model.load(state)
+        return self.task.score(self.model.network, self._encoded[split], self.plan.evaluation.batch_size).metrics()
+
+    def _read(self, path: Path) -> Any:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path, columns=list(self.task.fields))
+        return self.task.encode({field: table.column(field).to_pylist() for field in self.task.fields})
+
+
+@app.main()  # type: ignore[untyped-decorator]
+def main(grid: Grid, context: Context) -> None:
+    """Run the plan, and write the run directory; a run that was begun there goes on.
+
+    Raises:
+        LichenError: as `FederatedStrategy.start`; the result then says failed or stopped, and why.
+    """
+    config = context.run_config
+    plan = plan_from_json(str(config["plan"]))
+    directory = RunDirectory(Path(str(config["directory"])), plan)
+    engine: Any = str(config["engine"])
+    spool = Path(str(config["spool"])) if "spool" in config else None
+    result = Result(
+        run_id=str(context.run_id),
+        status="running",
+        plan_sha256=plan.sha256(),
+        engine=engine,
+        seed=plan.seed,
+        versions=versions(),
+        seconds=0.0,
+        privacy=privacy_of(plan, simulated=engine in {"inprocess", "ray"}),
+        transfer=Transfer(uplink_bytes=0, downlink_bytes=0),
+    )
+    try:
+        own = OwnData(plan, *(Path(str(config[key])) if key in config else None for key in ("validation", "test")))
+        strategy = FederatedStrategy(plan, directory, result, own, spool, getattr(grid, "name_of", None))
+        content = RecordDict()
+        records.put_tensors(content, own.model.state(), spool)
+        strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)
+        final = strategy.final_model()
+        own.model.load(final)
+        save_model(directory.path / "model", plan, own.model, own.task.tokenizer)
+        for split, found in (("test", own.test(final)), ("validation", own.validation(final))):
+            if found is not None and result.final is None:
+                result.final = {"split": split, **found}
+        result.status = "finished"
+    except LichenError as error:
+        result.status = "stopped" if error.code.name == "RUN_STOPPED" else "failed"
+        result.error = str(error)
+        raise
+    except BaseException as error:
+        result.status = "failed"
+        result.error = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        directory.save_result(result)

@@ -1,0 +1,170 @@
+"""The directory of a run: plan, checkpoints, metrics, result, model. Every write is atomic, so a killed run goes on from it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.accounting import Segment
+from lichen.common.result import Result, Round, write_atomically
+
+if TYPE_CHECKING:
+    from lichen.common.model.adapter import State
+    from lichen.common.plan import Plan
+
+FORMAT = 1
+KEPT = 2
+
+
+@dataclass
+class ServerState:
+    """All that a run's next round depends on."""
+
+    round: int
+    """Rounds finished."""
+    model: State
+    velocity: State
+    """The server optimizer's; may be empty."""
+    average: State
+    """Sum of the models of the last rounds that the final model is the mean of; may be empty."""
+    spent: dict[str, list[Segment]] = field(default_factory=dict)
+    """Training steps by client."""
+    evaluated: dict[str, list[Segment]] = field(default_factory=dict)
+    """Noised hold-out evaluations by client."""
+
+
+class RunDirectory:
+    """One run's directory.
+
+    Args:
+        path: the directory.
+        plan: the run's plan; it must be the one that the directory was made for.
+
+    Raises:
+        LichenError: OUTPUT_UNUSABLE, if it belongs to another plan or can't be written.
+    """
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path = path
+        self.plan = plan
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            digest = path / "checkpoints" / "plan.sha256"
+            if digest.exists() and digest.read_text(encoding="utf-8") != plan.sha256():
+                raise LichenError(Code.OUTPUT_UNUSABLE, "it holds a run of another plan", where=str(path), fix="Choose another directory.")
+            write_atomically(path / "plan.yaml", plan.to_yaml())
+            write_atomically(digest, plan.sha256())
+        except OSError as error:
+            raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(path)) from None
+
+    # --- the cohort of the round that is under way ---
+
+    def save_cohort(self, round: int, nodes: Iterable[int]) -> None:
+        """Keep who was asked in a round, before anyone is: after a crash the same nodes are asked the same."""
+        write_atomically(self.path / "checkpoints" / "cohort.json", json.dumps({"round": round, "nodes": list(nodes)}))
+
+    def load_cohort(self, round: int) -> list[int] | None:
+        """Who was asked in ``round``, if it was begun before a crash."""
+        try:
+            found = json.loads((self.path / "checkpoints" / "cohort.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return [int(node) for node in found["nodes"]] if found["round"] == round else None
+
+    # --- checkpoints ---
+
+    def save_state(self, state: ServerState) -> None:
+        """Write a checkpoint, and drop those that are no longer needed."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{part}/{name}": tensor.contiguous()
+            for part, tensors in (("model", state.model), ("velocity", state.velocity), ("average", state.average))
+            for name, tensor in tensors.items()
+        }
+        about = {
+            "format": FORMAT,
+            "round": state.round,
+            "plan_sha256": self.plan.sha256(),
+            "spent": state.spent,
+            "evaluated": state.evaluated,
+        }
+        final = self._checkpoint(state.round)
+        temporary = final.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"lichen": json.dumps(about)})
+        temporary.replace(final)
+        for old in self._checkpoints()[:-KEPT]:
+            old.unlink()
+
+    def load_state(self) -> ServerState | None:
+        """The newest checkpoint; None before the first.
+
+        Raises:
+            LichenError: OUTPUT_UNUSABLE, if it is from a newer lichen.
+        """
+        from safetensors import safe_open
+
+        if not (found := self._checkpoints()):
+            return None
+        parts: dict[str, State] = {"model": {}, "velocity": {}, "average": {}}
+        with safe_open(found[-1], framework="pt") as file:
+            about = json.loads(file.metadata()["lichen"])
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                part, name = key.split("/", 1)
+                parts[part][name] = file.get_tensor(key)
+        if about["format"] != FORMAT:
+            raise LichenError(
+                Code.OUTPUT_UNUSABLE, f"a checkpoint of format {about['format']}", where=str(found[-1]), fix="Upgrade lichen."
+            )
+
+        def history(found: dict[str, list[list[float]]]) -> dict[str, list[Segment]]:
+            return {name: [Segment(noise, rate, int(steps)) for noise, rate, steps in rows] for name, rows in found.items()}
+
+        return ServerState(about["round"], **parts, spent=history(about["spent"]), evaluated=history(about["evaluated"]))
+
+    def _checkpoint(self, round: int) -> Path:
+        return self.path / "checkpoints" / f"round-{round:05d}.safetensors"
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("round-*.safetensors"))
+
+    # --- what is told ---
+
+    def save_result(self, result: Result) -> None:
+        """Write `result.json`, and `metrics.jsonl` with its rounds."""
+        write_atomically(self.path / "metrics.jsonl", "".join(line.model_dump_json() + "\n" for line in result.rounds))
+        write_atomically(self.path / "result.json", result.model_dump_json(indent=2) + "\n")
+
+    def load_rounds(self, until: int) -> list[Round]:
+        """The rounds up to ``until`` that were told already."""
+        try:
+            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        return [told for told in map(Round.model_validate_json, lines) if told.round <= until]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("lichen", "flwr", "torch", "opacus", "transformers", "peft", "dp-accounting")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def open_for(out: Path, *, resume: bool) -> None:
+    """Refuse a directory that holds something else, or a run that was not asked to go on.
+
+    Raises:
+        LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "plan.yaml").exists():
+        raise LichenError(Code.OUTPUT_UNUSABLE, "not empty, and not a run directory", where=str(out), fix="Choose another --out.")
+    if not resume:
+        raise LichenError(Code.OUTPUT_EXISTS, "holds a run", where=str(out), fix="Choose another --out, or go on with it: --resume.")

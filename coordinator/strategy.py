@@ -1,0 +1,323 @@
+"""The round: choose a cohort, ask it, add what comes back, step, checkpoint, score. A Flower Strategy that resumes."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Result as FlowerResult
+from flwr.serverapp.strategy import Strategy
+
+from lichen.common import records
+from lichen.common.errors import Code, LichenError
+from lichen.common.model.adapter import State, check_state
+from lichen.common.privacy.accounting import Segment, epsilon
+from lichen.common.result import ClientPrivacy, Privacy, Result, Round, Transfer
+from lichen.coordinator.aggregation import RULES
+from lichen.coordinator.optimizers import apply_update
+from lichen.coordinator.run_directory import RunDirectory, ServerState
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+    from lichen.common.plan import Plan
+
+log = logging.getLogger(__name__)
+POLL_S = 0.05
+
+
+class Evaluator(Protocol):
+    """Scores a model on the coordinator's own data."""
+
+    def validation(self, state: State) -> dict[str, float] | None:
+        """Metrics on the validation split; None if there is none."""
+        ...
+
+    def add_counts(self, reports: list[records.EvaluateReport]) -> dict[str, float] | None:
+        """Metrics of the clients' hold-outs together."""
+        ...
+
+
+class FederatedStrategy(Strategy):  # type: ignore[misc]
+    """Rounds of one plan.
+
+    Args:
+        plan: what to do.
+        directory: where the run is kept; a run that was begun there goes on.
+        result: the document to fill in.
+        evaluator: scores models.
+        spool: where payloads lie beside their messages; None where they travel inside.
+        name_of: the name of a node, where the grid knows it: then a report must bear it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        directory: RunDirectory,
+        result: Result,
+        evaluator: Evaluator,
+        spool: Path | None = None,
+        name_of: Callable[[int], str] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.directory = directory
+        self.result = result
+        self.state: ServerState
+        self._evaluator = evaluator
+        self._spool = spool
+        self._name_of = name_of
+        self._told: Round
+        self._reports: list[records.EvaluateReport] = []
+
+    def summary(self) -> None:
+        """Log what is run."""
+        log.info("%s: %d rounds, plan %s", self.plan.name, self.plan.rounds, self.plan.sha256()[:12])
+
+    # --- training ---
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """One message with the assignment and the model for each node of the round's cohort."""
+        nodes = self.directory.load_cohort(server_round)
+        if nodes is None:
+            nodes = self._choose(server_round, grid)
+            self.directory.save_cohort(server_round, nodes)
+        return self._messages(records.TRAIN, server_round, arrays, nodes, grid)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Add the usable updates, in the order of the clients' names so that sums repeat, and step the model.
+
+        Raises:
+            LichenError: COHORT_TOO_SMALL, if fewer than `cohort.minimum` are usable.
+        """
+        total = RULES[self.plan.aggregation.rule]()
+        usable: list[records.TrainReport] = []
+        uplink = 0
+        for report, content in sorted(self._usable(replies), key=lambda found: found[0].client):
+            update = records.get_tensors(content, self._spool)
+            try:
+                check_state(update, self.state.model)
+            except LichenError as error:
+                self._failed(report.client, error.code, error.what)
+                continue
+            total.add(update, float((report.declared_size if self.plan.private else report.examples) or 0))
+            uplink += records.payload_bytes(content)
+            usable.append(report)
+        self._told.participants = len(usable)
+        self._told.uplink_bytes = uplink
+        if len(usable) < self.plan.cohort.minimum:
+            raise LichenError(
+                Code.COHORT_TOO_SMALL,
+                f"{len(usable)} usable updates, cohort.minimum is {self.plan.cohort.minimum}",
+                where=f"round {server_round}",
+                fix=f"Errors by client: {self._told.errors}",
+            )
+        self.state.model, self.state.velocity = apply_update(self.state.model, total.mean(), self.state.velocity, self.plan.aggregation)
+        if not self.plan.private:
+            weight = sum(report.examples or 0 for report in usable)
+            self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in usable) / weight
+        for report in usable:
+            if report.noise_multiplier is not None and report.sample_rate is not None:
+                self.state.spent.setdefault(report.client, []).append(Segment(report.noise_multiplier, report.sample_rate, report.steps))
+        return self._arrays(), None
+
+    # --- federated evaluation ---
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """One message with the model for each node of the round's cohort, in the rounds that the plan names."""
+        every = self.plan.evaluation.federated_every
+        if not every or server_round % every:
+            return []
+        return self._messages(records.EVALUATE, server_round, arrays, self.directory.load_cohort(server_round) or [], grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Metrics over all hold-outs together."""
+        reports: list[records.EvaluateReport] = []
+        for message in replies:
+            try:
+                reports.append(self._read(records.EvaluateReport, message))
+            except LichenError as error:
+                self._failed(self._name(message, None), error.code, error.what)
+        for report in reports:
+            if report.noise_multiplier is not None:
+                self.state.evaluated.setdefault(report.client, []).append(Segment(report.noise_multiplier, 1.0, 1))
+        found = self._evaluator.add_counts(sorted(reports, key=lambda report: report.client)) if reports else None
+        self._told.federated = found
+        return MetricRecord(found) if found else None
+
+    # --- the loop ---
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> FlowerResult:
+        """Run the rounds that are left, from the newest checkpoint or from ``initial_arrays``.
+
+        Args:
+            grid: the way to the nodes.
+            initial_arrays: the payload of round 1.
+            num_rounds: rounds in all.
+            timeout: seconds for the answers of a round.
+            train_config: not used; the assignment carries the plan.
+            evaluate_config: not used.
+            evaluate_fn: not used; the evaluator scores.
+
+        Raises:
+            LichenError: COHORT_TOO_SMALL, ROUND_FAILED, RUN_STOPPED.
+        """
+        self.summary()
+        content = RecordDict({"payload": initial_arrays})
+        self.state = self.directory.load_state() or ServerState(0, records.get_tensors(content, self._spool), {}, {})
+        self.result.rounds = self.directory.load_rounds(self.state.round)
+        before = sum(told.seconds for told in self.result.rounds)
+        began = time.monotonic()
+        for number in range(self.state.round + 1, num_rounds + 1):
+            round_began = time.monotonic()
+            self._told = Round(round=number, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
+            messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
+            self.aggregate_train(number, self._ask(grid, messages, timeout))
+            if number > num_rounds - self.plan.aggregation.average_last:
+                self.state.average = {
+                    name: self.state.average[name] + tensor if self.state.average else tensor.clone()
+                    for name, tensor in self.state.model.items()
+                }
+            messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid))
+            if messages:
+                self.aggregate_evaluate(number, self._ask(grid, messages, timeout))
+            self._told.validation = self._evaluator.validation(self.state.model)
+            self._told.seconds = round(time.monotonic() - round_began, 3)
+            self.state.round = number
+            self._tell(before + time.monotonic() - began)
+            self.directory.save_state(self.state)
+        return FlowerResult()
+
+    def final_model(self) -> State:
+        """The mean of the last rounds' models, as the plan asks."""
+        count = self.plan.aggregation.average_last
+        return {name: tensor / count for name, tensor in self.state.average.items()}
+
+    # --- parts ---
+
+    def _choose(self, round: int, grid: Grid) -> list[int]:
+        """A seeded draw of `cohort.size` of the connected nodes, waiting for them as long as the deadline."""
+        until = time.monotonic() + self.plan.cohort.deadline_s
+        while len(nodes := sorted(grid.get_node_ids())) < self.plan.cohort.size and time.monotonic() < until:
+            time.sleep(POLL_S)
+        if len(nodes) < self.plan.cohort.minimum:
+            raise LichenError(
+                Code.COHORT_TOO_SMALL,
+                f"{len(nodes)} nodes are connected, cohort.minimum is {self.plan.cohort.minimum}",
+                where=f"round {round}",
+                fix="Connect more nodes, or submit a plan with a smaller minimum.",
+            )
+        generator = random.Random(f"{self.plan.seed}|cohort|{round}")  # noqa: S311 - who is asked is no secret here
+        return sorted(generator.sample(nodes, min(self.plan.cohort.size, len(nodes))))
+
+    def _messages(self, kind: str, round: int, arrays: ArrayRecord, nodes: list[int], grid: Grid) -> Iterator[Message]:
+        assignment = records.Assignment(plan=self.plan.canonical_json(), plan_sha256=self.plan.sha256(), round=round)
+        for node in nodes:
+            content = RecordDict({"assignment": records.to_config(assignment), "payload": arrays})
+            self._told.downlink_bytes += records.payload_bytes(content)
+            yield grid.create_message(content, kind, node, str(round))
+
+    def _ask(self, grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
+        replies = list(grid.send_and_receive(messages, timeout=timeout))
+        answered = {reply.metadata.src_node_id for reply in replies}
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if node not in answered:
+                self._failed(self._name_of(node) if self._name_of else str(node), None, "no answer within the deadline")
+        return replies
+
+    def _usable(self, replies: Iterable[Message]) -> Iterator[tuple[records.TrainReport, RecordDict]]:
+        for message in replies:
+            try:
+                report = self._read(records.TrainReport, message)
+                weight = report.declared_size if self.plan.private else report.examples
+                if not weight or weight < 0:
+                    raise LichenError(Code.FRAME_INVALID, "the report bears no weight")
+                yield report, message.content
+            except LichenError as error:
+                self._failed(self._name(message, None), error.code, error.what)
+
+    def _read(self, kind: type[Any], message: Message) -> Any:
+        if message.has_error():
+            number = message.error.code
+            code = Code(number) if number in set(Code) else Code.INTERNAL
+            raise LichenError(code, message.error.reason or "the client failed")
+        report = records.from_config(kind, message.content.config_records.get("report", {}))
+        if self._name_of is not None and report.client != self._name_of(message.metadata.src_node_id):
+            raise LichenError(Code.FRAME_INVALID, f"the report bears the name {report.client!r}, which is not its node's")
+        return report
+
+    def _name(self, message: Message, report: records.TrainReport | None) -> str:
+        node = message.metadata.src_node_id
+        return report.client if report else self._name_of(node) if self._name_of else str(node)
+
+    def _failed(self, client: str, code: Code | None, what: str) -> None:
+        log.warning("round %d: %s failed: %s", self._told.round, client, what)
+        self._told.failed += 1
+        self._told.errors[client] = None if code is None else int(code)
+
+    def _arrays(self) -> ArrayRecord:
+        content = RecordDict()
+        records.put_tensors(content, self.state.model, self._spool)
+        return content.array_records["payload"]
+
+    def _tell(self, seconds: float) -> None:
+        """Bring `result.json` up to date."""
+        result = self.result
+        result.seconds = round(seconds, 3)
+        result.parameters = sum(tensor.numel() for tensor in self.state.model.values())
+        if self.plan.private:
+            result.privacy.clients = self._clients()
+            result.privacy.max_epsilon = max(client.epsilon for client in result.privacy.clients.values())
+            self._told.epsilon = result.privacy.max_epsilon
+        result.rounds.append(self._told)
+        up, down = (sum(getattr(told, key) for told in result.rounds) for key in ("uplink_bytes", "downlink_bytes"))
+        updates = sum(told.participants for told in result.rounds)
+        bits = 8 * up / (updates * result.parameters) if updates else None
+        result.transfer = Transfer(
+            uplink_bytes=up, downlink_bytes=down, bits_per_parameter=bits, ratio_to_fp32=None if bits is None else bits / 32
+        )
+        self.directory.save_result(result)
+
+    def _clients(self) -> dict[str, ClientPrivacy]:
+        delta = self.plan.privacy.delta
+        found = {}
+        for name, history in sorted(self.state.spent.items()):
+            segments = {"train": epsilon(history, delta)}
+            if name in self.state.evaluated:
+                segments["holdout"] = epsilon(self.state.evaluated[name], delta)
+            found[name] = ClientPrivacy(
+                epsilon=max(segments.values()),
+                epsilon_sum=sum(segments.values()),
+                steps=sum(segment.steps for segment in history),
+                noise_multiplier=history[-1].noise_multiplier,
+                sample_rate=history[-1].sample_rate,
+                segments=segments,
+            )
+        return found
+
+
+def privacy_of(plan: Plan, *, simulated: bool) -> Privacy:
+    """The result's privacy section before the first round."""
+    if not plan.private:
+        return Privacy(unit="none")
+    return Privacy(
+        unit=plan.privacy.unit,
+        adjacency="add/remove",
+        delta=plan.privacy.delta,
+        max_epsilon=0.0,
+        noise="seeded: not private" if simulated else "secret",
+    )
