@@ -1,0 +1,154 @@
+"""A run as it goes on: a live table on a terminal, one plain line a round elsewhere. Reads only the run directory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from lichen.common.errors import LichenError
+from lichen.common.result import Result, Round, read_result
+
+POLL_S = 0.25
+_BORDER_LINES = 8
+
+
+def follow(directory: Path, *, stop: Callable[[], bool] | threading.Event, console: Console | None = None) -> None:
+    """Show the rounds of a run until ``stop``, then once more what is there, and return.
+
+    Args:
+        directory: the run directory; it may not be there yet.
+        stop: true, or set, when nothing more will come (`ended` tells it of a run in another process).
+        console: where to show them; standard output if None. A live table if it is a terminal, else one line a round.
+    """
+    console = console or Console()
+    stopped = stop.is_set if isinstance(stop, threading.Event) else stop
+    began = time.monotonic()
+    rounds, told = _total(directory), 0
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=4, transient=False) as live:
+            while True:
+                last = stopped()
+                rounds = rounds or _total(directory)
+                done = read_rounds(directory)
+                live.update(_live(done, rounds, None if last else time.monotonic() - began, console.height))
+                if last:
+                    return
+                time.sleep(POLL_S)
+    while True:
+        last = stopped()
+        rounds = rounds or _total(directory)
+        for round in read_rounds(directory):
+            if round.round > told:
+                console.print(line(round, rounds), soft_wrap=True, markup=False, highlight=False)
+                told = round.round
+        if last:
+            return
+        time.sleep(POLL_S)
+
+
+def ended(directory: Path) -> bool:
+    """Whether the run directory's result says that the run is over."""
+    try:
+        return read_result(directory).status != "running"
+    except LichenError:
+        return False
+
+
+def read_rounds(directory: Path) -> list[Round]:
+    """The rounds that `metrics.jsonl` tells of so far."""
+    try:
+        lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [Round.model_validate_json(text) for text in lines]
+    except (OSError, ValidationError):
+        return []
+
+
+def table(rounds: list[Round], total: int | None = None, *, title: str | None = None) -> Table:
+    """Rounds as a table: participants, failures, validation metrics, ε, bytes and seconds.
+
+    Args:
+        rounds: those to show.
+        total: of the plan, for the caption of the first column.
+        title: above the table.
+    """
+    shown = Table(title=title, header_style="bold")
+    for name in ("round", "participants", "failed", "accuracy", "macro-F1", "loss", "ε", "up", "down", "seconds"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for round in rounds:
+        scores = round.validation or {}
+        shown.add_row(
+            f"{round.round}/{total}" if total else str(round.round),
+            str(round.participants),
+            Text(str(round.failed), style="red" if round.failed else ""),
+            _number(scores.get("accuracy"), ".4f"),
+            _number(scores.get("macro_f1"), ".4f"),
+            _number(scores.get("loss"), ".3f"),
+            _number(round.epsilon, ".2f"),
+            bytes_text(round.uplink_bytes),
+            bytes_text(round.downlink_bytes),
+            f"{round.seconds:.1f}",
+        )
+    return shown
+
+
+def line(round: Round, total: int | None = None) -> str:
+    """A round as one line of text."""
+    parts = [f"round {round.round}" + (f"/{total}" if total else ""), f"{round.participants} participants", f"{round.failed} failed"]
+    scores = round.validation or {}
+    parts += [f"{name} {scores[key]:.4f}" for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")) if key in scores]
+    if round.epsilon is not None:
+        parts.append(f"ε {round.epsilon:.2f}")
+    parts += [f"up {bytes_text(round.uplink_bytes)}", f"down {bytes_text(round.downlink_bytes)}", f"{round.seconds:.1f} s"]
+    return ", ".join(parts)
+
+
+def conclusion(result: Result) -> str:
+    """How a run ended, in one line."""
+    told: str = result.status
+    if result.final:
+        scores = (f"{key} {value:.4f}" for key, value in result.final.items() if isinstance(value, float))
+        told += f": {result.final['split']} {', '.join(scores)}"
+    if result.privacy.max_epsilon is not None:
+        told += f"; ε at most {result.privacy.max_epsilon:.2f}"
+    return f"{told}: {result.error}" if result.error else told
+
+
+def bytes_text(count: int) -> str:
+    """Bytes for people: `512 B`, `1.4 MB`."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _live(rounds: list[Round], total: int | None, seconds: float | None, height: int) -> RenderableType:
+    shown = table(rounds[-max(3, height - _BORDER_LINES) :], total)
+    if seconds is None:
+        return shown
+    number = rounds[-1].round + 1 if rounds else 1
+    what = "finishing" if total and number > total else f"round {number}" + (f" of {total}" if total else "")
+    return Group(shown, Spinner("dots", text=f"{what} … {seconds:.0f} s"))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _total(directory: Path) -> int | None:
+    try:
+        found = yaml.safe_load((directory / "plan.yaml").read_text(encoding="utf-8"))
+        return int(found["rounds"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return None
