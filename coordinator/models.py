@@ -1,0 +1,94 @@
+"""Serve the final models of finished runs to enrolled nodes, on the fleet's listener."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from lichen.common.channel import models_pb2 as pb
+from lichen.common.channel.archive import pack
+from lichen.common.channel.framing import MAX_CHUNK
+from lichen.common.channel.refusal import refuse
+from lichen.common.errors import Code, LichenError
+from lichen.common.records import PayloadRef
+from lichen.coordinator.admission import admit, one_line
+from lichen.coordinator.store import Run, Store
+
+PROTOCOL = 1
+ARCHIVE = "model.tar"
+
+log = logging.getLogger(__name__)
+
+
+class ModelService:
+    """Answers nodes that fetch a model.
+
+    Args:
+        store: nodes and runs.
+        runs: the directory that holds the run directories.
+    """
+
+    def __init__(self, store: Store, runs: Path) -> None:
+        self._store = store
+        self._runs = runs
+        self._packed: dict[int, PayloadRef] = {}
+        self._packing = threading.Lock()
+
+    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """What a server needs to serve models; it must require client certificates."""
+        fetch = grpc.unary_stream_rpc_method_handler(
+            self._fetch, request_deserializer=pb.FetchRequest.FromString, response_serializer=pb.FetchPart.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler("lichen.models.v1.Models", {"Fetch": fetch})
+
+    async def _fetch(self, request: pb.FetchRequest, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[pb.FetchPart]:
+        try:
+            if request.protocol != PROTOCOL:
+                raise LichenError(Code.PROTOCOL_VERSION, f"the agent speaks model protocol {request.protocol}, this coordinator {PROTOCOL}")
+            node, _ = await asyncio.to_thread(admit, self._store, context.auth_context())
+            run_id, path, ref = await asyncio.to_thread(self._find, request.run_id)
+        except LichenError as error:
+            log.warning("refused a model to %s: %s", context.peer(), one_line(error))
+            await refuse(context, error)
+        digest = bytes.fromhex(ref.digest)
+        offset = request.offset if request.digest == digest and request.offset <= ref.length else 0
+        log.info("node %s fetches the model of run %d from byte %d of %d", node.name, run_id, offset, ref.length)
+        yield pb.FetchPart(about=pb.About(run_id=run_id, digest=digest, length=ref.length, offset=offset))
+        with path.open("rb") as file:
+            file.seek(offset)
+            while data := await asyncio.to_thread(file.read, MAX_CHUNK):
+                yield pb.FetchPart(data=data)
+
+    def _find(self, run_id: int) -> tuple[int, Path, PayloadRef]:
+        """The run, its archive (made now if need be), and the archive's digest and length."""
+        run = self._finished(run_id)
+        directory = self._runs / run.directory
+        path = directory / ARCHIVE
+        with self._packing:
+            if (ref := self._packed.get(run.run_id)) is None or not path.exists():
+                if path.exists():
+                    with path.open("rb") as file:
+                        ref = PayloadRef(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+                else:
+                    ref = pack(directory, path)
+                self._packed[run.run_id] = ref
+        return run.run_id, path, ref
+
+    def _finished(self, run_id: int) -> Run:
+        if run_id:
+            run = self._store.run(run_id)
+            if run.status != "finished":
+                raise LichenError(Code.NO_MODEL, f"run {run_id} is {run.status}: it has no final model")
+            return run
+        finished = [run for run in self._store.runs() if run.status == "finished"]
+        if not finished:
+            raise LichenError(Code.NO_MODEL, "no run has finished yet")
+        return finished[-1]
