@@ -22,7 +22,7 @@ from lichen.common.channel import enrolment_pb2 as pb
 from lichen.common.channel.refusal import refuse
 from lichen.common.errors import Code, LichenError
 from lichen.common.invite import SECRET_BYTES, Invite, check_address
-from lichen.common.pki import CLIENT_DAYS, Authority, check_name, fingerprint, same_key
+from lichen.common.pki import CLIENT_DAYS, Authority, check_name, fingerprint, read_certificate, same_key
 from lichen.coordinator.admission import admit, one_line
 from lichen.coordinator.store import Store
 
@@ -145,6 +145,7 @@ class EnrolmentService:
 
         invite = self._store.enrol(secret_sha256, issue, time.time())
         certificate = invite.certificate or b""
+        self._store.note_certificate(invite.name, read_certificate(certificate).not_after)
         _log.info("enrolled %s from %s, certificate %s", invite.name, peer, fingerprint(certificate))
         return certificate
 
@@ -175,6 +176,7 @@ class EnrolmentService:
         certificate = self._authority.sign_csr(request.csr, node.name, "node", self._days)
         # The store goes on accepting the old certificate until the new one has been seen: this answer may be lost.
         self._store.renew_node(node.name, fingerprint(certificate))
+        self._store.note_certificate(node.name, read_certificate(certificate).not_after)
         _log.info("renewed the certificate of %s: %s", node.name, fingerprint(certificate))
         return certificate
 

@@ -79,7 +79,13 @@ class GrpcGrid(Grid):  # type: ignore[misc]
         )
 
     def get_node_ids(self) -> list[int]:
-        """The ids of the nodes that are attached now, in order."""
+        """The ids of the nodes that are attached now, in order.
+
+        Raises:
+            LichenError: what `interrupt` was given: who waits for nodes asks here.
+        """
+        if self._interrupted is not None:
+            raise self._interrupted
         return [node.node_id for node in self._fleet.connected()]
 
     def name_of(self, node_id: int) -> str:

@@ -27,7 +27,7 @@ CREATE TABLE invites (
 ) STRICT;
 CREATE TABLE nodes (
     node_id INTEGER PRIMARY KEY, name TEXT NOT NULL, fingerprint TEXT NOT NULL, previous_fingerprint TEXT,
-    enrolled_at REAL NOT NULL, revoked_at REAL, last_seen REAL
+    enrolled_at REAL NOT NULL, revoked_at REAL, last_seen REAL, certificate_ends REAL
 ) STRICT;
 CREATE UNIQUE INDEX nodes_active_name ON nodes (name) WHERE revoked_at IS NULL;
 CREATE TABLE runs (
@@ -52,7 +52,7 @@ class Node:
     """An enrolled agent.
 
     ``previous_fingerprint`` is its certificate before the last renewal: accepted until the new one was seen once, so that an
-    agent that died in mid-renewal is not locked out.
+    agent that died in mid-renewal is not locked out. ``certificate_ends`` (Unix seconds) is the end of the newest one's validity.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Node:
     enrolled_at: float
     revoked_at: float | None
     last_seen: float | None
+    certificate_ends: float | None
 
     @property
     def active(self) -> bool:
@@ -96,7 +97,7 @@ class Run:
 
 
 _INVITE = "name, expires_at, used_at, certificate"
-_NODE = "name, node_id, fingerprint, previous_fingerprint, enrolled_at, revoked_at, last_seen"
+_NODE = "name, node_id, fingerprint, previous_fingerprint, enrolled_at, revoked_at, last_seen, certificate_ends"
 _RUN = "run_id, created_at, status, plan, directory, error"
 _OUTSTANDING = "cancelled_at IS NULL AND message_id NOT IN (SELECT message_id FROM replies)"
 
@@ -240,6 +241,11 @@ class Store:
         """The active node of that name; else the one revoked last; else None."""
         rows = self._rows(f"SELECT {_NODE} FROM nodes WHERE name = ? ORDER BY revoked_at IS NOT NULL, revoked_at DESC", name)  # noqa: S608
         return Node(*rows[0]) if rows else None
+
+    def note_certificate(self, name: str, ends: float) -> None:
+        """Note when the newest certificate of an active node ends (Unix seconds), for the operator's eyes."""
+        with self._transaction() as db:
+            db.execute("UPDATE nodes SET certificate_ends = ? WHERE name = ? AND revoked_at IS NULL", (ends, name))
 
     def nodes(self) -> list[Node]:
         """All nodes ever enrolled, by name."""
@@ -389,6 +395,11 @@ class Store:
         """The stored reply to a message, or None."""
         rows = self._rows("SELECT bytes FROM replies WHERE message_id = ?", message_id)
         return bytes(rows[0][0]) if rows else None
+
+    def unreleased(self, run_id: int) -> list[tuple[str, bytes]]:
+        """A run's messages ``(message_id, bytes)`` that were not let go of."""
+        rows = self._rows("SELECT message_id, bytes FROM outbox WHERE run_id = ? AND released_at IS NULL", run_id)
+        return [(str(message_id), bytes(data)) for message_id, data in rows]
 
     def live_messages(self) -> Iterator[bytes]:
         """Every message and reply that was not released or withdrawn: what the spool's payloads are kept for."""
