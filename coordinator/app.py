@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from lichen.common import records
-from lichen.common.errors import LichenError
+from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import save_model
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.result import Result, Transfer
@@ -89,6 +89,7 @@ def main(grid: Grid, context: Context) -> None:
         privacy=privacy_of(plan, simulated=engine in {"inprocess", "ray"}),
         transfer=Transfer(uplink_bytes=0, downlink_bytes=0),
     )
+    result.rounds = directory.load_rounds(plan.rounds)
     try:
         own = OwnData(plan, *(Path(str(config[key])) if key in config else None for key in ("validation", "test")))
         strategy = FederatedStrategy(plan, directory, result, own, spool, getattr(grid, "name_of", None))
@@ -103,8 +104,9 @@ def main(grid: Grid, context: Context) -> None:
                 result.final = {"split": split, **found}
         result.status = "finished"
     except LichenError as error:
-        result.status = "stopped" if error.code.name == "RUN_STOPPED" else "failed"
-        result.error = str(error)
+        if error.code is not Code.INTERRUPTED:  # an interrupted run goes on later: it is not over
+            result.status = "stopped" if error.code is Code.RUN_STOPPED else "failed"
+            result.error = str(error)
         raise
     except BaseException as error:
         result.status = "failed"

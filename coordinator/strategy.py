@@ -180,6 +180,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.state = self.directory.load_state() or ServerState(0, records.get_tensors(content, self._spool), {}, {})
         self.result.rounds = self.directory.load_rounds(self.state.round)
         before = sum(told.seconds for told in self.result.rounds)
+        if self.result.rounds:
+            self._sum_up(before)
         began = time.monotonic()
         for number in range(self.state.round + 1, num_rounds + 1):
             round_began = time.monotonic()
@@ -275,15 +277,19 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         return content.array_records["payload"]
 
     def _tell(self, seconds: float) -> None:
-        """Bring `result.json` up to date."""
+        """Add the round to `result.json`."""
+        self.result.rounds.append(self._told)
+        self._sum_up(seconds)
+
+    def _sum_up(self, seconds: float) -> None:
+        """Bring `result.json` up to date with its rounds."""
         result = self.result
         result.seconds = round(seconds, 3)
         result.parameters = sum(tensor.numel() for tensor in self.state.model.values())
         if self.plan.private:
             result.privacy.clients = self._clients()
             result.privacy.max_epsilon = max(client.epsilon for client in result.privacy.clients.values())
-            self._told.epsilon = result.privacy.max_epsilon
-        result.rounds.append(self._told)
+            result.rounds[-1].epsilon = result.privacy.max_epsilon
         up, down = (sum(getattr(told, key) for told in result.rounds) for key in ("uplink_bytes", "downlink_bytes"))
         updates = sum(told.participants for told in result.rounds)
         bits = 8 * up / (updates * result.parameters) if updates else None
