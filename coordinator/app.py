@@ -19,6 +19,7 @@ from lichen.common.model.export import save_model
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.result import Result, Transfer
 from lichen.common.tasks import workbench
+from lichen.coordinator.report import write_report
 from lichen.coordinator.run_directory import RunDirectory, versions
 from lichen.coordinator.strategy import FederatedStrategy, privacy_of
 
@@ -114,3 +115,7 @@ def main(grid: Grid, context: Context) -> None:
         raise
     finally:
         directory.save_result(result)
+        try:
+            write_report(directory.path)
+        except Exception:
+            log.exception("report.html was not written")  # the run stands without it

@@ -1,0 +1,305 @@
+"""`report.html`: one self-contained page on a run for a reader who was not there; and `lichen report`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.resources import files
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from jinja2 import Environment, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import Plan, load_plan
+from lichen.common.result import Result, Round, read_result, schema, write_atomically
+from lichen.coordinator import charts
+
+ROWS = 100
+"""Longest table; the rest is in the run directory."""
+NAMED = 5
+"""Failed clients that a row of the table names."""
+NONE = "–"
+SEEDED = "Noise was seeded so that the run repeats: these weights are not private."
+STATUS = {
+    "running": "The run had not ended when this page was written, or it was cut off. It can go on from its last checkpoint.",
+    "finished": "All rounds were run.",
+    "failed": "The run failed before its end. What was finished is below.",
+    "stopped": "The run was stopped before its end. What was finished is below.",
+}
+UNITS = {"example": "one row", "client": "all rows of one client"}
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+def write_report(directory: Path) -> Path:
+    """Write `report.html` from a run directory's `result.json` and `plan.yaml`.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        LichenError: OUTPUT_UNUSABLE, if there is no readable result, or the page can't be written; as `load_plan` raises.
+    """
+    result, plan = read_result(directory), load_plan(directory / "plan.yaml")
+    clients = sorted(result.privacy.clients.items(), key=lambda found: -found[1].epsilon)[:ROWS]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "count": lambda value: NONE if value is None else f"{value:,}",
+        "metric": metric,
+        "epsilon": epsilon,
+        "bits": lambda value: NONE if value is None else f"{value:.3g}",
+        "delta": delta,
+        "bytes": size,
+        "duration": duration,
+        "title": title,
+    }
+    page = environment.from_string(files("lichen.coordinator").joinpath("report_template.html").read_text(encoding="utf-8")).render(
+        result=result,
+        plan=plan,
+        private=plan.private,
+        status=STATUS[result.status],
+        scores=scores(result),
+        privacy=privacy_in_words(result, plan),
+        seeded=SEEDED if result.privacy.noise == "seeded: not private" else None,
+        facts=_facts(result, plan),
+        charts=_charts(result, plan),
+        size=charts,
+        rounds=result.rounds[-ROWS:],
+        metrics={kind: _keys(getattr(told, kind) for told in result.rounds) for kind in ("validation", "federated")},
+        shows_loss=any(told.train_loss is not None for told in result.rounds),
+        failures=_failures,
+        errors=_errors(result.rounds),
+        clients=sorted(clients),
+        snippet=_snippet(directory / "model" / "README.md"),
+        has_model=(directory / "model").is_dir(),
+        written=datetime.fromtimestamp((directory / "result.json").stat().st_mtime, UTC),
+    )
+    try:
+        write_atomically(directory / "report.html", page)
+    except OSError as error:
+        raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(directory / "report.html")) from None
+    return directory / "report.html"
+
+
+# --- values in words ---
+
+
+def metric(value: object) -> str:
+    """A score or a loss, to four places."""
+    if isinstance(value, float | int):
+        return f"{value:.4f}" if math.isfinite(value) else NONE
+    return NONE if value is None else str(value)
+
+
+def epsilon(value: float | None) -> str:
+    """An ε to three places, rounded up: a bound must not read lower than it is."""
+    return NONE if value is None else f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}"
+
+
+def delta(value: float | None) -> str:
+    """A δ, such as 1e-5."""
+    return NONE if value is None else re.sub(r"e-0*", "e-", f"{value:g}")
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units."""
+    if value is None:
+        return NONE
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if (scaled := value / 10**power) >= 0.9995:
+            return f"{scaled:,.0f} {unit}" if scaled >= 999.5 else f"{scaled:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in hours, minutes and seconds."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def title(key: str) -> str:
+    """A metric's name."""
+    return {"macro_f1": "macro-F1"}.get(key, key.replace("_", " "))
+
+
+def scores(result: Result) -> tuple[str, dict[str, Any]]:
+    """What was scored and its metrics: the final model or, before there is one, the newest round that has a validation."""
+    if result.final is not None:
+        return f"{result.final.get('split')} split, final model", {key: value for key, value in result.final.items() if key != "split"}
+    for told in reversed(result.rounds):
+        if told.validation:
+            return f"validation split, round {told.round}", dict(told.validation)
+    return "not scored", {}
+
+
+def privacy_in_words(result: Result, plan: Plan) -> list[str]:
+    """What was protected, from whom, and how far; a sentence each."""
+    found = result.privacy
+    if found.unit == "none":
+        return ["No differential privacy: the updates and the model may reveal rows that they were trained on."]
+    unit = UNITS.get(found.unit, f"all rows with one value of {plan.privacy.unit_field}")
+    return [
+        f"δ = {delta(found.delta)}, unit: {unit}, adjacency: {found.adjacency} of {unit}. Each client adds noise in every training step, "
+        "so that nothing leaves it un-noised.",
+        f"ε and δ bound what anyone who sees the updates or the model, the coordinator included, can learn of whether {unit} was in the "
+        "training data; smaller is safer. ε is computed from the noise and steps that each client reported.",
+    ]
+
+
+# --- parts of the page ---
+
+
+def _facts(result: Result, plan: Plan) -> dict[str, str]:
+    adapter = plan.model.adapter
+    simulated = result.engine in {"inprocess", "ray"}
+    targets = ", ".join(adapter.targets) or "query and value projections"
+    kinds = {
+        "lora": f"LoRA, rank {adapter.rank}, α {adapter.alpha:g}, on {targets}; and the head",
+        "full": "none: every weight is trained",
+        "head": "none: the head alone is trained, on a frozen base",
+    }
+    local = f"{plan.local.steps} steps" if plan.local.steps else f"{plan.local.epochs:g} epochs"
+    clients = f"{plan.cohort.size} asked in each round, at least {plan.cohort.minimum} needed"
+    if simulated:
+        clients = f"{plan.simulation.clients} simulated ({plan.simulation.partition}); {clients}"
+    return {
+        "Name": plan.name,
+        "Run": result.run_id,
+        "Status": f"{result.status}, {len(result.rounds):,} of {plan.rounds:,} rounds in {duration(result.seconds)}",
+        "Engine": {"inprocess": "simulation in one process", "ray": "simulation on Ray", "flower": "stock Flower"}.get(
+            result.engine, "coordinator and agents over mutual TLS"
+        ),
+        "Task": f"{plan.task.kind}, {len(plan.task.labels):,} labels",
+        "Base model": plan.model.base + (f" at {plan.model.revision}" if plan.model.revision else ""),
+        "Adapter": kinds[adapter.kind],
+        "Trained parameters": NONE if result.parameters is None else f"{result.parameters:,}",
+        "Clients": clients,
+        "In a round": f"{local} of {plan.local.optimizer}, batch {plan.local.batch_size}, learning rate {plan.local.learning_rate:g}",
+        "Aggregation": f"{plan.aggregation.rule}, server optimizer {plan.aggregation.optimizer}",
+        "Seed": str(result.seed),
+        "Plan (SHA-256)": result.plan_sha256,
+        "Versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
+    }
+
+
+def _charts(result: Result, plan: Plan) -> list[charts.Chart]:
+    rounds = result.rounds
+
+    def of(kind: str, key: str) -> list[tuple[int, float]]:
+        return [(told.round, found[key]) for told in rounds if (found := getattr(told, kind)) and found.get(key) is not None]
+
+    def told(key: str) -> list[tuple[int, float]]:
+        return [(told.round, value) for told in rounds if (value := getattr(told, key)) is not None]
+
+    def summed(key: str) -> list[tuple[int, float]]:
+        return list(zip((told.round for told in rounds), accumulate(getattr(told, key) for told in rounds), strict=True))
+
+    def rates(kind: str) -> dict[str, list[tuple[int, float]]]:
+        return {title(key): of(kind, key) for key in ("accuracy", "macro_f1")}
+
+    budget = (plan.privacy.epsilon, f"the plan's ε = {plan.privacy.epsilon:g}") if plan.private else None
+    drawn = [
+        charts.chart("Validation: accuracy and macro-F1", rates("validation"), metric),
+        charts.chart("Clients' hold-outs: accuracy and macro-F1", rates("federated"), metric),
+        charts.chart("Loss", {"training, mean over clients": told("train_loss"), "validation": of("validation", "loss")}, metric),
+        charts.chart("ε so far", {"largest client": told("epsilon")}, epsilon, from_zero=True, limit=budget),
+        charts.chart(
+            "Bytes so far, all clients",
+            {"up, from clients": summed("uplink_bytes"), "down, to clients": summed("downlink_bytes")},
+            size,
+            tick=size,
+            from_zero=True,
+        ),
+    ]
+    return [found for found in drawn if found]
+
+
+def _keys(found: Iterable[dict[str, float] | None]) -> list[str]:
+    return list(dict.fromkeys(key for metrics in found if metrics for key in metrics))
+
+
+def _failures(told: Round) -> str:
+    named = [f"{name} ({'no answer' if number is None else number})" for name, number in list(told.errors.items())[:NAMED]]
+    if (more := len(told.errors) - NAMED) > 0:
+        named.append(f"and {more:,} more")
+    return ", ".join(named)
+
+
+def _errors(rounds: list[Round]) -> list[tuple[str, int]]:
+    """Each error of any client, in words, and how often it was met."""
+    names = {int(code): code.name.lower().replace("_", "-") for code in Code}
+    counts = Counter(number for told in rounds for number in told.errors.values())
+    return [
+        ("no answer within the deadline" if number is None else f"error {number} ({names.get(number, 'of another version')})", times)
+        for number, times in counts.most_common()
+    ]
+
+
+def _snippet(card: Path) -> str | None:
+    """The Python code of a model card."""
+    try:
+        found = re.search(r"^```python\n(.*?)^```", card.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found[1] if found else None
+
+
+# --- the command ---
+
+
+@app.command()
+def report(
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="The run directory.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print result.json, and write nothing.")] = False,
+    as_schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of result.json; needs no DIR.")] = False,
+) -> None:
+    """Show what a run did, and write its report.html again. Example: lichen report lichen-demo."""
+    if as_schema:
+        typer.echo(schema())
+        return
+    if directory is None:
+        raise typer.BadParameter("give a run directory", param_hint="DIR")
+    result = read_result(directory)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+        return
+    written = write_report(directory)
+    _print(result, load_plan(directory / "plan.yaml"))
+    typer.echo(f"\nwrote {written}")
+
+
+def _print(result: Result, plan: Plan) -> None:
+    facts = _facts(result, plan)
+    where, found = scores(result)
+    table = Table.grid(padding=(0, 2))
+    rows = {key: facts[key] for key in ("Name", "Status", "Engine", "Base model", "Adapter", "Clients", "Plan (SHA-256)")}
+    rows["Scores"] = where + "".join(f"{', ' if index else ': '}{title(key)} {metric(found[key])}" for index, key in enumerate(found))
+    rows["Privacy"] = privacy_in_words(result, plan)[0]
+    if plan.private:
+        rows["ε, largest client"] = epsilon(result.privacy.max_epsilon)
+    if result.privacy.noise == "seeded: not private":
+        rows["Not private"] = SEEDED
+    transfer = result.transfer
+    bits = "" if transfer.bits_per_parameter is None else f", {transfer.bits_per_parameter:.3g} bits a parameter up"
+    rows["Bytes"] = f"up {size(transfer.uplink_bytes)}, down {size(transfer.downlink_bytes)}{bits}"
+    if errors := _errors(result.rounds):
+        rows["Failures"] = ", ".join(f"{what} × {times:,}" for what, times in errors)
+    if result.error:
+        rows["Error"] = result.error
+    for key, value in rows.items():
+        # names and errors come from others: no markup, and no character that steers a terminal
+        shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in value)
+        table.add_row(Text(key, style="bold"), Text(shown, overflow="fold"))
+    Console().print(table)
