@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 
 from lichen.client.data import Split, load, stamp
 from lichen.client.ledger import Ledger, Limit, Limits
-from lichen.client.policy import load_policy
+from lichen.client.policy import enforce, load_policy
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, plan_from_json
@@ -69,7 +69,7 @@ def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, 
         private = plan.private
         node = Node(context)
         if not node.simulated:
-            load_policy(node.home).check(plan, assignment.plan_sha256, datetime.now().astimezone())
+            enforce(node.home, plan, datetime.now().astimezone())
         return records.reply(message, work(node, plan, assignment.round, message))
     except LichenError as error:
         log.error("%s", error)

@@ -7,11 +7,13 @@ nothing leaves without differential privacy, ε ≤ 8 and δ ≤ 1e-5 over the n
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -19,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.base import resolve_base
 from lichen.common.plan import Number, Plan
 from lichen.common.private_files import write_private
 
@@ -52,7 +55,7 @@ class Policy(_Section):
     format: Literal[1] = FORMAT
     """The version of this format."""
     models: tuple[str, ...] | None = None
-    """Base models that may be loaded: a plan's model.base, word for word, or sha256:DIGEST of the weights. Left out: any."""
+    """Base models that may be loaded: a plan's model.base, word for word, or sha256:DIGEST of model.safetensors. Left out: any."""
     tasks: tuple[str, ...] | None = None
     """Kinds of task (the plan's task.kind). Left out: any."""
     unnoised_updates_to_coordinator: Literal["never", "allow"] = "never"
@@ -287,7 +290,7 @@ def enforce(home: Path, plan: Plan, now: datetime, **spent: Any) -> Policy:
         home: the node's home.
         plan: what arrived.
         now: for `hours`.
-        spent: ``epsilon_spent``, ``delta_spent``, ``weights_sha256`` as in :meth:`Policy.check`.
+        spent: ``epsilon_spent``, ``delta_spent``, ``weights_sha256`` as in :meth:`Policy.check`; without the last, `weights_sha256`.
 
     Returns:
         The policy, whose `threads` and `memory_mb` bind the worker.
@@ -296,6 +299,7 @@ def enforce(home: Path, plan: Plan, now: datetime, **spent: Any) -> Policy:
         LichenError: POLICY_INVALID, POLICY_REFUSED, POLICY_APPROVAL.
     """
     policy = load_policy(home)
+    spent.setdefault("weights_sha256", lambda: weights_sha256(plan.model.base))
     try:
         policy.check(plan, plan.sha256(), now, **spent)
     except LichenError as error:
@@ -303,6 +307,26 @@ def enforce(home: Path, plan: Plan, now: datetime, **spent: Any) -> Policy:
             request(home, plan)
         raise
     return policy
+
+
+def weights_sha256(base: str) -> str:
+    """The digest of a base model's weights, without loading them: of `model.safetensors` in a folder or an installed package.
+
+    A hub name has none here (what it stands for may change until it is loaded), nor has a model in several files: empty then.
+    """
+    try:
+        path = Path(resolve_base(base)) / "model.safetensors"
+        found = path.stat()
+    except (OSError, LichenError):
+        return ""
+    return _digest(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Cached by ``size`` and ``changed``, so that a round does not read the weights again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def request(home: Path, plan: Plan) -> None:

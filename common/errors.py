@@ -82,6 +82,7 @@ class Code(IntEnum):
     WORKER_DEADLINE = 103
     NO_MODEL = 104
     ALREADY_ENROLLED = 105
+    AGENT_PAUSED = 106
 
 
 class LichenError(Exception):
