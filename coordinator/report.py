@@ -170,7 +170,10 @@ def _facts(result: Result, plan: Plan) -> dict[str, str]:
         "full": "none: every weight is trained",
         "head": "none: the head alone is trained, on a frozen base",
     }
-    local = f"{plan.local.steps} steps" if plan.local.steps else f"{plan.local.epochs:g} epochs"
+    length, what = (plan.local.steps, "step") if plan.local.steps else (plan.local.epochs or 0, "epoch")
+    local = f"{length:g} {what}{'s' if length != 1 else ''} of {plan.local.optimizer}"
+    sampled = plan.private and plan.privacy.sample_rate is not None
+    batch = f"sample rate {plan.privacy.sample_rate:g}" if sampled else f"batch {plan.local.batch_size}"
     clients = f"{plan.cohort.size} asked in each round, at least {plan.cohort.minimum} needed"
     if simulated:
         clients = f"{plan.simulation.clients} simulated ({plan.simulation.partition}); {clients}"
@@ -186,7 +189,7 @@ def _facts(result: Result, plan: Plan) -> dict[str, str]:
         "Adapter": kinds[adapter.kind],
         "Trained parameters": NONE if result.parameters is None else f"{result.parameters:,}",
         "Clients": clients,
-        "In a round": f"{local} of {plan.local.optimizer}, batch {plan.local.batch_size}, learning rate {plan.local.learning_rate:g}",
+        "In a round": f"{local}, {batch}, learning rate {plan.local.learning_rate:g}",
         "Aggregation": f"{plan.aggregation.rule}, server optimizer {plan.aggregation.optimizer}",
         "Seed": str(result.seed),
         "Plan (SHA-256)": result.plan_sha256,

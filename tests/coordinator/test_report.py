@@ -193,6 +193,7 @@ def test_a_finished_private_run(tmp_path: Path) -> None:
             "7.988",
             "δ = 1e-5",
             "one row",
+            "30 steps of adamw, sample rate 0.05, learning rate 0.001",
         ),
         *("add/remove", "bits per parameter, up 32", "client-2 (103), client-3 (no answer)", "error 103 (worker-deadline) × 1"),
         *("no answer within the deadline × 1", "0.8731", "Training loss: not known (private)", 'labels = ["acq", "<earn>"]', "format: 1"),
@@ -217,6 +218,7 @@ def test_a_run_without_privacy(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert "No differential privacy" in page.text
     assert "not known" not in page.text
+    assert "30 steps of adamw, batch 32," in page.text
     assert page.tags.count("svg") == 3
     assert "training, mean over clients 0.18" in page.text
 
