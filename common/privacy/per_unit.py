@@ -123,7 +123,10 @@ class PerUnitGradients:
             part = slice(start, start + self._max_rows)
             for parameter in self._parameters:
                 parameter.grad_sample = None  # type: ignore[attr-defined]
-            torch.autograd.backward((self._losses(self._network, collate(rows[part])) * weights[part]).sum())
+            with warnings.catch_warnings():
+                # hooks on layers whose input needs no gradient are what we want: the base is frozen
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                torch.autograd.backward((self._losses(self._network, collate(rows[part])) * weights[part]).sum())
             for total, parameter in zip(sums, self._parameters, strict=True):
                 gradient: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
                 # a gradient that is not finite would end the sum's bound on each unit's influence

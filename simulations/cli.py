@@ -1,0 +1,87 @@
+"""`lichen simulate`: a plan's whole federation on this machine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import Plan, load_plan
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+class Engine(Enum):
+    """What runs the clients."""
+
+    INPROCESS = "inprocess"
+    RAY = "ray"
+
+
+@app.command()
+def simulate(
+    plan: Annotated[str, typer.Argument(help="A plan file, or the name of a scenario that lichen brings, such as r8.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The run directory to write.", show_default=False)],
+    clients: Annotated[int | None, typer.Option(help="Simulated clients; sets simulation.clients.")] = None,
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA or by:FIELD; sets simulation.partition.")] = None,
+    engine: Annotated[Engine, typer.Option(help="In this process, or on Flower's Ray simulation (extra lichen[ray]).")] = Engine.INPROCESS,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a key of the plan.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print result.json at the end.")] = False,
+) -> None:
+    """Run a plan on this machine. Example: lichen simulate r8 --out runs/r8 --set privacy.epsilon=2."""
+    from lichen.simulations.simulate import run
+
+    overrides = list(settings or ())
+    if clients is not None:
+        overrides.append(f"simulation.clients={clients}")
+    if partition is not None:
+        overrides.append(f"simulation.partition={json.dumps(partition)}")
+    found = load_plan(find_plan(plan), overrides)
+    done = threading.Event()
+    if as_json:
+        result = run(found, out, engine.value, resume=resume)
+        typer.echo(result.model_dump_json(indent=2))
+        return
+    result = run_shown(found, out, engine.value, done, resume=resume)
+    final: dict[str, Any] = result.final or {}
+    told = ", ".join(f"{name} {value:.4f}" for name, value in final.items() if isinstance(value, float))
+    typer.echo(f"{final.get('split', 'no split')}: {told}" if final else "no evaluation data, so no score")
+    if result.privacy.max_epsilon is not None:
+        typer.echo(f"ε ≤ {result.privacy.max_epsilon:.3f} for each client at δ = {result.privacy.delta:g}, noise {result.privacy.noise}")
+    typer.echo(f"model and report: {out}/model, {out}/report.html")
+
+
+def run_shown(plan: Plan, out: Path, engine: str, done: threading.Event, *, resume: bool) -> Any:
+    """Run, and show the rounds as they end."""
+    from lichen.coordinator.watch import follow
+    from lichen.simulations.simulate import run
+
+    watcher = threading.Thread(target=follow, args=(out,), kwargs={"stop": done.is_set}, daemon=True)
+    watcher.start()
+    try:
+        return run(plan, out, engine, resume=resume)
+    finally:
+        done.set()
+        watcher.join(timeout=10)
+
+
+def find_plan(name: str) -> Path:
+    """A plan file, or a scenario by name.
+
+    Raises:
+        LichenError: PLAN_UNREADABLE, if there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    scenarios = Path(str(files("lichen.simulations"))) / "scenarios"
+    if (path := scenarios / f"{name.removesuffix('.yaml')}.yaml").is_file():
+        return path
+    known = ", ".join(sorted(path.stem for path in scenarios.glob("*.yaml")))
+    raise LichenError(Code.PLAN_UNREADABLE, "no such file, and no scenario of that name", where=name, fix=f"Scenarios: {known}.")

@@ -1,0 +1,104 @@
+"""A federation in one process: Flower's Grid, over clients that run one after another on one model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from lichen.common import records
+from lichen.common.errors import Code, LichenError
+
+SERVER = 1
+FIRST = 2
+
+Progress = Callable[[str, int, int], None]
+"""Called with a message's type, clients done and clients asked."""
+
+
+class InProcessGrid(Grid):  # type: ignore[misc]
+    """Runs each message's client when its reply is asked for.
+
+    Node ids follow the order of the homes. Message ids follow from the run, the round and the node, as on the channel, so a round that
+    is done again after a crash is the same round.
+
+    Args:
+        client_app: what each client runs.
+        homes: the clients' node homes; a home's folder name is the client's name.
+        run_id: of the run.
+        progress: told of each client that is done.
+    """
+
+    def __init__(self, client_app: ClientApp, homes: list[Path], run_id: int, progress: Progress | None = None) -> None:
+        self._app = client_app
+        self._run_id = run_id
+        self._progress = progress
+        self._contexts = {
+            FIRST + number: Context(
+                run_id=run_id,
+                node_id=FIRST + number,
+                node_config={"home": str(home), "name": home.name, "simulated": True},
+                state=RecordDict(),
+                run_config={},
+            )
+            for number, home in enumerate(homes)
+        }
+        self._pushed: dict[str, Message] = {}
+
+    def set_run(self, run: Any) -> None:
+        """Adopt a run's id."""
+        self._run_id = run.run_id
+
+    @property
+    def run(self) -> Any:
+        """Flower's description of the run, which this grid does not keep."""
+        raise LichenError(Code.INTERNAL, "an in-process run has no Flower run record")
+
+    def name_of(self, node_id: int) -> str:
+        """The client's name."""
+        return str(self._contexts[node_id].node_config["name"])
+
+    def get_node_ids(self) -> list[int]:
+        """All clients: each is always there."""
+        return list(self._contexts)
+
+    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+        """A message to one client."""
+        key = f"{self._run_id}|{message_type}|{group_id}|{dst_node_id}"
+        return records.build_message(
+            content,
+            run_id=self._run_id,
+            message_id=hashlib.sha256(key.encode()).hexdigest()[:32],
+            src_node_id=SERVER,
+            dst_node_id=dst_node_id,
+            message_type=message_type,
+            group_id=group_id,
+        )
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Keep messages until their replies are pulled."""
+        new = {message.metadata.message_id: message for message in messages}
+        self._pushed |= new
+        return list(new)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Run the clients, and return their replies."""
+        return [self._work(self._pushed.pop(message_id)) for message_id in message_ids]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Run the clients one after another. A simulated client is never late: ``timeout`` is not used."""
+        asked = list(messages)
+        replies = []
+        for number, message in enumerate(asked, 1):
+            replies.append(self._work(message))
+            if self._progress:
+                self._progress(message.metadata.message_type, number, len(asked))
+        return replies
+
+    def _work(self, message: Message) -> Message:
+        return self._app(message, self._contexts[message.metadata.dst_node_id])

@@ -1,0 +1,100 @@
+"""Play a plan's federation: deal the data to simulated clients, then run the two apps over an engine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context, RecordDict
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.result import Result, read_result, write_atomically
+from lichen.coordinator.run_directory import open_for
+from lichen.simulations.datasets import load_spec, split_validation
+from lichen.simulations.engine import InProcessGrid, Progress
+from lichen.simulations.partition import partition, write_node_homes
+
+if TYPE_CHECKING:
+    from lichen.common.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: Progress | None = None) -> Result:
+    """Simulate a plan.
+
+    Args:
+        plan: what to run.
+        out: the run directory.
+        engine: ``inprocess`` or ``ray``.
+        resume: go on with the run in ``out``.
+        progress: told of each client that is done (in-process only).
+
+    Returns:
+        The run's result, as in `result.json`.
+
+    Raises:
+        LichenError: OUTPUT_EXISTS, DATA_…, PARTITION_INVALID, MODEL_…, or what stopped the run.
+    """
+    from lichen.client.app import app as client_app
+    from lichen.coordinator.app import app as server_app
+
+    open_for(out, resume=resume)
+    homes, splits = deal(plan, out / "simulation")
+    run_id = int(plan.sha256()[:15], 16)
+    config: dict[str, Any] = {"plan": plan.canonical_json(), "directory": str(out), "engine": engine} | splits
+    if engine == "ray":
+        from lichen.simulations.ray import run_on_ray
+
+        run_on_ray(server_app, client_app, homes, config, threads=1)
+    else:
+        grid = InProcessGrid(client_app, homes, run_id, progress)
+        server_app(grid, Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=config))
+    return read_result(out)
+
+
+def deal(plan: Plan, root: Path) -> tuple[list[Path], dict[str, str]]:
+    """Write the clients' node homes and the coordinator's splits; the same for the same plan.
+
+    Args:
+        plan: its `simulation` section says which data, and how it is dealt.
+        root: where to write.
+
+    Returns:
+        The homes, and the files of the splits ``validation`` and ``test``, where there are any.
+
+    Raises:
+        LichenError: PLAN_INVALID without data; DATA_…, PARTITION_INVALID.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if plan.simulation.data is None:
+        raise LichenError(
+            Code.PLAN_INVALID, "a simulation needs data", where="simulation.data", fix="Name a data set (r8), or a path and fields."
+        )
+    found = load_spec(plan.simulation.data)
+    label = plan.task.label_field
+    train, validation = split_validation(found.train, plan.evaluation.validation_fraction, plan.seed, label=label)
+    clients = None if plan.simulation.partition.startswith("by:") else plan.simulation.clients
+    parts = partition(train, plan.simulation.partition, clients, plan.seed, label=label)
+    # without federated evaluation a hold-out would only take rows from training
+    holdout = 0.1 if plan.evaluation.federated_every else 0.0
+    homes = write_node_homes(parts, train, root, holdout=holdout, seed=plan.seed)
+    splits: dict[str, str] = {}
+    for name, rows in (("validation", validation), ("test", found.test)):
+        if rows:
+            pq.write_table(pa.Table.from_pylist(rows), root / f"{name}.parquet")
+            splits[name] = str(root / f"{name}.parquet")
+    sizes = {home.name: len(part) for home, part in zip(homes, parts, strict=True)}
+    write_atomically(root.parent / "simulation.json", _facts(plan, sizes, len(validation), len(found.test or ())))
+    return homes, splits
+
+
+def _facts(plan: Plan, sizes: dict[str, int], validation: int, test: int) -> str:
+    """What only the simulator can see."""
+    import json
+
+    facts = {"format": 1, "partition": plan.simulation.partition, "examples": sizes, "validation": validation, "test": test}
+    return json.dumps(facts, indent=2) + "\n"
