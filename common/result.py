@@ -14,6 +14,10 @@ from lichen.common.errors import Code, LichenError
 Status = Literal["running", "finished", "failed", "stopped"]
 
 
+Metrics = dict[str, float | None]
+"""Metrics by name; null where a value is not finite, which JSON can't hold."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -31,9 +35,9 @@ class Round(_Section):
     """Error number of each failed client; null for one that did not answer in time."""
     train_loss: float | None = None
     """Mean over participants; null under differential privacy."""
-    validation: dict[str, float] | None = None
+    validation: Metrics | None = None
     """Metrics on the coordinator's validation split."""
-    federated: dict[str, float] | None = None
+    federated: Metrics | None = None
     """Metrics on the clients' hold-outs, where the plan asks for them; noised under differential privacy."""
     epsilon: float | None = None
     """The largest client's ε so far."""

@@ -17,7 +17,7 @@ from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import save_model
 from lichen.common.plan import Plan, plan_from_json
-from lichen.common.result import Result, Transfer
+from lichen.common.result import Metrics, Result, Transfer
 from lichen.common.tasks import workbench
 from lichen.coordinator.report import write_report
 from lichen.coordinator.run_directory import RunDirectory, versions
@@ -40,21 +40,21 @@ class OwnData:
         self._validation = validation
         self._test = test
 
-    def validation(self, state: State) -> dict[str, float] | None:
+    def validation(self, state: State) -> Metrics | None:
         """Metrics on the validation split; None if there is none."""
         return self._score(state, self._validation)
 
-    def test(self, state: State) -> dict[str, float] | None:
+    def test(self, state: State) -> Metrics | None:
         """Metrics on the test split; None if there is none."""
         return self._score(state, self._test)
 
-    def add_counts(self, reports: list[records.EvaluateReport]) -> dict[str, float] | None:
+    def add_counts(self, reports: list[records.EvaluateReport]) -> Metrics | None:
         """Metrics of the clients' hold-outs together."""
         counts = [sum(column) for column in zip(*(report.counts for report in reports), strict=True)]
         losses = [report.loss_sum for report in reports if report.loss_sum is not None]
         return self.task.scores_from(counts, sum(losses) if len(losses) == len(reports) else None).metrics()
 
-    def _score(self, state: State, split: Path | None) -> dict[str, float] | None:
+    def _score(self, state: State, split: Path | None) -> Metrics | None:
         if split is None:
             return None
         self.model.load(state)

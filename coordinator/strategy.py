@@ -17,7 +17,7 @@ from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State, check_state
 from lichen.common.privacy.accounting import Segment, epsilon
-from lichen.common.result import ClientPrivacy, Privacy, Result, Round, Transfer
+from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
 from lichen.coordinator.aggregation import RULES
 from lichen.coordinator.optimizers import apply_update
 from lichen.coordinator.run_directory import RunDirectory, ServerState
@@ -34,11 +34,11 @@ POLL_S = 0.05
 class Evaluator(Protocol):
     """Scores a model on the coordinator's own data."""
 
-    def validation(self, state: State) -> dict[str, float] | None:
+    def validation(self, state: State) -> Metrics | None:
         """Metrics on the validation split; None if there is none."""
         ...
 
-    def add_counts(self, reports: list[records.EvaluateReport]) -> dict[str, float] | None:
+    def add_counts(self, reports: list[records.EvaluateReport]) -> Metrics | None:
         """Metrics of the clients' hold-outs together."""
         ...
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lichen.common.model.adapter import TunedModel
+    from lichen.common.result import Metrics
 
 Batch = dict[str, "torch.Tensor"]
 """Inputs of the model and targets, each with the examples as its first axis."""
@@ -97,6 +98,6 @@ class Scores(Protocol):
         """Loss summed over examples; None where it may not be known."""
         ...
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Metrics:
         """Metrics by their usual names."""
         ...

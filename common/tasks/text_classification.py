@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lichen.common.plan import Plan
+    from lichen.common.result import Metrics
     from lichen.common.tasks.task import Batch, Columns
 
 
@@ -53,14 +54,14 @@ class ClassificationScores:
     counts: np.ndarray
     loss_sum: float | None
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Metrics:
         """`accuracy`, `macro_f1` (over classes that occur; as scikit-learn's) and, where it is known, `loss` (mean)."""
         counts = np.clip(self.counts, 0, None)
         total = max(counts.sum(), 1.0)
         hits = np.diag(counts)
         seen = counts.sum(0) + counts.sum(1)
         f1 = 2 * hits[seen > 0] / seen[seen > 0]
-        found = {"accuracy": float(hits.sum() / total), "macro_f1": float(f1.mean()) if f1.size else 0.0}
+        found: Metrics = {"accuracy": float(hits.sum() / total), "macro_f1": float(f1.mean()) if f1.size else 0.0}
         return found if self.loss_sum is None else found | {"loss": float(self.loss_sum / total)}
 
 
