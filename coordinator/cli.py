@@ -1,0 +1,364 @@
+"""`lichen coordinator`: the commands of those who run a federation's service."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import load_plan
+from lichen.common.result import read_result
+from lichen.coordinator.admin import ask
+from lichen.coordinator.home import ENROLMENT_PORT, FLEET_PORT, Home, Runtime
+from lichen.coordinator.operations import NotServedError, Operations, find_run
+
+app = typer.Typer(help="The service that operators run.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+HomeOption = Annotated[
+    Path, typer.Option("--home", envvar="LICHEN_COORDINATOR_HOME", help="The coordinator's home directory.", metavar="DIR")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
+RunArgument = Annotated[str, typer.Argument(help="A run's id, a beginning of it, or `latest`.", metavar="RUN", show_default=False)]
+DEFAULT_HOME = Path("~/.lichen/coordinator")
+
+
+class ExportFormat(StrEnum):
+    """How a model is written."""
+
+    PEFT = "peft"
+    MERGED = "merged"
+
+
+@app.command()
+def init(
+    home: HomeOption = DEFAULT_HOME,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name or IP address by which agents reach this machine; the first goes into invites. May be repeated."),
+    ] = None,
+    bind: Annotated[str | None, typer.Option(help="The address to listen at; by default all, or loopback if every --host is.")] = None,
+    fleet_port: Annotated[int, typer.Option(min=0, max=65535, help="For enrolled agents; 0: a free one at each start.")] = FLEET_PORT,
+    enrol_port: Annotated[int, typer.Option(min=0, max=65535, help="For agents that join; 0: a free one at each start.")] = ENROLMENT_PORT,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a coordinator's home: certificate authority, configuration, store.
+
+    Example: lichen coordinator init --host fl.example.org
+    """
+    made = Home.create(home.expanduser(), host or [socket.gethostname()], bind=bind, fleet_port=fleet_port, enrolment_port=enrol_port)
+    config = made.config.model_dump(mode="json")
+    if as_json:
+        _print_json({"home": str(made.path), **config})
+        return
+    typer.echo(f"made {made.path}; agents reach it as {made.config.hosts[0]}, ports {fleet_port} and {enrol_port} (config.yaml)")
+    typer.echo(f"start it with: lichen coordinator serve --home {made.path}")
+
+
+@app.command()
+def serve(home: HomeOption = DEFAULT_HOME) -> None:
+    """Serve until SIGTERM or Ctrl-C; a run that was under way goes on.
+
+    Example: lichen coordinator serve --home /var/lib/lichen
+    """
+    from lichen.coordinator.service import serve as run_service
+
+    def ready(at: Runtime) -> None:
+        print(f"ready: fleet {at.fleet}, enrolment {at.enrolment}", flush=True)
+
+    run_service(_home(home), ready)
+
+
+@app.command()
+def invite(
+    name: Annotated[str, typer.Argument(help="The node's name: a-z, 0-9, '.', '_', '-'.", show_default=False)],
+    home: HomeOption = DEFAULT_HOME,
+    hours: Annotated[float, typer.Option(help="How long it is good.")] = 24,
+    as_json: JsonOption = False,
+) -> None:
+    """Print an invite for a node: hand it over as you would a password; it is good once.
+
+    Example: lichen coordinator invite clinic-a --hours 2
+    """
+    made = _do(home, "invite", name=name, hours=hours)
+    if as_json:
+        _print_json(made)
+    else:
+        typer.echo(made["invite"])
+
+
+@app.command()
+def nodes(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """List the enrolled nodes.
+
+    Example: lichen coordinator nodes --json
+    """
+    found = _do(home, "nodes")
+    if as_json:
+        _print_json(found)
+        return
+    states = {True: "connected", False: "away", None: "service not running"}
+    _print_table(
+        ("name", "state", "last seen", "enrolled", "certificate until"),
+        [
+            (
+                node["name"],
+                states[node["connected"]] if node["active"] else f"revoked {_when(node['revoked_at'])}",
+                _when(node["last_seen"]),
+                _when(node["enrolled_at"]),
+                _when(node["certificate_ends"]),
+            )
+            for node in found
+        ],
+    )
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="The node's name.", show_default=False)],
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Shut a node out for good: its stream ends at once, and its certificate counts no more.
+
+    Example: lichen coordinator revoke clinic-a
+    """
+    node = _do(home, "revoke", name=name)
+    if as_json:
+        _print_json(node)
+    else:
+        typer.echo(f"revoked {name}; to let it in again: lichen coordinator invite {name}")
+
+
+@app.command()
+def submit(
+    plan: Annotated[Path, typer.Argument(help="The plan's file (YAML or JSON).", show_default=False)],
+    home: HomeOption = DEFAULT_HOME,
+    validation: Annotated[Path | None, typer.Option(help="Rows to watch the rounds by: JSONL, CSV or Parquet.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Rows to score the final model on, once.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="Where a field of the plan is in these files. May be repeated.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a key of the plan. May be repeated.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run until it is over.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Queue a plan on the running service, and print the run's id.
+
+    Example: lichen coordinator submit plan.yaml --validation dev.csv --field text=body --set rounds=10 --wait
+    """
+    document = yaml.safe_load(load_plan(plan, settings or ()).to_yaml())
+    files = {name: str(file.absolute()) for name, file in (("validation", validation), ("test", test)) if file is not None}
+    told = ask(_home(home).socket, "submit", {"plan": document, "fields": _fields(field or ()), **files})
+    if as_json:
+        _print_json(told)
+    else:
+        typer.echo(told["run_id"])
+    if wait:
+        _follow(home, told["run_id"], Console(stderr=True) if as_json else Console())
+
+
+@app.command()
+def runs(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """List the runs, oldest first.
+
+    Example: lichen coordinator runs
+    """
+    found = _do(home, "runs")
+    if as_json:
+        _print_json(found)
+        return
+    _print_table(
+        ("run", "plan", "status", "rounds", "submitted", "error"),
+        [
+            (
+                run["run_id"],
+                run["name"],
+                run["status"],
+                f"{_rounds_done(Path(run['directory']))}/{run['rounds']}",
+                _when(run["created_at"]),
+                " ".join((run["error"] or "").split()),
+            )
+            for run in found
+        ],
+    )
+
+
+@app.command()
+def watch(run: RunArgument = "latest", home: HomeOption = DEFAULT_HOME) -> None:
+    """Follow a run until it is over: a live table on a terminal, one line a round elsewhere.
+
+    Example: lichen coordinator watch latest
+    """
+    _follow(home, run, Console())
+
+
+@app.command()
+def stop(run: RunArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """End a run; its checkpoints are kept.
+
+    Example: lichen coordinator stop latest
+    """
+    told = ask(_home(home).socket, "stop", {"run": run})
+    if as_json:
+        _print_json(told)
+    else:
+        typer.echo(f"run {told['run_id']}: {told['status']}")
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="The directory to write.", show_default=False)],
+    home: HomeOption = DEFAULT_HOME,
+    form: Annotated[
+        ExportFormat, typer.Option("--format", help="peft: as it was trained. merged: a LoRA adapter added into its base's weights.")
+    ] = ExportFormat.PEFT,
+) -> None:
+    """Write a finished run's model, for transformers and peft.
+
+    Example: lichen coordinator export latest --out model --format merged
+    """
+    from lichen.coordinator.export import export_model
+
+    found = _do(home, "run", run=run)
+    if found["status"] != "finished":
+        raise LichenError(Code.NO_MODEL, f"run {found['run_id']} is {found['status']}: it has no final model")
+    export_model(Path(found["directory"]), out, form.value)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The file to write (mode 0600: it holds private keys).", show_default=False)],
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the whole home to one file, while the service runs or not.
+
+    Example: lichen coordinator backup /backup/lichen.tar
+    """
+    told = _do(home, "backup", file=str(file.absolute()))
+    if as_json:
+        _print_json(told)
+    else:
+        typer.echo(f"wrote {told['file']}: {told['files']} files, {told['bytes']} bytes")
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="A backup.", show_default=False)],
+    home: Annotated[Path, typer.Option(help="The new home directory.", metavar="DIR", show_default=False)],
+) -> None:
+    """Make a new home from a backup.
+
+    Example: lichen coordinator restore /backup/lichen.tar --home /var/lib/lichen
+    """
+    from lichen.coordinator.backup import restore_backup
+
+    restored = restore_backup(file, home.expanduser())
+    typer.echo(f"restored {restored.path}; start it with: lichen coordinator serve --home {restored.path}")
+
+
+def _home(path: Path) -> Home:
+    return Home(path.expanduser())
+
+
+def _do(home: Path, call: str, **arguments: Any) -> Any:
+    """Ask the running service; without one, work on the home itself."""
+    found = _home(home)
+    try:
+        return ask(found.socket, call, arguments)
+    except NotServedError:
+        pass
+    store = found.open_store()
+    try:
+        return Operations(found, store, None).calls()[call](**arguments)
+    finally:
+        store.close()
+
+
+def _follow(home: Path, run: str, console: Console) -> None:
+    from lichen.coordinator.watch import conclusion, follow
+
+    found = _home(home)
+    store = found.open_store()
+    try:
+        run_id = find_run(store, run).run_id
+        if store.run(run_id).status in {"queued", "running"}:
+            ask(found.socket, "status")  # nothing would ever come
+        directory = found.runs / store.run(run_id).directory
+        shown: list[str | None] = [None]
+
+        def over() -> bool:
+            now = store.run(run_id)
+            if now.error != shown[0] and now.status == "running" and now.error:
+                console.print(f"waits: {now.error}", markup=False, highlight=False, soft_wrap=True)
+            shown[0] = now.error
+            return now.status not in {"queued", "running"}
+
+        follow(directory, stop=over, console=console)
+        ended = store.run(run_id)
+    finally:
+        store.close()
+    if ended.status == "failed":
+        raise _ended_badly(run_id, ended.error or "")
+    told = conclusion(read_result(directory)) if (directory / "result.json").exists() else ended.status
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    if ended.status == "finished":
+        console.print(f"model: {directory / 'model'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _ended_badly(run_id: int, told: str) -> LichenError:
+    """A failed run as an error with the number that ended it."""
+    number = re.match(r"error (\d+) \([a-z-]+\): ", told)
+    code = Code(int(number[1])) if number and int(number[1]) in set(Code) else Code.ROUND_FAILED
+    return LichenError(code, told[number.end() :] if number else told, where=f"run {run_id}")
+
+
+def _fields(settings: Sequence[str]) -> Mapping[str, str]:
+    found = {}
+    for setting in settings:
+        field, equals, column = setting.partition("=")
+        if not (field and equals and column):
+            raise LichenError(Code.DATA_FIELD, f"{setting!r} is not FIELD=COLUMN", where="--field", fix="For example --field text=body.")
+        found[field] = column
+    return found
+
+
+def _rounds_done(directory: Path) -> int:
+    from lichen.coordinator.watch import read_rounds
+
+    return len(read_rounds(directory))
+
+
+def _when(moment: str | None) -> str:
+    return "–" if moment is None else moment.replace("+00:00", "Z")
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal, lines of tab-separated values elsewhere."""
+    if not sys.stdout.isatty():
+        for row in (columns, *rows):
+            typer.echo("\t".join(row))
+        return
+    table = Table(*columns, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
