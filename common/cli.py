@@ -94,3 +94,7 @@ def main() -> None:
         click.secho(str(told), fg="red", err=True)
         status = int(told.code)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -85,7 +85,7 @@ class Head(Section):
     init: Literal["label-descriptions", "zeros", "random"] = "zeros"
     """The head's start. `label-descriptions`: the base model's own embedding of each label's description (mean pooling only)."""
     scale: Number = Field(default=1.0, gt=0)
-    """Length of each class's starting vector with `init: label-descriptions`."""
+    """With `init: label-descriptions`, the factor on the unit embeddings (less their mean) that the head starts from."""
 
 
 class Model(Section):

@@ -192,7 +192,7 @@ class TextClassification:
         hidden = base.base_model(**batch).last_hidden_state
         embedding = F.normalize(_mean_over_tokens(hidden, batch["attention_mask"]), dim=1)
         # what all descriptions share says nothing of the class
-        weight = head.scale * F.normalize(embedding - embedding.mean(0), dim=1)
+        weight = head.scale * (embedding - embedding.mean(0))
         (name,) = (name for name in model.head if model.trainable[name].shape == weight.shape)
         model.trainable[name].copy_(weight)
 

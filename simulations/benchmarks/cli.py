@@ -1,0 +1,60 @@
+"""`lichen bench`: figures of this machine, each by the command that prints it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Measure this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.command()
+def channel(
+    rounds: Annotated[int, typer.Option(min=1, help="Round trips of an empty task.")] = 200,
+    megabytes: Annotated[int, typer.Option(min=1, help="Payload to each agent, and back from each.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Round trip, transfer and memory of the channel, over mutual TLS. Example: lichen bench channel --megabytes 100."""
+    from lichen.simulations.benchmarks.channel import bench_channel
+
+    bench_channel(rounds, megabytes, json=as_json)
+
+
+@app.command()
+def r8(
+    seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0,1,2",
+    epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf,8,2",
+    adapter: Annotated[str, typer.Option(help="lora, head, full; commas between them.")] = "lora,head",
+    keep: Annotated[Path | None, typer.Option(help="Keep the run directories here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Test accuracy on Reuters R8, by seed. Example: lichen bench r8 --epsilon 8 --adapter lora,head."""
+    from lichen.simulations.benchmarks.r8 import bench_r8, summary
+
+    console = Console(stderr=as_json)
+    runs: list[dict[str, Any]] = []
+    for found in bench_r8(
+        [int(seed) for seed in seeds.split(",")], [float(value) for value in epsilon.split(",")], adapter.split(","), keep
+    ):
+        runs.append(found)
+        console.print(
+            f"{found['adapter']}, ε {found['epsilon']:g}, seed {found['seed']}: accuracy {found['accuracy']:.4f}, "
+            f"macro-F1 {found['macro_f1']:.4f}, {found['seconds']:.0f} s",
+            highlight=False,
+        )
+    if as_json:
+        typer.echo(json.dumps({"runs": runs, "means": summary(runs)}, indent=2))
+        return
+    table = Table(title="R8, test split, mean over seeds")
+    for column in ("adapter", "ε", "seeds", "accuracy", "macro-F1", "seconds"):
+        table.add_column(column, justify="left" if column == "adapter" else "right")
+    for row in summary(runs):
+        figures = (f"{row['epsilon']:g}", str(row["seeds"]), f"{row['accuracy']:.4f}", f"{row['macro_f1']:.4f}", f"{row['seconds']:.0f}")
+        table.add_row(row["adapter"], *figures)
+    console.print(table)

@@ -1,0 +1,149 @@
+"""`lichen demo`: a coordinator and its agents as real processes on loopback, over mutual TLS, by the commands that people use."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import Plan, load_plan
+from lichen.common.result import Result, read_result, write_atomically
+
+app = typer.Typer(pretty_exceptions_enable=False)
+LICHEN = (sys.executable, "-m", "lichen.common.cli")
+START_S = 60.0
+STOP_S = 20.0
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run directory to write.", show_default=False)],
+    plan: Annotated[str, typer.Option(help="A scenario, or a plan file with a simulation section.")] = "r8",
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a key of the plan.")] = None,
+) -> None:
+    """Run a real federation on this machine. Example: lichen demo --out lichen-demo."""
+    from lichen.coordinator.run_directory import open_for
+    from lichen.simulations.cli import find_plan
+
+    console = Console()
+    found = load_plan(find_plan(plan), settings or ())
+    open_for(out, resume=False)
+    out.mkdir(parents=True, exist_ok=True)
+    result = federate(found, out.resolve(), console)
+    tell(result, out, console)
+    if result.status != "finished":
+        raise LichenError(
+            Code.CHECK_FAILED, f"the run ended as {result.status}: {result.error}", where=str(out), fix="Its logs are in logs/."
+        )
+
+
+def federate(plan: Plan, out: Path, console: Console) -> Result:
+    """Deal the plan's data to nodes, enrol them, submit the plan, and follow the run until it ends.
+
+    Args:
+        plan: with a `simulation` section, which says what data there is.
+        out: where the processes' homes and logs go, and the run directory at the end.
+        console: told of what happens.
+
+    Raises:
+        LichenError: what a command failed with.
+    """
+    from lichen.coordinator.watch import ended, follow
+    from lichen.simulations.simulate import deal
+
+    began = time.monotonic()
+    privacy = f", {plan.privacy.unit}-level differential privacy at ε ≤ {plan.privacy.epsilon:g}" if plan.private else ", no privacy"
+    console.print(f"{plan.name}: {plan.simulation.clients} agents, {plan.rounds} rounds{privacy}", highlight=False)
+    homes, splits = deal(plan, out / "nodes")
+    write_atomically(out / "plan.yaml", plan.to_yaml())
+    coordinator = out / "coordinator"
+    _lichen("coordinator", "init", "--home", coordinator, "--host", "127.0.0.1", "--fleet-port", "0", "--enrol-port", "0")
+    (out / "logs").mkdir()
+    with _processes() as start:
+        service = start(out / "logs" / "coordinator.log", "coordinator", "serve", "--home", coordinator)
+        _wait_ready(service, out / "logs" / "coordinator.log")
+        for home in homes:
+            invite = _lichen("coordinator", "invite", home.name, "--home", coordinator).strip().splitlines()[-1]
+            _lichen("client", "join", "-", "--home", home, stdin=invite)
+            start(out / "logs" / f"{home.name}.log", "client", "run", "--home", home)
+        console.print(
+            f"coordinator and {len(homes)} agents are up: processes of their own, mutual TLS ({time.monotonic() - began:.0f} s)"
+        )
+        files = [argument for split in splits for argument in (f"--{split}", splits[split])]
+        told = json.loads(_lichen("coordinator", "submit", out / "plan.yaml", "--home", coordinator, "--json", *files))
+        run = coordinator / "runs" / str(told["run_id"])
+        follow(run, stop=lambda: ended(run) or service.poll() is not None, console=console)
+    shutil.copytree(run, out, dirs_exist_ok=True)
+    return read_result(out)
+
+
+def tell(result: Result, out: Path, console: Console) -> None:
+    """Say what came out, and how to load it."""
+    final = result.final or {}
+    if final:
+        console.print(f"{final['split']}: accuracy {final['accuracy']:.4f}, macro-F1 {final['macro_f1']:.4f}")
+    privacy = result.privacy
+    if privacy.max_epsilon is not None:
+        console.print(f"ε ≤ {privacy.max_epsilon:.3f} for each client at δ = {privacy.delta:g} ({privacy.unit}, {privacy.adjacency})")
+    card = out / "model" / "README.md"
+    if card.exists():
+        snippet = card.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+        console.print(f"\nLoad the model (in {out}):\n")
+        console.print(snippet, markup=False, highlight=False)
+    console.print(f"report: {out / 'report.html'}")
+
+
+def _lichen(*arguments: str | Path, stdin: str | None = None) -> str:
+    """One command to its end; its output."""
+    done = subprocess.run([*LICHEN, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode != 0:
+        code = Code(done.returncode) if done.returncode in set(Code) else Code.INTERNAL
+        raise LichenError(code, done.stderr.strip(), where=f"lichen {' '.join(map(str, arguments[:2]))}")
+    return done.stdout
+
+
+@contextmanager
+def _processes() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Long-lived processes, all stopped at the end, the youngest first."""
+    started: list[subprocess.Popen[bytes]] = []
+    # each agent trains in a process of its own; more threads than cores would only wait for each other
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+    def start(log: Path, *arguments: str | Path) -> subprocess.Popen[bytes]:
+        with log.open("wb") as out:
+            command = [*LICHEN, *map(str, arguments)]
+            started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for process in reversed(started):
+            process.send_signal(signal.SIGTERM)
+        for process in reversed(started):
+            try:
+                process.wait(timeout=STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_ready(service: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and service.poll() is None:
+        if "ready:" in log.read_text(encoding="utf-8", errors="replace"):
+            return
+        time.sleep(0.1)
+    raise LichenError(Code.SERVICE_UNREACHABLE, log.read_text(encoding="utf-8", errors="replace")[-2000:], where="lichen coordinator serve")
