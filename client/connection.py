@@ -218,7 +218,7 @@ class Connection:
                 raise self._failed(str(error) or f"no welcome within {self._timing.handshake:g} s") from None
             except grpc.aio.AioRpcError as error:
                 raise told(error, self.address) or self._failed(f"{error.details() or error.code().name}") from None
-            except (OSError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+            except (OSError, asyncio.InvalidStateError, grpc.aio.BaseError) as error:
                 raise self._failed(str(error)) from None
             finally:
                 self._stream = None

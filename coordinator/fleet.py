@@ -51,7 +51,7 @@ class FleetServer:
         self.spool = spool
         self.timing = timing or framing.Timing()
         self.locks: Locks = WeakValueDictionary()
-        self.traffic: Counter[tuple[int, str]] = Counter()
+        self._past_traffic: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: grpc.aio.Server | None = None
         self.corrupt: Counter[str] = Counter()
@@ -129,19 +129,24 @@ class FleetServer:
         except LichenError as error:
             log.warning("ended the stream of node %s: %s", node.name, error)
             await refuse(context, error)
-        except (TimeoutError, OSError, grpc.aio.BaseError, grpc.aio.UsageError) as error:
+        except (TimeoutError, OSError, grpc.aio.BaseError) as error:
             log.warning("the stream of node %s broke: %s", node.name, error)
         finally:
             if self._sessions.get(node.node_id) is session:
                 del self._sessions[node.node_id]
-            self.traffic[node.node_id, "sent"] += session.link.bytes_sent
-            self.traffic[node.node_id, "received"] += session.link.bytes_received
+            self._past_traffic.update(sent=session.link.bytes_sent, received=session.link.bytes_received)
 
     def attached(self, session: Session) -> None:
         """Tell who waits for nodes that one is there."""
         log.info("node %s is attached", session.node.name)
         with self._changed:
             self._changed.notify_all()
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes of envelopes and payloads sent and received since the start, what was sent again included."""
+        links = [session.link for session in list(self._sessions.values())]
+        sent = self._past_traffic["sent"] + sum(link.bytes_sent for link in links)
+        return sent, self._past_traffic["received"] + sum(link.bytes_received for link in links)
 
     def connected(self) -> list[Node]:
         """The nodes that are attached now, by id."""

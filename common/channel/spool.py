@@ -81,17 +81,19 @@ class Spool:
         """
         return Partial(self.path(digest), length)
 
-    def collect(self, keep: Iterable[str], *, min_age: float = 600.0) -> int:
+    def collect(self, keep: Iterable[str], *, min_age: float = 600.0, partial_age: float = 86400.0) -> int:
         """Remove all payloads but those in ``keep``, and leftovers; returns the number of bytes freed.
 
         Args:
             keep: digests in hexadecimal.
-            min_age: files changed in the last so many seconds stay: they may be on their way into a message.
+            min_age: payloads changed in the last so many seconds stay: they may be on their way into a message.
+            partial_age: the same for what is not complete: its sender may come back.
         """
-        kept, freed, limit = set(keep), 0, time.time() - min_age
+        kept, freed, now = set(keep), 0, time.time()
         for entry in os.scandir(self.directory):
             digest = entry.name.removesuffix(".part")
             known = _DIGEST.fullmatch(digest) or entry.name.endswith(".tmp")
+            limit = now - (min_age if entry.name == digest and not entry.name.endswith(".tmp") else partial_age)
             try:
                 status = entry.stat(follow_symlinks=False)
                 if known and digest not in kept and entry.is_file(follow_symlinks=False) and status.st_mtime <= limit:

@@ -23,6 +23,7 @@ from lichen.common.records import PayloadRef
 
 CHUNK = 128 << 10
 _BLOCK = 1 << 20  # read and written at once, in a thread
+_FETCHES = 4  # payloads that come on one stream at a time: each holds up to two blocks
 _MAX_QUEUED = 50_000  # control frames; a peer that provokes more and reads none is broken
 
 Locks = WeakValueDictionary[str, asyncio.Lock]
@@ -103,7 +104,7 @@ class _Incoming:
     async def close(self) -> None:
         """Keep what has come for the next attempt."""
         try:
-            if self._blocks and not self.done.done():
+            if self._blocks:
                 await self.written()
                 await asyncio.to_thread(self._partial.write, self._blocks)
             await self.written()
@@ -135,6 +136,7 @@ class Link(Generic[F]):
         self._control: deque[bytes | Later[F]] = deque()
         self._outgoing: deque[_Outgoing] = deque()
         self._incoming: dict[bytes, _Incoming] = {}
+        self._fetching = asyncio.Semaphore(_FETCHES)
         self._stopped: set[bytes] = set()
         self._offers: dict[str, list[bytes]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -204,7 +206,7 @@ class Link(Generic[F]):
         if not 0 <= ref.length <= MAX_PAYLOAD:
             raise frame_invalid(f"a payload of {ref.length} bytes")
         lock = self._locks.setdefault(ref.digest, asyncio.Lock())
-        async with lock:
+        async with lock, self._fetching:
             have = self._spool.length(ref.digest)
             if have is None:
                 await self._fetch(ref)

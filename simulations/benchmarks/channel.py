@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from lichen.common.pki import Authority, fingerprint, make_csr, make_key
@@ -50,7 +49,7 @@ def bench_channel(rounds: int = 200, megabytes: int = 100, json: bool = False) -
             processes += [_start("agent", home, agent) for agent in AGENTS]
             _wait_for(home / "attached", processes)
             time.sleep(1.0)
-            agent_idle = max(psutil.Process(process.pid).memory_info().rss for process in processes[1:])
+            agent_idle = max(_memory("VmRSS", process.pid) for process in processes[1:])
             (home / "go").touch()
             output, _ = processes[0].communicate(timeout=600)
             if processes[0].returncode != 0:
@@ -130,7 +129,8 @@ async def _coordinate(home: Path, rounds: int, megabytes: int) -> None:
     from lichen.coordinator.store import Store
 
     fleet = FleetServer(Store(home / "store.sqlite"), Spool(home / "spool"))
-    port = await fleet.start("127.0.0.1:0", *((home / name).read_bytes() for name in ("key.pem", "certificate.pem", "ca.pem")))
+    key, certificate, ca = ((home / name).read_bytes() for name in ("key.pem", "certificate.pem", "ca.pem"))
+    port = await fleet.start("127.0.0.1:0", key, certificate, ca)
     _publish(home / "port", str(port))
     grid = fleet.grid(1)
     figures = await asyncio.to_thread(_measure, grid, home, rounds, megabytes)
@@ -143,7 +143,7 @@ def _measure(grid: Any, home: Path, rounds: int, megabytes: int) -> dict[str, An
     _publish(home / "attached", "")
     while not (home / "go").exists():
         time.sleep(0.02)
-    idle = psutil.Process().memory_info().rss
+    idle = _memory("VmRSS")
     times = []
     for number in range(rounds):
         began = time.perf_counter()
@@ -168,7 +168,7 @@ def _measure(grid: Any, home: Path, rounds: int, megabytes: int) -> dict[str, An
     came = {ref.digest for message in replies for ref in payload_refs(message) if grid.spool.length(ref.digest) == megabytes * _MB}
     if len(came) != len(nodes):
         raise RuntimeError("a payload did not come back")
-    peak = _peak()
+    peak = _memory("VmHWM")
     return {
         "rounds": rounds,
         "megabytes": megabytes,
@@ -181,10 +181,10 @@ def _measure(grid: Any, home: Path, rounds: int, megabytes: int) -> dict[str, An
     }
 
 
-def _peak() -> int:
-    """The largest resident memory of this process, in bytes (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
+def _memory(what: str, process: int | str = "self") -> int:
+    """Resident memory of a process in bytes: ``VmRSS`` now, ``VmHWM`` at its largest (Linux)."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(f"{what}:")).split()[1])
 
 
 def _publish(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +67,7 @@ class Agent:
         self.handled: list[str] = []
         self.gate: asyncio.Event | None = None
         self.payload = b""
+        self.unique = 0
         self._world = world
         self.connection = world.on_loop(self._make(address or world.address, world.credentials(name), timing))
         self.running: Future[None] = asyncio.run_coroutine_threadsafe(self.connection.run(self.handle), world.loop)
@@ -82,6 +84,8 @@ class Agent:
             raise LichenError(Code.POLICY_REFUSED, "a secret of this node")
         if task.get("fail") == "bug":
             raise ValueError("a row of this node's data")
+        if self.unique:
+            self.payload = hashlib.shake_256(message.metadata.message_id.encode()).digest(self.unique)
         if self.payload:
             return records.reply(message, with_payload(await asyncio.to_thread(self.spool.add_bytes, self.payload)))
         return records.reply(message, content(node=message.metadata.dst_node_id))
@@ -314,6 +318,7 @@ def test_payloads_cross_complete_both_ways_and_the_same_one_only_once(world: Wor
     assert records.payload_refs(reply) == [ref_of(up)]
     assert world.spool.path(ref_of(up).digest).read_bytes() == up
     assert agent.spool.path(ref.digest).read_bytes() == down
+    assert all(8 * MB > way > 4 * MB for way in world.fleet.traffic())
     before = proxy.up, proxy.down
     (reply,) = grid.send_and_receive([grid.create_message(with_payload(ref), "train", node, "2")], timeout=20)
     assert records.payload_refs(reply) == [ref_of(up)]
@@ -359,6 +364,29 @@ def test_a_message_delivered_twice_is_handled_once_and_goes_on_while_the_stream_
     agent.let_go()
     assert len(list(grid.replies(ids, 10))) == 1
     assert agent.handled == ids
+
+
+def test_a_stream_that_breaks_all_the_time_loses_nothing_and_repeats_nothing(world: World) -> None:
+    proxy, address = world.proxy()
+    agent = world.agent(address=address)
+    grid = world.grid()
+    (node,) = grid.wait_for_nodes(1, 10)
+    agent.unique = 2 * MB
+    proxy.rate = 20 * MB
+    refs = [world.spool.add_bytes(os.urandom(MB)) for _ in range(12)]
+    ids = grid.push_messages(grid.create_message(with_payload(ref), "train", node, str(n)) for n, ref in enumerate(refs))
+    chance = random.Random(5)
+    cuts = 0
+    while len(grid.pull_messages(ids)) < len(ids):
+        assert cuts < 300, "no progress"
+        cuts += 1
+        wait_until(lambda: agent.connection.status.state == "connected")
+        time.sleep(chance.uniform(0.02, 0.6))
+        world.loop.call_soon_threadsafe(proxy.cut)
+    assert cuts > 3
+    assert sorted(agent.handled) == sorted(ids)
+    assert not any(reply.has_error() for reply in grid.pull_messages(ids))
+    wait_until(lambda: agent.mailbox.counts() == (0, 0))
 
 
 def test_replies_stored_while_the_coordinator_was_unreachable_come_later(world: World) -> None:
@@ -535,6 +563,13 @@ def test_no_certificate_and_one_of_another_authority_are_refused(world: World) -
         error: Any = caught.value
         assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert world.fleet.connected() == []
+
+
+def test_an_address_in_use_is_told_by_number(world: World) -> None:
+    key, certificate = world.authority.issue_server(["127.0.0.1"])
+    with pytest.raises(LichenError) as caught:
+        world.on_loop(FleetServer(world.store, world.spool).start(world.address, key, certificate, world.authority.ca_pem))
+    assert caught.value.code is Code.SERVICE_UNREACHABLE
 
 
 def test_an_agent_of_another_protocol_is_told_so(world: World) -> None:
