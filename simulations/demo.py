@@ -67,6 +67,10 @@ def federate(plan: Plan, out: Path, console: Console) -> Result:
     privacy = f", {plan.privacy.unit}-level differential privacy at ε ≤ {plan.privacy.epsilon:g}" if plan.private else ", no privacy"
     console.print(f"{plan.name}: {plan.simulation.clients} agents, {plan.rounds} rounds{privacy}", highlight=False)
     homes, splits = deal(plan, out / "nodes")
+    if not plan.private:
+        console.print("the plan has no privacy, which a node refuses by default; the demo's nodes permit it in their policy.yaml")
+        for home in homes:
+            (home / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n", encoding="utf-8")
     write_atomically(out / "plan.yaml", plan.to_yaml())
     coordinator = out / "coordinator"
     _lichen("coordinator", "init", "--home", coordinator, "--host", "127.0.0.1", "--fleet-port", "0", "--enrol-port", "0")
@@ -78,9 +82,7 @@ def federate(plan: Plan, out: Path, console: Console) -> Result:
             invite = _lichen("coordinator", "invite", home.name, "--home", coordinator).strip().splitlines()[-1]
             _lichen("client", "join", "-", "--home", home, stdin=invite)
             start(out / "logs" / f"{home.name}.log", "client", "run", "--home", home)
-        console.print(
-            f"coordinator and {len(homes)} agents are up: processes of their own, mutual TLS ({time.monotonic() - began:.0f} s)"
-        )
+        console.print(f"coordinator and {len(homes)} agents are up: processes of their own, mutual TLS ({time.monotonic() - began:.0f} s)")
         files = [argument for split in splits for argument in (f"--{split}", splits[split])]
         told = json.loads(_lichen("coordinator", "submit", out / "plan.yaml", "--home", coordinator, "--json", *files))
         run = coordinator / "runs" / str(told["run_id"])
@@ -101,7 +103,7 @@ def tell(result: Result, out: Path, console: Console) -> None:
     if card.exists():
         snippet = card.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
         console.print(f"\nLoad the model (in {out}):\n")
-        console.print(snippet, markup=False, highlight=False)
+        console.print(snippet, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,9 +124,7 @@ class PerUnitGradients:
             part = slice(start, start + self._max_rows)
             for parameter in self._parameters:
                 parameter.grad_sample = None  # type: ignore[attr-defined]
-            with warnings.catch_warnings():
-                # hooks on layers whose input needs no gradient are what we want: the base is frozen
-                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            with expected_hooks():
                 torch.autograd.backward((self._losses(self._network, collate(rows[part])) * weights[part]).sum())
             for total, parameter in zip(sums, self._parameters, strict=True):
                 gradient: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
@@ -160,6 +159,14 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         for parameter in self.params:
             noise = self._source.normal(parameter.shape, self.noise_multiplier * self.max_grad_norm)
             parameter.grad = parameter.summed_grad.view_as(parameter) + noise
+
+
+@contextmanager
+def expected_hooks() -> Iterator[None]:
+    """Without torch's warning of hooks on layers whose input needs no gradient: the base is frozen, so they are what we want."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        yield
 
 
 def _one_row_an_example(network: nn.Module) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients
+from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients, expected_hooks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +82,8 @@ def _gradient(
     losses: Callable[[nn.Module, Batch], torch.Tensor],
     batch: Batch,
 ) -> list[torch.Tensor]:
-    found = torch.autograd.grad(losses(network, batch).sum(), parameters, allow_unused=True)
+    with expected_hooks():
+        found = torch.autograd.grad(losses(network, batch).sum(), parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
 
