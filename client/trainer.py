@@ -58,7 +58,7 @@ class Trainer:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.task, self.model = workbench(plan)
+        self.task, self.model, _ = workbench(plan)
         self._gradients: PerUnitGradients | None = None
         if plan.private:
             self._gradients = PerUnitGradients(self.model, self.task.losses, plan.local.max_physical_batch_size)

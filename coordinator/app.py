@@ -35,7 +35,7 @@ class OwnData:
 
     def __init__(self, plan: Plan, validation: Path | None, test: Path | None) -> None:
         self.plan = plan
-        self.task, self.model = workbench(plan)
+        self.task, self.model, self.start = workbench(plan)
         self._encoded = {path: self._read(path) for path in (validation, test) if path is not None}
         self._validation = validation
         self._test = test
@@ -95,7 +95,7 @@ def main(grid: Grid, context: Context) -> None:
         own = OwnData(plan, *(Path(str(config[key])) if key in config else None for key in ("validation", "test")))
         strategy = FederatedStrategy(plan, directory, result, own, spool, getattr(grid, "name_of", None))
         content = RecordDict()
-        records.put_tensors(content, own.model.state(), spool)
+        records.put_tensors(content, own.start, spool)
         strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)
         final = strategy.final_model()
         own.model.load(final)

@@ -176,10 +176,8 @@ class Runner:
 
     def _call_app(self, run: Run, grid: RunGrid) -> None:
         # imported here: torch comes with them, and an idle coordinator does without
-        from lichen.common.tasks import workbench
         from lichen.coordinator.app import app
 
-        workbench.cache_clear()  # the model of the run before is not this run's start, even if the plan is the same
         directory = self._runs / run.directory
         config: dict[str, bool | float | int | str] = {
             "plan": run.plan,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from lichen.common.model.adapter import TunedModel
+    from lichen.common.model.adapter import State, TunedModel
     from lichen.common.plan import Plan
     from lichen.common.tasks.task import Task
 
@@ -19,8 +19,18 @@ def make_task(plan: Plan) -> Task[Any]:
     return kinds[plan.task.kind](plan)
 
 
+class Workbench(NamedTuple):
+    """A plan's task and model, ready to work with."""
+
+    task: Task[Any]
+    model: TunedModel
+    start: State
+    """The trainable tensors as they were built: a run's first round begins with these, whatever the model was used for since."""
+
+
 @lru_cache(maxsize=1)
-def workbench(plan: Plan) -> tuple[Task[Any], TunedModel]:
-    """The task and its built model, one for a process: in a simulation, all clients and the coordinator share one base."""
+def workbench(plan: Plan) -> Workbench:
+    """One for a process: in a simulation, all clients and the coordinator share one base model."""
     task = make_task(plan)
-    return task, task.build()
+    model = task.build()
+    return Workbench(task, model, model.state())
