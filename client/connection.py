@@ -278,6 +278,7 @@ class Connection:
                 await self._take(stream, frame.envelope.message_id, frame.envelope.message)
             case "receipt":
                 stream.link.withdraw(frame.receipt.message_id)
+                stream.replied.discard(frame.receipt.message_id)  # a withdrawn message may be wanted again
                 await asyncio.to_thread(self.mailbox.receipt, frame.receipt.message_id)
                 self._collect()
             case "cancel":

@@ -37,7 +37,7 @@ class Session:
         self._context = context
         self._offered: set[str] = set()
         self._early: list[str] = []
-        self._replying: set[str] = set()
+        self._replying: dict[str, asyncio.Task[None]] = {}
 
     async def serve(self, fingerprint: str) -> None:
         """Welcome the agent, send it what it owes replies to, and take its frames until the stream ends."""
@@ -80,8 +80,11 @@ class Session:
         return CoordinatorFrame(envelope=Envelope(message_id=message_id, message=data))
 
     def cancel(self, message_ids: list[str]) -> None:
-        """Tell the agent to drop messages."""
+        """Tell the agent to drop messages, or the replies to them that are on their way."""
         for message_id in message_ids:
+            if replying := self._replying.get(message_id):
+                replying.cancel()
+                self._receipt(message_id, stored=False)
             self.link.withdraw(message_id)
             self._offered.discard(message_id)
         for start in range(0, len(message_ids), framing.MAX_IDS):
@@ -98,9 +101,8 @@ class Session:
             case "envelope":
                 message_id = frame.envelope.message_id
                 if message_id not in self._replying:
-                    self._replying.add(message_id)
                     self.link.bytes_received += len(data)
-                    self.link.spawn(self._reply(message_id, frame.envelope.message))
+                    self._replying[message_id] = self.link.spawn(self._reply(message_id, frame.envelope.message))
             case "ack":
                 await asyncio.to_thread(self._fleet.store.ack, frame.ack.message_id, self.node.node_id)
             case "bye":
@@ -114,9 +116,12 @@ class Session:
         try:
             kept = await self._take(message_id, data)
         finally:
-            self._replying.discard(message_id)
+            self._replying.pop(message_id, None)
+        self._receipt(message_id, stored=kept)
+
+    def _receipt(self, message_id: str, *, stored: bool) -> None:
         self.link.withdraw(message_id)
-        self.link.send(CoordinatorFrame(receipt=Receipt(message_id=message_id, stored=kept)))
+        self.link.send(CoordinatorFrame(receipt=Receipt(message_id=message_id, stored=stored)))
 
     async def _take(self, message_id: str, data: bytes) -> bool:
         awaited = await asyncio.to_thread(self._fleet.store.awaits, message_id, self.node.node_id)

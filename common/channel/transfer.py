@@ -173,11 +173,12 @@ class Link(Generic[F]):
         """The peer needs this message's payloads no longer."""
         self._offers.pop(message_id, None)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do work that belongs to this stream and ends with it; its LichenError ends the stream."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -463,6 +463,28 @@ def test_withdrawn_messages_are_dropped_unless_begun(world: World) -> None:
     wait_until(lambda: agent.mailbox.counts() == (0, 0))
 
 
+def test_a_reply_that_is_withdrawn_on_its_way_is_sent_no_further(world: World) -> None:
+    proxy, address = world.proxy()
+    agent = world.agent(address=address)
+    agent.payload = os.urandom(30 * MB)
+    grid = world.grid()
+    (node,) = grid.wait_for_nodes(1, 10)
+    proxy.rate = 10 * MB
+    ids = grid.push_messages([grid.create_message(content(), "train", node, "1")])
+    wait_until(lambda: proxy.up > 3 * MB)
+    assert grid.cancel(ids) == ids
+    wait_until(lambda: agent.mailbox.counts() == (0, 0), 5)
+    time.sleep(0.3)
+    assert proxy.up < 15 * MB
+    proxy.rate = float("inf")
+    (reply,) = grid.send_and_receive([grid.create_message(content(), "train", node, "2")], timeout=20)
+    assert records.payload_refs(reply) == [ref_of(agent.payload)]
+    assert proxy.up < 36 * MB  # it went on where it had been stopped
+    (again,) = grid.send_and_receive([grid.create_message(content(), "train", node, "1")], timeout=20)
+    assert agent.handled == [*ids, reply.metadata.reply_to_message_id]
+    assert records.payload_refs(again) == records.payload_refs(reply)
+
+
 def test_a_handler_s_error_is_told_by_number_only(world: World) -> None:
     world.agent()
     grid = world.grid()
