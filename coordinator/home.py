@@ -101,6 +101,7 @@ class Home:
             authority = Authority.create(path / "pki")
             write_private(path / "pki" / "server.pem", b"".join(authority.issue_server(_names(config))))
             Store(path / "store.sqlite").close()
+            (path / "store.sqlite").chmod(0o600)  # SQLite gives its journals the same mode
             (path / "runs").mkdir()
             # last: a home with this file is whole
             write_private(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -98,7 +99,9 @@ class RunDirectory:
         final = self._checkpoint(state.round)
         temporary = final.with_suffix(".tmp")
         save_file(tensors, temporary, metadata={"lichen": json.dumps(about)})
+        _sync(temporary)
         temporary.replace(final)
+        _sync(final.parent)  # on the disk now: what the round was made of may be let go of
         for old in self._checkpoints()[:-KEPT]:
             old.unlink()
 
@@ -148,6 +151,14 @@ class RunDirectory:
         except FileNotFoundError:
             return []
         return [told for told in map(Round.model_validate_json, lines) if told.round <= until]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def versions() -> dict[str, str]:

@@ -46,6 +46,7 @@ def serve(home: Home, ready: Callable[[Runtime], None], *, retry_s: float = RETR
     Raises:
         LichenError: HOME_IN_USE; SERVICE_UNREACHABLE or CONNECT_FAILED if an address can't be had; KEY_EXPOSED; STORE_VERSION.
     """
+    os.umask(0o077)  # all that it writes is its owner's
     with home.lock(), _logging(home.path / "log"), logged_handshakes():
         for left in home.path.glob(".backup-*"):
             shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,410 @@
+"""The coordinator as a real process, driven by its commands, with agents over mutual TLS: runs, failures, SIGKILL and what follows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from flwr.app import Context, Message, RecordDict
+from safetensors.torch import load_file
+
+from lichen.client.app import app as client_app
+from lichen.client.connection import Connection, Credentials, Status
+from lichen.client.data import add_source
+from lichen.client.enrolment import Identity, join
+from lichen.client.fetch import fetch_model
+from lichen.client.mailbox import Mailbox
+from lichen.common.channel.spool import Spool
+from lichen.common.errors import Code, LichenError
+from lichen.common.result import read_result
+from lichen.coordinator.home import Home
+from lichen.coordinator.operations import Operations
+from lichen.coordinator.store import Store
+
+LICHEN = (sys.executable, "-c", "from lichen.common.cli import main; main()")
+TRAINING = threading.Lock()  # the client app keeps one model a process, and here two agents share one
+Rows = Callable[..., list[dict[str, str]]]
+
+
+def lichen(*arguments: object, code: int = 0) -> str:
+    """Run a `lichen coordinator` command; returns what it printed."""
+    done = subprocess.run([*LICHEN, "coordinator", *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)
+    return done.stdout if code == 0 else done.stdout + done.stderr
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.02)
+    return found
+
+
+class Agent:
+    """A small agent in a thread of this process: the real connection, mailbox and client app."""
+
+    def __init__(self, home: Path, invite: str, rows: list[dict[str, str]]) -> None:
+        self.home = home
+        self.identity: Identity = join(invite, home)
+        (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        add_source(home, home / "rows.jsonl", fields={"text": "text", "label": "label"})
+        (home / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n", encoding="utf-8")
+        self.trained: Counter[tuple[int, str]] = Counter()
+        self.hold = threading.Event()
+        self.held = threading.Event()
+        self.error: LichenError | None = None
+        self.statuses: list[Status] = []
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread.start()
+        self._started.wait(10)
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.spool = Spool(self.home / "spool")
+        credentials = Credentials(self.identity.ca_pem, self.identity.key_pem, self.identity.certificate_pem)
+        mailbox = Mailbox(self.home / "agent.sqlite")
+        self.connection = Connection(self.identity.coordinator, lambda: credentials, mailbox, self.spool, on_status=self.statuses.append)
+        self._started.set()
+        try:
+            await self.connection.run(lambda message: asyncio.to_thread(self._handle, message))
+        except LichenError as error:
+            self.error = error
+        mailbox.close()
+
+    def _handle(self, message: Message) -> Message:
+        while self.hold.is_set():
+            self.held.set()
+            time.sleep(0.01)
+        config: dict[str, Any] = {"home": str(self.home), "name": self.identity.name, "spool": str(self.spool.directory)}
+        context = Context(message.metadata.run_id, message.metadata.dst_node_id, config, RecordDict(), {})
+        self.trained[message.metadata.run_id, message.metadata.group_id] += 1
+        with TRAINING:
+            return client_app(message, context)
+
+    def connected(self) -> bool:
+        return bool(self.statuses) and self.statuses[-1].state == "connected"
+
+    def stop(self) -> None:
+        self.hold.clear()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self.connection.stop)
+            self._thread.join(20)
+
+
+class Service:
+    """`lichen coordinator serve`, that can be killed and started again."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        self.log = (self.home.parent / "stderr.txt").open("a")
+        self.process = subprocess.Popen(
+            [*LICHEN, "coordinator", "serve", "--home", str(self.home)], stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("ready: fleet 127.0.0.1:"), (line, (self.home.parent / "stderr.txt").read_text())
+
+    def end(self, number: int) -> int:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        self.process.send_signal(number)
+        status = self.process.wait(30)
+        self.process.stdout.close()
+        self.log.close()
+        return status
+
+    def run(self, run: str) -> dict[str, Any]:
+        home = Home(self.home)  # as the command does, without a process for each look
+        with closing(home.open_store()) as store:
+            return Operations(home, store, None).run(run)
+
+    def until(self, run: str, status: str) -> dict[str, Any]:
+        return wait_for(lambda: found if (found := self.run(run))["status"] == status else None)
+
+    def join(self, name: str, rows: list[dict[str, str]]) -> Agent:
+        agent = Agent(self.home.parent / name, lichen("invite", name, "--home", self.home), rows)
+        wait_for(agent.connected)
+        return agent
+
+    def submit(self, plan: dict[str, Any], *more: object) -> str:
+        file = self.home.parent / f"plan-{time.monotonic_ns()}.yaml"
+        file.write_text(yaml.safe_dump(plan), encoding="utf-8")
+        return lichen("submit", file, "--home", self.home, *more).split()[0]
+
+    def rounds(self, run: str) -> int:
+        file = self.home / "runs" / run / "metrics.jsonl"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def model(self, run: str) -> dict[str, torch.Tensor]:
+        return load_file(self.home / "runs" / run / "model" / "adapter_model.safetensors")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def coordinator(directory: Path) -> Iterator[Service]:
+    """A served home at ports that stay the same when it is started again."""
+    home = directory / "coordinator"
+    lichen("init", "--home", home, "--host", "127.0.0.1", "--fleet-port", free_port(), "--enrol-port", free_port())
+    service = Service(home)
+    service.start()
+    try:
+        yield service
+    finally:
+        if service.process is not None and service.process.poll() is None:
+            service.end(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with coordinator(tmp_path_factory.mktemp("service")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def agents(service: Service, tiny_rows: Rows) -> Iterator[dict[str, Agent]]:
+    found = {name: service.join(name, tiny_rows(40, seed)) for seed, name in enumerate(("clinic-a", "clinic-b"), 1)}
+    yield found
+    for agent in found.values():
+        agent.stop()
+
+
+@pytest.fixture
+def validation(tmp_path: Path, tiny_rows: Rows) -> Path:
+    file = tmp_path / "dev.csv"
+    file.write_text("body,topic\n" + "".join(f"{row['text']},{row['label']}\n" for row in tiny_rows(30, 9)), encoding="utf-8")
+    return file
+
+
+def test_a_run_from_submission_to_the_fetched_model(
+    service: Service, agents: dict[str, Agent], tiny_plan: dict[str, Any], validation: Path, tmp_path: Path
+) -> None:
+    fields = ("--validation", validation, "--test", validation, "--field", "text=body", "--field", "label=topic")
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(tiny_plan), encoding="utf-8")
+    told = lichen("submit", file, "--home", service.home, *fields, "--set", "seed=3", "--wait").splitlines()
+    run = told[0]
+    assert [line.split(",")[0] for line in told[1:3]] == ["round 1/2", "round 2/2"]
+    assert "macro-F1" in told[1]
+    assert told[3].startswith("finished: test accuracy 0.")
+    directory = service.home / "runs" / run
+    result = read_result(directory)
+    assert (result.status, result.engine, len(result.rounds), result.seed) == ("finished", "deployed", 2, 3)
+    assert result.rounds[0].participants == 2
+    assert service.run(run)["status"] == "finished"
+    assert lichen("watch", run[:6], "--home", service.home).splitlines()[:2] == told[1:3]
+
+    # what the run's messages held was let go of, and nothing here is for other users
+    with closing(Store(service.home / "store.sqlite")) as store:
+        assert store.unreleased(int(run)) == []
+    assert {path.name for path in service.home.rglob("*.sqlite*") if path.stat().st_mode & 0o077} == set()
+
+    lichen("export", "latest", "--home", service.home, "--out", tmp_path / "peft")
+    lichen("export", run, "--home", service.home, "--out", tmp_path / "merged", "--format", "merged")
+    lichen("export", run, "--home", service.home, "--out", tmp_path / "merged", code=Code.OUTPUT_EXISTS)
+    same_scores(tmp_path / "peft", tmp_path / "merged")
+
+    identity = agents["clinic-a"].identity
+    models = tmp_path / "models"
+    seen: list[tuple[int, int]] = []
+    fetched = fetch_model(identity, models, progress=lambda here, all: seen.append((here, all)))
+    assert fetched.run_id == int(run)
+    assert (fetched.model / "adapter_model.safetensors").read_bytes() == (tmp_path / "peft" / "adapter_model.safetensors").read_bytes()
+    assert seen[-1][0] == seen[-1][1]
+    seen.clear()
+    assert fetch_model(identity, models, int(run), progress=lambda here, all: seen.append((here, all))) == fetched
+    assert not seen  # it was there
+
+    # a broken transfer goes on where it ended
+    archive = (directory / "model.tar").read_bytes()
+    part = tmp_path / "again" / f"{(fetched.directory / 'digest').read_text()}.part"
+    part.parent.mkdir()
+    part.write_bytes(archive[:5000])
+    fetch_model(identity, part.parent, progress=lambda here, all: seen.append((here, all)))
+    assert seen[0][0] > 5000
+    assert sorted(path.name for path in part.parent.iterdir()) == [run]
+    with pytest.raises(LichenError) as caught:
+        fetch_model(identity, models, 12345)
+    assert caught.value.code is Code.RUN_UNKNOWN
+
+
+def same_scores(adapter: Path, merged: Path) -> None:
+    from peft import AutoPeftModelForTokenClassification
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    batch = tokenizer(["wheat and corn today", "the bank said"], padding=True, return_tensors="pt")
+    plain = AutoModelForTokenClassification.from_pretrained(merged).eval()
+    tuned = AutoPeftModelForTokenClassification.from_pretrained(adapter, num_labels=3).eval()
+    assert plain.config.id2label == {0: "crop", 1: "metal", 2: "money"}
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**batch).logits, tuned(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_is_stopped_and_the_next_one_begins(service: Service, agents: dict[str, Agent], tiny_plan: dict[str, Any]) -> None:
+    long = service.submit(tiny_plan | {"rounds": 500})
+    queued = service.submit(tiny_plan | {"rounds": 1})
+    waiting = service.submit(tiny_plan | {"rounds": 1})
+    wait_for(lambda: service.rounds(long) > 0)
+    agents["clinic-b"].hold.set()
+    agents["clinic-b"].held.clear()
+    agents["clinic-b"].held.wait(20)  # the coordinator waits for this one now
+    lichen("stop", waiting, "--home", service.home)
+    began = time.monotonic()
+    assert json.loads(lichen("stop", long, "--home", service.home, "--json"))["status"] == "stopped"
+    assert time.monotonic() - began < 5
+    agents["clinic-b"].hold.clear()
+    assert read_result(service.home / "runs" / long).status == "stopped"
+    assert list((service.home / "runs" / long / "checkpoints").glob("round-*.safetensors"))
+    service.until(queued, "finished")
+    assert service.run(waiting)["status"] == "stopped"
+    assert service.rounds(waiting) == 0
+    lichen("export", long, "--home", service.home, "--out", service.home.parent / "none", code=Code.NO_MODEL)
+
+
+def test_a_cohort_that_cannot_be_had_fails_the_run_and_not_the_service(
+    service: Service, agents: dict[str, Agent], tiny_plan: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(tiny_plan | {"cohort": {"size": 3, "minimum": 3, "deadline_s": 0.5}}), encoding="utf-8")
+    told = lichen("submit", file, "--home", service.home, "--wait", code=Code.COHORT_TOO_SMALL)
+    assert "2 nodes are connected, cohort.minimum is 3" in told
+    failed = json.loads(lichen("runs", "--home", service.home, "--json"))[-1]
+    assert (failed["status"], "cohort-too-small" in failed["error"]) == ("failed", True)
+    assert lichen("nodes", "--home", service.home).splitlines()[1].startswith("clinic-a\tconnected\t2")
+
+
+def test_refusals(service: Service, tiny_plan: dict[str, Any], validation: Path, tmp_path: Path) -> None:
+    home = ("--home", service.home)
+    before = lichen("runs", *home, "--json"), sorted((service.home / "runs").iterdir())
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text(yaml.safe_dump(tiny_plan), encoding="utf-8")
+    bad.write_text(yaml.safe_dump(tiny_plan | {"round": 3}), encoding="utf-8")
+    lichen("submit", bad, *home, code=Code.PLAN_INVALID)
+    lichen("submit", tmp_path / "none.yaml", *home, code=Code.PLAN_UNREADABLE)
+    lichen("submit", good, *home, "--set", "model.base=/no/such/model", code=Code.MODEL_NOT_FOUND)
+    assert "there are body, topic" in lichen("submit", good, *home, "--validation", validation, code=Code.DATA_FIELD)
+    swapped = ("--field", "text=topic", "--field", "label=body")
+    lichen("submit", good, *home, "--test", validation, *swapped, code=Code.DATA_LABEL)
+    lichen("submit", good, *home, "--test", tmp_path / "none.csv", code=Code.DATA_NOT_FOUND)
+    lichen("watch", "99999", *home, code=Code.RUN_UNKNOWN)
+    lichen("stop", "99999", *home, code=Code.RUN_UNKNOWN)
+    lichen("revoke", "nobody", *home, code=Code.NODE_UNKNOWN)
+    lichen("serve", *home, code=Code.HOME_IN_USE)
+    lichen("init", *home, code=Code.OUTPUT_EXISTS)
+    lichen("nodes", "--home", tmp_path / "nowhere", code=Code.HOME_MISSING)
+    assert (lichen("runs", *home, "--json"), sorted((service.home / "runs").iterdir())) == before
+
+
+def test_a_revoked_node_is_cut_off_at_once(service: Service, agents: dict[str, Agent], tiny_rows: Rows) -> None:
+    agent = service.join("clinic-c", tiny_rows(10, 5))
+    lichen("invite", "clinic-c", "--home", service.home, code=Code.NAME_TAKEN)
+    lichen("revoke", "clinic-c", "--home", service.home)
+    wait_for(lambda: agent.error, 5)
+    assert agent.error is not None
+    assert agent.error.code is Code.CERTIFICATE_REVOKED
+    node = next(node for node in json.loads(lichen("nodes", "--home", service.home, "--json")) if node["name"] == "clinic-c")
+    assert (node["active"], node["connected"]) == (False, False)
+    with pytest.raises(LichenError) as caught:
+        fetch_model(agent.identity, agent.home / "models")
+    assert caught.value.code is Code.CERTIFICATE_REVOKED
+
+
+def test_a_killed_coordinator_finishes_the_same_round(tmp_path: Path, tiny_rows: Rows, tiny_plan: dict[str, Any]) -> None:
+    """One agent's reply is in the store and the other still trains when the coordinator is killed; twice."""
+    with coordinator(tmp_path) as service:
+        a, b = (service.join(name, tiny_rows(40, seed)) for seed, name in enumerate(("clinic-a", "clinic-b"), 1))
+        plan = tiny_plan | {"rounds": 3}
+        undisturbed = service.submit(plan)
+        service.until(undisturbed, "finished")
+
+        run = service.submit(plan)
+        number = int(run)
+        wait_for(lambda: service.rounds(run) == 1)
+        b.hold.set()
+        b.held.clear()
+        wait_for(lambda: b.held.is_set() and a.connection.mailbox.counts() == (0, 0))
+        round = service.rounds(run) + 1
+        assert (a.trained[number, str(round)], b.trained[number, str(round)]) == (1, 0)
+        assert service.end(signal.SIGKILL) == -signal.SIGKILL
+        service.start()
+        wait_for(lambda: a.connected() and b.connected())
+        time.sleep(0.5)
+        assert service.end(signal.SIGKILL) == -signal.SIGKILL  # while it starts the run again
+        b.hold.clear()
+        service.start()
+        service.until(run, "finished")
+
+        assert {key: count for key, count in a.trained.items() if count > 1} == {}
+        assert {key: count for key, count in b.trained.items() if count > 1} == {}
+        assert a.trained.keys() == b.trained.keys() == {(int(item), str(n)) for item in (undisturbed, run) for n in (1, 2, 3)}
+        before, after = service.model(undisturbed), service.model(run)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        result = read_result(service.home / "runs" / run)
+        assert [round.round for round in result.rounds] == [1, 2, 3]
+        assert result.status == "finished"
+        for agent in (a, b):
+            agent.stop()
+
+
+def test_a_full_disk_pauses_the_run_and_a_shutdown_keeps_it(tmp_path: Path, tiny_rows: Rows, tiny_plan: dict[str, Any]) -> None:
+    with coordinator(tmp_path) as service:
+        agent = service.join("clinic-a", tiny_rows(40, 1))
+        agent.hold.set()
+        run = service.submit(tiny_plan | {"cohort": {"size": 1, "minimum": 1, "deadline_s": 60}})
+        agent.held.wait(30)
+        full = service.home / "runs" / run / "metrics.jsonl.tmp"
+        full.symlink_to("/dev/full")
+        agent.hold.clear()
+        wait_for(lambda: service.run(run)["error"])
+        paused = service.run(run)
+        assert paused["status"] == "running"
+        assert "Free some space" in paused["error"]
+        assert "clinic-a\tconnected" in lichen("nodes", "--home", service.home)
+        copied = tmp_path / "backup.tar"
+        full.unlink()
+        assert service.end(signal.SIGTERM) == 0
+        lichen("submit", next(tmp_path.glob("plan-*.yaml")), "--home", service.home, code=Code.SERVICE_UNREACHABLE)
+        lichen("stop", run, "--home", service.home, code=Code.SERVICE_UNREACHABLE)
+        assert service.run(run)["status"] == "running"
+        lichen("backup", copied, "--home", service.home)
+
+        service.start()
+        service.until(run, "finished")
+        assert agent.trained == {(int(run), "1"): 1, (int(run), "2"): 1}
+        agent.stop()
+
+        # the backup was taken in the middle of the run: a new home goes on from there
+        assert stat.S_IMODE(copied.stat().st_mode) == 0o600
+        assert service.end(signal.SIGTERM) == 0
+        moved = Service(tmp_path / "moved")
+        lichen("restore", copied, "--home", moved.home)
+        assert moved.run(run)["status"] == "running"
+        assert [node["name"] for node in json.loads(lichen("nodes", "--home", moved.home, "--json"))] == ["clinic-a"]
+        assert os.listdir(moved.home / "spool")
