@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import stat
@@ -373,7 +372,7 @@ def test_a_killed_coordinator_finishes_the_same_round(tmp_path: Path, tiny_rows:
             agent.stop()
 
 
-def test_a_full_disk_pauses_the_run_and_a_shutdown_keeps_it(tmp_path: Path, tiny_rows: Rows, tiny_plan: dict[str, Any]) -> None:
+def test_a_run_outlives_a_full_disk_a_shutdown_and_its_machine(tmp_path: Path, tiny_rows: Rows, tiny_plan: dict[str, Any]) -> None:
     with coordinator(tmp_path) as service:
         agent = service.join("clinic-a", tiny_rows(40, 1))
         agent.hold.set()
@@ -387,24 +386,36 @@ def test_a_full_disk_pauses_the_run_and_a_shutdown_keeps_it(tmp_path: Path, tiny
         assert paused["status"] == "running"
         assert "Free some space" in paused["error"]
         assert "clinic-a\tconnected" in lichen("nodes", "--home", service.home)
-        copied = tmp_path / "backup.tar"
         full.unlink()
         assert service.end(signal.SIGTERM) == 0
         lichen("submit", next(tmp_path.glob("plan-*.yaml")), "--home", service.home, code=Code.SERVICE_UNREACHABLE)
         lichen("stop", run, "--home", service.home, code=Code.SERVICE_UNREACHABLE)
-        assert service.run(run)["status"] == "running"
-        lichen("backup", copied, "--home", service.home)
 
+        agent.hold.set()
+        agent.held.clear()
+        service.start()
+        agent.held.wait(30)  # round 1 is done with the reply that was there; the agent has round 2
+        copied = tmp_path / "backup.tar"
+        told = json.loads(lichen("backup", copied, "--home", service.home, "--json"))
+        assert (told["bytes"], stat.S_IMODE(copied.stat().st_mode)) == (copied.stat().st_size, 0o600)
+        lichen("backup", copied, "--home", service.home, code=Code.OUTPUT_EXISTS)
+        began = time.monotonic()
+        assert service.end(signal.SIGTERM) == 0
+        assert time.monotonic() - began < 5
+        assert service.run(run)["status"] == read_result(service.home / "runs" / run).status == "running"
+        agent.hold.clear()
         service.start()
         service.until(run, "finished")
-        assert agent.trained == {(int(run), "1"): 1, (int(run), "2"): 1}
-        agent.stop()
-
-        # the backup was taken in the middle of the run: a new home goes on from there
-        assert stat.S_IMODE(copied.stat().st_mode) == 0o600
         assert service.end(signal.SIGTERM) == 0
+
+        # a new home goes on from the middle of the run, and the agent sends it the same bytes
         moved = Service(tmp_path / "moved")
         lichen("restore", copied, "--home", moved.home)
-        assert moved.run(run)["status"] == "running"
-        assert [node["name"] for node in json.loads(lichen("nodes", "--home", moved.home, "--json"))] == ["clinic-a"]
-        assert os.listdir(moved.home / "spool")
+        assert not list(tmp_path.glob(".moved-*"))
+        moved.start()
+        moved.until(run, "finished")
+        moved.end(signal.SIGTERM)
+        assert moved.model(run).keys() == service.model(run).keys()
+        assert all(torch.equal(tensor, service.model(run)[name]) for name, tensor in moved.model(run).items())
+        assert agent.trained == {(int(run), "1"): 1, (int(run), "2"): 1}
+        agent.stop()
