@@ -14,20 +14,23 @@ import logging
 import signal
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Message
 
 from lichen.client import connection, enrolment
 from lichen.client.locks import HomeLocks
 from lichen.client.mailbox import Mailbox
-from lichen.client.policy import Policy, enforce
 from lichen.client.status import State, StatusFile, is_paused
 from lichen.client.worker import Limits, Worker
 from lichen.common import records
 from lichen.common.channel.framing import Timing
 from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import Plan, plan_from_json
+
+if TYPE_CHECKING:
+    from lichen.client.policy import Policy
+    from lichen.common.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +140,8 @@ class Agent:
 
     async def _permission(self, plan: Plan, until: float) -> Policy:
         """The policy, once it permits the plan; while a person has yet to decide, wait for them."""
+        from lichen.client.policy import enforce
+
         while True:
             try:
                 return await asyncio.to_thread(enforce, self.home, plan, datetime.now().astimezone())
@@ -190,6 +195,8 @@ def _assignment(message: Message) -> tuple[Plan, int]:
     Raises:
         LichenError: FRAME_INVALID, if it asks for nothing that an agent does; PLAN_…
     """
+    from lichen.common.plan import plan_from_json  # here, because its schema takes 6 MB that an agent without work can do without
+
     kind = message.metadata.message_type
     config = message.content.config_records.get("assignment") if message.has_content() else None
     if kind not in _WORK or config is None:

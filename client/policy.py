@@ -148,12 +148,24 @@ class Policy(_Section):
                 fix = f"lichen client approve {plan_sha256[:12]}, or reject."
                 raise LichenError(Code.POLICY_APPROVAL, "a person must approve this plan first", where=plan.name, fix=fix)
 
-    def _refusals(self, plan: Plan, epsilon: float, delta: float, weights: Callable[[], str] | None) -> Iterator[str]:
-        if self.models is not None and plan.model.base not in self.models:
+    def check_model(self, base: str) -> None:
+        """Refuse a base model that may not be loaded, as a fetched model's plan names it.
+
+        Raises:
+            LichenError: POLICY_REFUSED.
+        """
+        for refusal in self._model_refusals(base, lambda: weights_sha256(base)):
+            raise LichenError(Code.POLICY_REFUSED, refusal, where=base, fix=f"The data owner may change {POLICY}.")
+
+    def _model_refusals(self, base: str, weights: Callable[[], str] | None) -> Iterator[str]:
+        if self.models is not None and base not in self.models:
             digests = [name for name in self.models if name.startswith("sha256:")]
             own = f"sha256:{weights()}" if digests and weights else None
             if own not in digests:
-                yield _told("model.base", plan.model.base + (f" ({own})" if own else ""), "models", ", ".join(self.models) or "none")
+                yield _told("model.base", base + (f" ({own})" if own else ""), "models", ", ".join(self.models) or "none")
+
+    def _refusals(self, plan: Plan, epsilon: float, delta: float, weights: Callable[[], str] | None) -> Iterator[str]:
+        yield from self._model_refusals(plan.model.base, weights)
         if self.tasks is not None and plan.task.kind not in self.tasks:
             yield _told("task.kind", plan.task.kind, "tasks", ", ".join(self.tasks) or "none")
         if plan.private:
@@ -242,13 +254,18 @@ def write_default(home: Path) -> Path:
     path = home / POLICY
     if path.exists():
         raise LichenError(Code.OUTPUT_EXISTS, "there is a policy already", where=str(path))
-    write_private(path, "".join(_documented(Policy(), "")).encode())
+    write_private(path, documented(Policy()).encode())
     return path
 
 
 def schema() -> dict[str, Any]:
     """The policy's JSON schema."""
     return Policy.model_json_schema()
+
+
+def documented(policy: Policy) -> str:
+    """A policy as `policy.yaml` would say it, each key with what it means."""
+    return "".join(_documented(policy, ""))
 
 
 def _documented(section: BaseModel, indent: str) -> Iterator[str]:

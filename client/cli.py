@@ -1,0 +1,379 @@
+"""`lichen client`: what a data owner runs. Nothing here imports torch, but `model`, which scores one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lichen.common.errors import Code, LichenError
+
+app = typer.Typer(help="The agent that data owners run.", no_args_is_help=True, pretty_exceptions_enable=False)
+data_app = typer.Typer(help="Which files this node trains on.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(data_app, name="data")
+
+
+def _absolute(home: Path) -> Path:
+    return home.expanduser().absolute()
+
+
+Home = Annotated[
+    Path,
+    typer.Option("--home", envvar="LICHEN_NODE_HOME", help="The node's home directory.", callback=_absolute, show_default="~/.lichen/node"),
+]
+DEFAULT_HOME = Path("~/.lichen/node")
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Sha = Annotated[str, typer.Argument(help="The plan's digest, or its first 8 digits or more.", show_default=False)]
+
+
+@app.command()
+def join(
+    invite: Annotated[str, typer.Argument(help="From the coordinator's operator; - reads it from standard input.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Give up the enrolment that this home has.")] = False,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Enrol this node: make its key here and have it certified. Example: lichen client join lichen1.eyJ…."""
+    from lichen.client.enrolment import join as enrol
+    from lichen.client.locks import HomeLocks
+
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    locks = HomeLocks(home)
+    try:
+        identity = enrol(sys.stdin.read().strip() if invite == "-" else invite, home, force=force)
+    finally:
+        locks.close()
+    typer.echo(f"joined as {identity.name}; the certificate is good until {_when(identity.certificate.not_after)} and renews by itself")
+    typer.echo("next: lichen client data add FILE --field text=COLUMN --field label=COLUMN --declared-size N, then lichen client run")
+
+
+@app.command()
+def run(home: Home = DEFAULT_HOME) -> None:
+    """Run the agent until it is interrupted. Example: lichen client run --home /srv/lichen/node."""
+    from lichen.client.agent import Agent
+
+    logging.getLogger("lichen").setLevel(min(logging.INFO, logging.getLogger().level))
+    asyncio.run(Agent(home).run())
+
+
+@app.command()
+def status(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Show what the agent does now. Example: lichen client status --json."""
+    import psutil
+
+    from lichen.client.enrolment import load_identity
+    from lichen.client.status import read_status
+
+    facts: dict[str, Any] = asdict(read_status(home))
+    for key in ("pid", "worker_pid"):
+        try:
+            found = psutil.Process(facts[key]).memory_info().rss if facts[key] else None
+        except psutil.Error:
+            found = None
+        facts[key.replace("pid", "memory_mb")] = None if found is None else round(found / 1e6, 1)
+    try:
+        identity = load_identity(home)
+        facts |= {"name": identity.name, "coordinator": identity.coordinator, "certificate_until": identity.certificate.not_after}
+    except LichenError as error:
+        facts |= {"certificate_until": None, "certificate_error": str(error)}
+    if as_json:
+        _print_json(facts)
+        return
+    told = {
+        "state": f"{facts['state']} since {_when(facts['since'])}",
+        "node": facts["name"],
+        "coordinator": f"{facts['coordinator']}, {'connected' if facts['connected'] else 'not connected'}",
+        "certificate": facts.get("certificate_error") or f"good until {_when(facts['certificate_until'])}",
+        "last work": f"round {facts['round']} of run {facts['run']}" if facts["run"] else None,
+        "last error": f"{_when(facts['last_error_at'])}: {facts['last_error']}" if facts["last_error"] else None,
+        "memory": f"agent {facts['memory_mb']} MB, worker {facts['worker_memory_mb'] or 0} MB" if facts["memory_mb"] else None,
+    }
+    for key, value in told.items():
+        if value:
+            typer.echo(f"{key:12} {value}")
+
+
+# --- data --------------------------------------------------------------------------------------------------------------------
+
+
+@data_app.command("add")
+def data_add(
+    path: Annotated[Path, typer.Argument(help="A file or folder: JSONL, CSV, Parquet or text.", show_default=False)],
+    field: Annotated[
+        list[str], typer.Option("--field", metavar="FIELD=COLUMN", help="What a column means to the task.", show_default=False)
+    ],
+    declared_size: Annotated[
+        int | None, typer.Option(help="A public constant that stands for the number of rows.", min=1, show_default=False)
+    ] = None,
+    holdout: Annotated[float, typer.Option(help="Kept for local evaluation: below 1 a share, from 1 a number of rows.", min=0)] = 0.1,
+    text_rows: Annotated[str, typer.Option(help="What a row of a text file is: line or document.")] = "line",
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Add data, or replace an entry. Example: lichen client data add notes.csv --field text=BODY --field label=TOPIC."""
+    from lichen.client.data import add_source, check
+
+    if text_rows not in ("line", "document"):
+        raise LichenError(Code.DATA_FIELD, f"{text_rows!r} is neither line nor document", where="--text-rows")
+    source = add_source(
+        home,
+        path,
+        fields=dict(_field(given) for given in field),
+        declared_size=declared_size,
+        holdout=holdout,
+        text_rows="document" if text_rows == "document" else "line",
+    )
+    typer.echo(f"added {source.path}: {', '.join(f'{name} = {column}' for name, column in source.fields.items())}")
+    if declared_size is None:
+        rows = next(found.train for found in check(home).sources if found.path == source.path)
+        typer.echo(
+            "No size was declared. Plans with differential privacy need one: a constant that may be known to all, since the true number"
+            f" of rows may not.\nOnly you see this: {rows} rows train. The nearest power of two, {_power_of_two(rows)}, is a usual choice:"
+            f"\n  lichen client data add … --declared-size {_power_of_two(rows)}"
+        )
+
+
+@data_app.command("check")
+def data_check(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Read all data, and list what cannot be used. For your eyes: it shows true counts. Example: lichen client data check."""
+    from lichen.client.data import check
+
+    report = check(home)
+    if as_json:
+        _print_json({"usable": report.usable, "rows": report.rows, "sources": [asdict(source) for source in report.sources]})
+    else:
+        for source in report.sources:
+            declared = source.declared_size or "none: plans with differential privacy are refused"
+            typer.echo(f"{source.path}: {source.files} files ({', '.join(source.kinds)}), declared size {declared}")
+            typer.echo(f"  {source.train} rows to train on, {source.holdout} held out, {source.repeated} repeated, {source.bad_rows} bad")
+            if source.labels:
+                typer.echo("  labels: " + ", ".join(f"{label} {count}" for label, count in source.labels.items()))
+            for name, (least, median, most) in source.characters.items():
+                typer.echo(f"  {name}: {least} to {most} characters, median {median}")
+            for bad in source.bad:
+                typer.echo(f"  bad: {bad.file}, row {bad.row}: {bad.reason}")
+    if not report.usable:
+        bad_rows = sum(source.bad_rows for source in report.sources)
+        raise typer.Exit(int(Code.DATA_ROW if bad_rows else Code.DATA_EMPTY))
+
+
+# --- what the owner permits --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def policy(
+    init: Annotated[bool, typer.Option("--init", help="Write policy.yaml with the defaults, to be edited.")] = False,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Show what any plan may do here, and what each key means. Example: lichen client policy --init."""
+    from lichen.client.policy import POLICY, documented, load_policy, write_default
+
+    if init:
+        typer.echo(f"wrote {write_default(home)}")
+        return
+    found = load_policy(home)
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+        return
+    typer.echo(f"# {home / POLICY}" if (home / POLICY).exists() else f"# The defaults: there is no {home / POLICY}; --init writes it.")
+    typer.echo(documented(found).rstrip())
+
+
+@app.command()
+def ledger(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Show the privacy spent so far, and what is left. Example: lichen client ledger --json."""
+    from lichen.client.policy import load_policy
+
+    limits = load_policy(home).privacy
+    runs, splits = _spent(home, limits.max_delta)
+    for split in splits:
+        split["left"] = max(0.0, limits.max_epsilon - split["epsilon"])
+    if as_json:
+        _print_json({"delta": limits.max_delta, "max_epsilon": limits.max_epsilon, "runs": runs, "splits": splits})
+        return
+    if not runs:
+        typer.echo(f"nothing was spent yet; ε = {limits.max_epsilon:g} at δ = {limits.max_delta:g} is left")
+        return
+    columns = ("split", "run", "rounds", "steps", "noise_multiplier", "sample_rate", "epsilon")
+    _print_table(runs, dict(zip(columns, ("split", "run", "rounds", "steps", "σ", "q", "ε of the run"), strict=True)))
+    for split in splits:
+        typer.echo(f"{split['split']}: ε = {split['epsilon']:.3f} at δ = {limits.max_delta:g} over all runs; {split['left']:.3f} is left")
+
+
+@app.command()
+def pending(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """List the plans that wait for your decision. Example: lichen client pending."""
+    from lichen.client.policy import pending as waiting
+
+    rows = [{"sha256": item.plan_sha256, "name": item.name, "asked": item.at, "plan": str(item.plan)} for item in waiting(home)]
+    if as_json:
+        _print_json(rows)
+    elif rows:
+        for row in rows:
+            typer.echo(f"{row['sha256'][:12]}  {row['name']}, asked {row['asked']}\n  {row['plan']}")
+    else:
+        typer.echo("no plan waits")
+
+
+@app.command()
+def approve(sha: Sha, home: Home = DEFAULT_HOME) -> None:
+    """Permit a plan that waits. Example: lichen client approve 3f2a99c01b7d."""
+    from lichen.client.policy import approve as permit
+
+    typer.echo(f"approved {permit(home, sha).name}")
+
+
+@app.command()
+def reject(sha: Sha, home: Home = DEFAULT_HOME) -> None:
+    """Forbid a plan that waits. Example: lichen client reject 3f2a99c01b7d."""
+    from lichen.client.policy import reject as forbid
+
+    typer.echo(f"rejected {forbid(home, sha).name}")
+
+
+@app.command()
+def pause(
+    resume: Annotated[bool, typer.Option("--resume", help="Take work again.")] = False,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Take no more work: what is being trained is finished, then the coordinator is told no. Example: lichen client pause --resume."""
+    from lichen.client.status import pause as set_pause
+
+    _need(home)
+    set_pause(home, resume=resume)
+    typer.echo("taking work again" if resume else "paused; lichen client pause --resume takes work again")
+
+
+@app.command()
+def leave(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Leave the federation: key and certificate are removed; data, policy and ledger stay. Example: lichen client leave --yes."""
+    from lichen.client.enrolment import leave as forget
+    from lichen.client.locks import HomeLocks
+
+    _need(home)
+    if not yes:
+        typer.confirm(f"Remove this node's key and certificate from {home}?", abort=True)
+    locks = HomeLocks(home)
+    try:
+        forget(home)
+    finally:
+        locks.close()
+    typer.echo("left; data, policy and ledger are kept. Tell the operator, who can run `lichen coordinator revoke NAME`.")
+
+
+@app.command()
+def model(
+    run_id: Annotated[int, typer.Option("--run", help="Which run's; 0 is the one that finished last.", min=0)] = 0,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a finished run's model, and score it on the rows held out here, beside the old one. Example: lichen client model."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from lichen.client.enrolment import load_identity
+    from lichen.client.fetch import fetch_model
+
+    console = Console(stderr=True)
+    with Progress(TextColumn("fetching"), BarColumn(), DownloadColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("model", total=None)
+        fetched = fetch_model(
+            load_identity(home), home / "models", run_id, progress=lambda here, total: progress.update(task, completed=here, total=total)
+        )
+    from lichen.client.score import score_models
+
+    scored = score_models(home, fetched)
+    if as_json:
+        _print_json({"run": fetched.run_id, "model": str(fetched.model), "scores": [asdict(item) for item in scored]})
+        return
+    typer.echo(f"the model of run {fetched.run_id} lies in {fetched.model}; its README.md says how to load it")
+    names = dict.fromkeys(name for item in scored for name in item.metrics)
+    _print_table(
+        [{"model": item.model, "rows": item.rows, **item.metrics} for item in scored],
+        {"model": "model", "rows": "held-out rows", **{name: name for name in names}},
+    )
+
+
+# --- parts -------------------------------------------------------------------------------------------------------------------
+
+
+def _need(home: Path) -> None:
+    if not home.is_dir():
+        raise LichenError(
+            Code.AGENT_HOME_MISSING, "no such home", where=str(home), fix="Run `lichen client join INVITE` first, or give --home."
+        )
+
+
+def _field(given: str) -> tuple[str, str]:
+    name, equals, column = given.partition("=")
+    if not (name and equals and column):
+        raise LichenError(Code.DATA_FIELD, f"{given!r} is not FIELD=COLUMN", where="--field", fix="For example --field text=BODY.")
+    return name, column
+
+
+def _power_of_two(count: int) -> int:
+    """The nearest one, on the logarithmic scale."""
+    return int(2 ** round(math.log2(max(count, 1))))
+
+
+def _spent(home: Path, delta: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The ledger by split, run and mechanism; and by split, over all runs. ε of both at ``delta``."""
+    from lichen.client.ledger import Ledger
+
+    if not (home / "ledger.sqlite").exists():
+        return [], []
+    with Ledger(home) as book:
+        entries = book.entries()
+        keys = dict.fromkeys((entry.split, entry.run, entry.segment.noise_multiplier, entry.segment.sample_rate) for entry in entries)
+        runs = []
+        for split, run_name, noise, rate in keys:
+            own = [
+                entry
+                for entry in entries
+                if (entry.split, entry.run, entry.segment.noise_multiplier, entry.segment.sample_rate) == (split, run_name, noise, rate)
+            ]
+            runs.append(
+                {
+                    "split": split,
+                    "run": run_name,
+                    "rounds": len({entry.round for entry in own}),
+                    "steps": sum(entry.segment.steps for entry in own),
+                    "noise_multiplier": noise,
+                    "sample_rate": rate,
+                    "epsilon": book.spent(split, delta, run_name),
+                }
+            )
+        splits: list[dict[str, Any]] = [
+            {"split": split, "epsilon": book.spent(split, delta)} for split in dict.fromkeys(entry.split for entry in entries)
+        ]
+    return runs, splits
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Rows as a table; ``columns`` are keys and their headings."""
+    table = Table(box=None, pad_edge=False)
+    for heading in columns.values():
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in columns))
+    Console().print(table)

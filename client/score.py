@@ -1,0 +1,84 @@
+"""Score a fetched model on this node's hold-out, beside what it was trained from and the model fetched before it.
+
+For the owner alone: nothing of it leaves the node, so nothing is noised or charged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lichen.client.data import load
+from lichen.client.fetch import FetchedModel
+from lichen.client.policy import load_policy
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import Plan, load_plan
+
+if TYPE_CHECKING:
+    from lichen.common.model.adapter import TunedModel
+
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Metrics of one model on the hold-out."""
+
+    model: str
+    """`run N`, or `start`: the base with the head that the plan begins with."""
+    rows: int
+    metrics: dict[str, float]
+
+
+def score_models(home: Path, fetched: FetchedModel) -> list[Scored]:
+    """The fetched model's metrics, those of its plan's start, and those of the newest model of another run in this home.
+
+    Args:
+        home: the node's home.
+        fetched: from `fetch_model`, in ``home/models``.
+
+    Raises:
+        LichenError: POLICY_REFUSED if the policy does not permit its base model; DATA_EMPTY if nothing is held out; DATA_…, MODEL_…
+    """
+    plan = load_plan(fetched.plan)
+    found = [_score(home, plan, fetched), _score(home, plan, None)]
+    if before := _before(fetched):
+        found.append(_score(home, load_plan(before.plan), before))
+    return found
+
+
+def _before(fetched: FetchedModel) -> FetchedModel | None:
+    """The model fetched last of another run with the same labels: others cannot be compared."""
+    labels = load_plan(fetched.plan).task.labels
+    others = [path for path in fetched.directory.parent.iterdir() if path.name.isdecimal() and path != fetched.directory]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+        other = FetchedModel(int(path.name), path)
+        if load_plan(other.plan).task.labels == labels:
+            return other
+    return None
+
+
+def _score(home: Path, plan: Plan, fetched: FetchedModel | None) -> Scored:
+    from lichen.common.tasks import make_task
+
+    load_policy(home).check_model(plan.model.base)
+    task = make_task(plan)
+    rows = load(home, "holdout", task.fields)
+    if len(rows) == 0:
+        raise LichenError(Code.DATA_EMPTY, "no rows are held out", where=str(home), fix="Add the data again with --holdout 0.1.")
+    model = task.build()
+    if fetched is not None:
+        _load(model, fetched.model)
+    scores = task.score(model.network, task.encode({field: rows.column(field) for field in task.fields}), plan.evaluation.batch_size)
+    return Scored("start" if fetched is None else f"run {fetched.run_id}", len(rows), scores.metrics())
+
+
+def _load(model: TunedModel, directory: Path) -> None:
+    from safetensors.torch import load_file
+
+    path = next((directory / name for name in _WEIGHTS if (directory / name).exists()), None)
+    if path is None:
+        raise LichenError(Code.STATE_MISMATCH, "the fetched model holds no safetensors file", where=str(directory))
+    tensors = load_file(path)
+    model.load({name: tensor for name, tensor in tensors.items() if name in model.trainable})
