@@ -23,6 +23,8 @@ from lichen.common.result import Result, read_result, write_atomically
 
 app = typer.Typer(pretty_exceptions_enable=False)
 LICHEN = (sys.executable, "-m", "lichen.common.cli")
+Observer = Callable[[str, list[int]], None]
+"""Called with ``idle`` or ``loaded``, and the agents' process ids."""
 START_S = 60.0
 STOP_S = 20.0
 
@@ -49,13 +51,14 @@ def demo(
         )
 
 
-def federate(plan: Plan, out: Path, console: Console) -> Result:
+def federate(plan: Plan, out: Path, console: Console, observe: Observer | None = None) -> Result:
     """Deal the plan's data to nodes, enrol them, submit the plan, and follow the run until it ends.
 
     Args:
         plan: with a `simulation` section, which says what data there is.
         out: where the processes' homes and logs go, and the run directory at the end.
         console: told of what happens.
+        observe: shown the agents' processes, once idle and once at the end of the run, their models still loaded.
 
     Raises:
         LichenError: what a command failed with.
@@ -65,6 +68,7 @@ def federate(plan: Plan, out: Path, console: Console) -> Result:
 
     began = time.monotonic()
     privacy = f", {plan.privacy.unit}-level differential privacy at ε ≤ {plan.privacy.epsilon:g}" if plan.private else ", no privacy"
+    out.mkdir(parents=True, exist_ok=True)
     console.print(f"{plan.name}: {plan.simulation.clients} agents, {plan.rounds} rounds{privacy}", highlight=False)
     homes, splits = deal(plan, out / "nodes")
     if not plan.private:
@@ -78,15 +82,20 @@ def federate(plan: Plan, out: Path, console: Console) -> Result:
     with _processes() as start:
         service = start(out / "logs" / "coordinator.log", "coordinator", "serve", "--home", coordinator)
         _wait_ready(service, out / "logs" / "coordinator.log")
+        agents = []
         for home in homes:
             invite = _lichen("coordinator", "invite", home.name, "--home", coordinator).strip().splitlines()[-1]
             _lichen("client", "join", "-", "--home", home, stdin=invite)
-            start(out / "logs" / f"{home.name}.log", "client", "run", "--home", home)
+            agents.append(start(out / "logs" / f"{home.name}.log", "client", "run", "--home", home).pid)
         console.print(f"coordinator and {len(homes)} agents are up: processes of their own, mutual TLS ({time.monotonic() - began:.0f} s)")
+        if observe:
+            observe("idle", agents)
         files = [argument for split in splits for argument in (f"--{split}", splits[split])]
         told = json.loads(_lichen("coordinator", "submit", out / "plan.yaml", "--home", coordinator, "--json", *files))
         run = coordinator / "runs" / str(told["run_id"])
         follow(run, stop=lambda: ended(run) or service.poll() is not None, console=console)
+        if observe:
+            observe("loaded", agents)
     shutil.copytree(run, out, dirs_exist_ok=True)
     return read_result(out)
 

@@ -27,6 +27,16 @@ def channel(
 
 
 @app.command()
+def agent(as_json: AsJson = False) -> None:
+    """Resident memory of an agent, idle and with MiniLM loaded. Example: lichen bench agent."""
+    from lichen.simulations.benchmarks.agent import bench_agent
+
+    figures = bench_agent()
+    told = f"agent: idle {figures['idle_mb']:.0f} MB, with MiniLM loaded {figures['loaded_mb']:.0f} MB resident"
+    typer.echo(json.dumps(figures) if as_json else told)
+
+
+@app.command()
 def r8(
     seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0,1,2",
     epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf,8,2",
