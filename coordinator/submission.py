@@ -101,7 +101,7 @@ def _read(source: Path) -> Any:
             parse = pa.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True)
             # all columns as text: a label `01` or `true` is a name, not a number
             names = pa.csv.open_csv(source, parse_options=parse).schema.names
-            convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""])
+            convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
             return pa.csv.read_csv(source, parse_options=parse, convert_options=convert)
         return pa.json.read_json(source)
     except FileNotFoundError:
