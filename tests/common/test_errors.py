@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import pytest
+
 from lichen.common.errors import Code, LichenError
 
 DOCS = Path(__file__).parents[2] / "docs" / "errors.md"
