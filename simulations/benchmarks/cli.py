@@ -37,6 +37,19 @@ def agent(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def reload(
+    directory: Annotated[Path, typer.Argument(help="A finished simulation or demo.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Score a run's model by plain transformers and peft. Example: lichen bench reload lichen-demo."""
+    from lichen.simulations.benchmarks.reload import bench_reload
+
+    figures = bench_reload(directory)
+    told = f"plain transformers and peft: accuracy {figures['accuracy']:.4f}, macro-F1 {figures['macro_f1']:.4f}"
+    typer.echo(json.dumps(figures) if as_json else f"{told}; the run reported accuracy {figures['reported_accuracy']:.4f}")
+
+
+@app.command()
 def r8(
     seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0,1,2",
     epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf,8,2",
