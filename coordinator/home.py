@@ -6,6 +6,7 @@ import fcntl
 import ipaddress
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ from typing import Literal, Self
 import yaml
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.invite import check_address
 from lichen.common.pki import Authority, read_certificate
 from lichen.common.private_files import read_private, write_private
 from lichen.common.result import write_atomically
@@ -45,6 +47,18 @@ class Config(BaseModel):
     """For enrolled agents, by mutual TLS; 0 takes a free one at each start."""
     enrolment_port: int = Field(ge=0, le=65535)
     """For agents that join; 0 takes a free one at each start."""
+    fleet_address: str | None = None
+    """`host:port` of the fleet as agents reach it, where a router or proxy makes it another than the first host and the port."""
+    enrolment_address: str | None = None
+    """The same of enrolment."""
+
+    @field_validator("fleet_address", "enrolment_address")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        try:
+            return None if value is None else check_address(value)
+        except LichenError as error:
+            raise ValueError(error.what) from None
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,7 @@ class Home:
             raise LichenError(Code.OUTPUT_EXISTS, "the home is not empty", where=str(path), fix="Choose another --home.")
         bind = bind or ("127.0.0.1" if set(hosts) <= _LOOPBACK else "0.0.0.0")  # noqa: S104 - what a service for other machines is for
         config = Config(hosts=list(hosts), bind=bind, fleet_port=fleet_port, enrolment_port=enrolment_port)
+        whole = False
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.chmod(0o700)
@@ -105,8 +120,12 @@ class Home:
             (path / "runs").mkdir()
             # last: a home with this file is whole
             write_private(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+            whole = True
         except OSError as error:
             raise LichenError(Code.OUTPUT_UNUSABLE, f"can't make a home: {error}", where=str(path)) from None
+        finally:
+            if not whole:
+                shutil.rmtree(path, ignore_errors=True)
         return cls(path)
 
     @property
@@ -199,7 +218,7 @@ class Home:
         """The addresses of these ports as agents use them."""
         host = self.config.hosts[0].strip("[]")
         host = f"[{host}]" if ":" in host else host
-        return Runtime(f"{host}:{fleet_port}", f"{host}:{enrolment_port}")
+        return Runtime(self.config.fleet_address or f"{host}:{fleet_port}", self.config.enrolment_address or f"{host}:{enrolment_port}")
 
     def tell_runtime(self, runtime: Runtime) -> None:
         """Note where the running service listens, for people and scripts."""

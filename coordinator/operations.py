@@ -208,7 +208,7 @@ def _node(node: Node, connected: bool | None) -> dict[str, Any]:
         "node_id": str(node.node_id),
         "active": node.active,
         "connected": connected,
-        "last_seen": _iso(node.last_seen),
+        "last_seen": _iso(time.time() if connected else node.last_seen),
         "enrolled_at": _iso(node.enrolled_at),
         "revoked_at": _iso(node.revoked_at),
         "certificate_ends": _iso(node.certificate_ends),

@@ -110,7 +110,7 @@ class Runner:
             if self._current is not None and self._current[0] == run_id:
                 self._current[1].interrupt(LichenError(Code.RUN_STOPPED, _STOPPED))
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._store.run(run_id).status != "running", timeout)
+            self._changed.wait_for(lambda: self._closing or self._store.run(run_id).status != "running", timeout)
             return self._store.run(run_id).status
 
     def close(self, timeout: float = 10.0) -> bool:

@@ -27,15 +27,17 @@ from cryptography import x509
 from safetensors import SafetensorError
 
 from lichen.common import pki
+from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
 from lichen.common.invite import Invite
 from lichen.common.plan import Plan, parse_plan
 from lichen.coordinator.admin import AdminServer, ask
 from lichen.coordinator.backup import restore_backup, write_backup
 from lichen.coordinator.export import export_model
-from lichen.coordinator.home import Home
+from lichen.coordinator.fleet import FleetServer
+from lichen.coordinator.home import Home, Runtime
 from lichen.coordinator.operations import NotServedError, Operations, find_run
-from lichen.coordinator.runs import disk_failed
+from lichen.coordinator.runs import Runner, disk_failed
 from lichen.coordinator.submission import check_base, keep_rows
 
 
@@ -75,6 +77,7 @@ def test_a_home_is_private_and_made_once(home: Home) -> None:
     refused(Code.OUTPUT_EXISTS, Home.create, home.path, ["localhost"])
     refused(Code.CERTIFICATE_INVALID, Home.create, home.path.parent / "c", ["no host!"])
     refused(Code.HOME_MISSING, Home, home.path.parent / "c")
+    assert not (home.path.parent / "c").exists()
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,8 @@ def test_the_server_certificate_is_kept_until_it_is_due_or_the_hosts_change(home
     assert hosts(second[1]) == {"new.example.org", "::1", "localhost", "127.0.0.1"}
     assert changed.server_certificate(authority, now) == second
     assert changed.reached_at(1, 2).fleet == "new.example.org:1"
+    (home.path / "config.yaml").write_text(yaml.safe_dump(config | {"fleet_address": "gate.example.org:443"}))
+    assert Home(home.path).advertised() == Runtime("gate.example.org:443", "fl.example.org:7444")
     (home.path / "pki" / "server.pem").unlink()
     assert home.server_certificate(authority)[1] != second[1]
     (home.path / "pki" / "server.pem").chmod(0o644)
@@ -127,6 +132,40 @@ def test_nothing_loads_torch_before_a_run() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- the runner ---
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_runs_wait_for_the_disk_one_after_the_other(home: Home) -> None:
+    plan = parse_plan(PLAN | {"model": {"base": "/no/such/model"}})
+    with closing(home.open_store()) as store:
+        for run_id in (1, 2, 3):
+            (home.runs / str(run_id)).mkdir()
+            store.add_run(run_id, plan.canonical_json(), str(run_id))
+            if run_id < 3:
+                (home.runs / str(run_id) / "plan.yaml.tmp").symlink_to("/dev/full")
+        runner = Runner(store, FleetServer(store, Spool(home.spool)), home.runs, retry_s=0.2)
+        runner.start()
+        until(lambda: store.run(1).error)
+        assert (store.run(1).status, store.run(2).status) == ("running", "queued")
+        assert "No space left" in str(store.run(1).error)
+        assert runner.stop(1) == "stopped"
+        until(lambda: store.run(2).error)
+        (home.runs / "2" / "plan.yaml.tmp").unlink()  # there is space again
+        until(lambda: store.run(3).status == "failed")
+        assert "error 30 (model-not-found)" in str(store.run(2).error)
+        assert runner.stop(3) == "failed"
+        refused(Code.RUN_UNKNOWN, runner.stop, 4)
+        assert runner.current is None
+        assert runner.close()
 
 
 # --- operations without a service ---

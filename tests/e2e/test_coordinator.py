@@ -56,6 +56,10 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     return found
 
 
+def key(message: Message) -> tuple[int, str, str]:
+    return message.metadata.run_id, message.metadata.group_id, message.metadata.message_type
+
+
 class Agent:
     """A small agent in a thread of this process: the real connection, mailbox and client app."""
 
@@ -65,7 +69,8 @@ class Agent:
         (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         add_source(home, home / "rows.jsonl", fields={"text": "text", "label": "label"})
         (home / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n", encoding="utf-8")
-        self.trained: Counter[tuple[int, str]] = Counter()
+        self.trained: Counter[tuple[int, str, str]] = Counter()  # by run, round and kind of message
+        self.holding: Message | None = None
         self.hold = threading.Event()
         self.held = threading.Event()
         self.error: LichenError | None = None
@@ -90,11 +95,12 @@ class Agent:
 
     def _handle(self, message: Message) -> Message:
         while self.hold.is_set():
+            self.holding = message
             self.held.set()
             time.sleep(0.01)
         config: dict[str, Any] = {"home": str(self.home), "name": self.identity.name, "spool": str(self.spool.directory)}
         context = Context(message.metadata.run_id, message.metadata.dst_node_id, config, RecordDict(), {})
-        self.trained[message.metadata.run_id, message.metadata.group_id] += 1
+        self.trained[key(message)] += 1
         with TRAINING:
             return client_app(message, context)
 
@@ -206,17 +212,17 @@ def test_a_run_from_submission_to_the_fetched_model(
     fields = ("--validation", validation, "--test", validation, "--field", "text=body", "--field", "label=topic")
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(tiny_plan), encoding="utf-8")
-    told = lichen("submit", file, "--home", service.home, *fields, "--set", "seed=3", "--wait").splitlines()
-    run = told[0]
-    assert [line.split(",")[0] for line in told[1:3]] == ["round 1/2", "round 2/2"]
-    assert "macro-F1" in told[1]
-    assert told[3].startswith("finished: test accuracy 0.")
+    shown = lichen("submit", file, "--home", service.home, *fields, "--set", "seed=3", "--wait").splitlines()
+    run = shown[0]
+    assert [line.split(",")[0] for line in shown[1:3]] == ["round 1/2", "round 2/2"]
+    assert "macro-F1" in shown[1]
+    assert shown[3].startswith("finished: test accuracy 0.")
     directory = service.home / "runs" / run
     result = read_result(directory)
     assert (result.status, result.engine, len(result.rounds), result.seed) == ("finished", "deployed", 2, 3)
     assert result.rounds[0].participants == 2
     assert service.run(run)["status"] == "finished"
-    assert lichen("watch", run[:6], "--home", service.home).splitlines()[:2] == told[1:3]
+    assert lichen("watch", run[:6], "--home", service.home).splitlines()[:2] == shown[1:3]
 
     # what the run's messages held was let go of, and nothing here is for other users
     with closing(Store(service.home / "store.sqlite")) as store:
@@ -291,8 +297,8 @@ def test_a_cohort_that_cannot_be_had_fails_the_run_and_not_the_service(
 ) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(tiny_plan | {"cohort": {"size": 3, "minimum": 3, "deadline_s": 0.5}}), encoding="utf-8")
-    told = lichen("submit", file, "--home", service.home, "--wait", code=Code.COHORT_TOO_SMALL)
-    assert "2 nodes are connected, cohort.minimum is 3" in told
+    shown = lichen("submit", file, "--home", service.home, "--wait", code=Code.COHORT_TOO_SMALL)
+    assert "2 nodes are connected, cohort.minimum is 3" in shown
     failed = json.loads(lichen("runs", "--home", service.home, "--json"))[-1]
     assert (failed["status"], "cohort-too-small" in failed["error"]) == ("failed", True)
     assert lichen("nodes", "--home", service.home).splitlines()[1].startswith("clinic-a\tconnected\t2")
@@ -338,18 +344,17 @@ def test_a_killed_coordinator_finishes_the_same_round(tmp_path: Path, tiny_rows:
     """One agent's reply is in the store and the other still trains when the coordinator is killed; twice."""
     with coordinator(tmp_path) as service:
         a, b = (service.join(name, tiny_rows(40, seed)) for seed, name in enumerate(("clinic-a", "clinic-b"), 1))
-        plan = tiny_plan | {"rounds": 3}
+        plan = tiny_plan | {"rounds": 3, "evaluation": {"federated_every": 1}}
         undisturbed = service.submit(plan)
         service.until(undisturbed, "finished")
 
         run = service.submit(plan)
-        number = int(run)
         wait_for(lambda: service.rounds(run) == 1)
         b.hold.set()
         b.held.clear()
         wait_for(lambda: b.held.is_set() and a.connection.mailbox.counts() == (0, 0))
-        round = service.rounds(run) + 1
-        assert (a.trained[number, str(round)], b.trained[number, str(round)]) == (1, 0)
+        assert b.holding is not None
+        assert (a.trained[key(b.holding)], b.trained[key(b.holding)]) == (1, 0)
         assert service.end(signal.SIGKILL) == -signal.SIGKILL
         service.start()
         wait_for(lambda: a.connected() and b.connected())
@@ -359,14 +364,16 @@ def test_a_killed_coordinator_finishes_the_same_round(tmp_path: Path, tiny_rows:
         service.start()
         service.until(run, "finished")
 
-        assert {key: count for key, count in a.trained.items() if count > 1} == {}
-        assert {key: count for key, count in b.trained.items() if count > 1} == {}
-        assert a.trained.keys() == b.trained.keys() == {(int(item), str(n)) for item in (undisturbed, run) for n in (1, 2, 3)}
+        asked = {(int(item), str(n), kind): 1 for item in (undisturbed, run) for n in (1, 2, 3) for kind in ("train", "evaluate")}
+        assert dict(a.trained) == dict(b.trained) == asked
         before, after = service.model(undisturbed), service.model(run)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
         result = read_result(service.home / "runs" / run)
         assert [round.round for round in result.rounds] == [1, 2, 3]
+        assert [round.federated for round in result.rounds] == [
+            round.federated for round in read_result(service.home / "runs" / undisturbed).rounds
+        ]
         assert result.status == "finished"
         for agent in (a, b):
             agent.stop()
@@ -396,8 +403,8 @@ def test_a_run_outlives_a_full_disk_a_shutdown_and_its_machine(tmp_path: Path, t
         service.start()
         agent.held.wait(30)  # round 1 is done with the reply that was there; the agent has round 2
         copied = tmp_path / "backup.tar"
-        told = json.loads(lichen("backup", copied, "--home", service.home, "--json"))
-        assert (told["bytes"], stat.S_IMODE(copied.stat().st_mode)) == (copied.stat().st_size, 0o600)
+        made = json.loads(lichen("backup", copied, "--home", service.home, "--json"))
+        assert (made["bytes"], stat.S_IMODE(copied.stat().st_mode)) == (copied.stat().st_size, 0o600)
         lichen("backup", copied, "--home", service.home, code=Code.OUTPUT_EXISTS)
         began = time.monotonic()
         assert service.end(signal.SIGTERM) == 0
@@ -417,5 +424,5 @@ def test_a_run_outlives_a_full_disk_a_shutdown_and_its_machine(tmp_path: Path, t
         moved.end(signal.SIGTERM)
         assert moved.model(run).keys() == service.model(run).keys()
         assert all(torch.equal(tensor, service.model(run)[name]) for name, tensor in moved.model(run).items())
-        assert agent.trained == {(int(run), "1"): 1, (int(run), "2"): 1}
+        assert agent.trained == {(int(run), "1", "train"): 1, (int(run), "2", "train"): 1}
         agent.stop()
