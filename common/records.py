@@ -1,13 +1,13 @@
 """What travels: typed assignments and reports <-> Flower messages, and the privacy rule of every field.
 
 This is the one file that touches Flower's serde and its message constructors (written against flwr 1.42), and the one that knows
-whether a payload lies inside its message or beside it in a spool.
+whether a payload lies inside its message or beside it in a spool. It imports Flower when a message is made or read, so that an agent
+without work does without its 30 MB.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -16,10 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, RecordDict
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as MessageProto
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lichen.common.errors import Code, LichenError
 
@@ -27,9 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+    from flwr.app import Array, ConfigRecord, Message, RecordDict
 
 INLINE = "lichen.safetensors.v1"
 BY_REFERENCE = "lichen.ref.v1"
+MOST = 2**40
+"""More rows than a node can hold: a larger count is a mistake or an attack."""
 TRAIN, EVALUATE, QUERY = "train", "evaluate", "query"
 
 
@@ -56,10 +56,10 @@ R = TypeVar("R", bound=_Record)
 class Assignment(_Record):
     """What the coordinator asks of one node in one round. Data, never code."""
 
-    format: Literal[1] = 1
-    plan: str
-    plan_sha256: str
-    round: int
+    format: Annotated[Literal[1], Rule.DECLARED] = 1
+    plan: Annotated[str, Rule.DECLARED]
+    plan_sha256: Annotated[str, Rule.DECLARED]
+    round: Annotated[int, Rule.DECLARED]
 
 
 class TrainReport(_Record):
@@ -69,10 +69,10 @@ class TrainReport(_Record):
     client: Annotated[str, Rule.DECLARED]
     round: Annotated[int, Rule.DECLARED]
     steps: Annotated[int, Rule.DECLARED]
-    declared_size: Annotated[int | None, Rule.DECLARED] = None
+    declared_size: Annotated[int | None, Field(ge=1, le=MOST), Rule.DECLARED] = None
     noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     sample_rate: Annotated[float | None, Rule.DECLARED] = None
-    examples: Annotated[int | None, Rule.PLAIN] = None
+    examples: Annotated[int | None, Field(ge=1, le=MOST), Rule.PLAIN] = None
     train_loss: Annotated[float | None, Rule.PLAIN] = None
 
 
@@ -82,7 +82,7 @@ class EvaluateReport(_Record):
     format: Annotated[Literal[1], Rule.DECLARED] = 1
     client: Annotated[str, Rule.DECLARED]
     round: Annotated[int, Rule.DECLARED]
-    counts: Annotated[list[float], Rule.NOISED]
+    counts: Annotated[list[Annotated[float, Field(ge=-MOST, le=MOST)]], Rule.NOISED]
     noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     loss_sum: Annotated[float | None, Rule.PLAIN] = None
 
@@ -106,6 +106,8 @@ def check_release(report: TrainReport | EvaluateReport, *, private: bool) -> Non
 
 def to_config(record: _Record) -> ConfigRecord:
     """A record as Flower's flat ConfigRecord, which holds no None: a field that is None stays out."""
+    from flwr.app import ConfigRecord
+
     return ConfigRecord({key: value for key, value in record.model_dump().items() if value is not None})
 
 
@@ -120,11 +122,6 @@ def from_config(kind: type[R], config: Mapping[str, Any]) -> R:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise LichenError(Code.FRAME_INVALID, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=kind.__name__) from None
-
-
-def plan_digest(plan_json: str) -> str:
-    """The hexadecimal SHA-256 of a plan's canonical JSON."""
-    return hashlib.sha256(json.dumps(json.loads(plan_json), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # --- payloads ----------------------------------------------------------------------------------------------------------------
@@ -142,6 +139,7 @@ class PayloadRef:
 
 def put_tensors(content: RecordDict, tensors: Mapping[str, torch.Tensor], spool: Path | None) -> None:
     """Add named tensors to a message as one safetensors payload: inline, or as a file of ``spool`` and a reference to it."""
+    from flwr.app import Array, ArrayRecord
     from safetensors.torch import save
 
     data = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
@@ -179,7 +177,7 @@ def get_tensors(content: RecordDict, spool: Path | None) -> dict[str, torch.Tens
         if spool is None:
             raise LichenError(Code.FRAME_INVALID, "the payload lies in a spool, and this end has none")
         return dict(load_file(spool / array.data.hex()))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: a type that the format has and torch has not
         raise LichenError(Code.PAYLOAD_CORRUPT, f"the payload is not a safetensors file: {error}") from None
 
 
@@ -226,6 +224,8 @@ def build_message(
     ttl: float = 86400.0,
 ) -> Message:
     """A Flower message with the given metadata (outside a Flower process the shorter constructors fail)."""
+    from flwr.app import Message, Metadata
+
     return Message(
         content,
         metadata=Metadata(
@@ -244,16 +244,22 @@ def build_message(
 
 def reply(message: Message, content: RecordDict) -> Message:
     """The answer to ``message``."""
+    from flwr.app import Message
+
     return Message(content, reply_to=message)
 
 
 def error_reply(message: Message, code: int, reason: str = "") -> Message:
     """An answer that says by number that ``message`` could not be served. Under privacy ``reason`` must be empty."""
+    from flwr.app import Error, Message
+
     return Message(Error(code=code, reason=reason), reply_to=message)
 
 
 def message_to_bytes(message: Message) -> bytes:
     """A Flower message as bytes."""
+    from flwr.common.serde import message_to_proto
+
     return bytes(message_to_proto(message).SerializeToString())
 
 
@@ -263,6 +269,9 @@ def message_from_bytes(data: bytes) -> Message:
     Raises:
         LichenError: FRAME_INVALID, if they are none.
     """
+    from flwr.common.serde import message_from_proto
+    from flwr.proto.message_pb2 import Message as MessageProto
+
     try:
         return message_from_proto(MessageProto.FromString(data))
     except Exception as error:  # protobuf's and flwr's own errors share no base

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.base import HEADS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 State = dict[str, torch.Tensor]
 """Trainable tensors by name, in the order of the model's parameters."""
 
-HEADS = ("classifier", "score")
-"""What transformers calls a classification head, by architecture."""
+TARGETS = {"distilbert": ("q_lin", "v_lin")}
+"""Query and value projections of architectures that PEFT has no table entry for."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _attach_lora(base: PreTrainedModel, plan: Plan, task_type: str) -> nn.Module
     from peft import LoraConfig, get_peft_model
 
     adapter = plan.model.adapter
-    targets: Any = list(adapter.targets) or None
+    targets: Any = list(adapter.targets or TARGETS.get(base.config.model_type, ())) or None
     if adapter.targets == ("all-linear",):
         targets = "all-linear"
     config = LoraConfig(
@@ -111,6 +112,7 @@ def _attach_lora(base: PreTrainedModel, plan: Plan, task_type: str) -> nn.Module
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=targets,
+        exclude_modules=list(HEADS),  # the head is trained whole
     )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # PEFT warns of Conv1D's fan_in_fan_out, which it then sets itself

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lichen.common.plan import Model
 
 PACKAGE = "package:"
+HEADS = ("pre_classifier", "classifier", "score")
+"""What transformers calls the modules of a classification head, by architecture."""
 
 
 def resolve_base(base: str) -> str:
@@ -42,7 +44,8 @@ def resolve_base(base: str) -> str:
 def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the pretrained model and its tokenizer, in 32-bit floats, every dropout of the base at zero.
 
-    Without dropout a step is a function of its batch, which the privacy self-check and bit-for-bit repeats rely on.
+    Without dropout a step is a function of its batch, which the privacy self-check and bit-for-bit repeats rely on. Only safetensors
+    are read: the plan names the base, and a pickle could run code.
 
     Args:
         model: the plan's section.
@@ -66,7 +69,9 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
             if "drop" in key and isinstance(value, float):
                 setattr(settings, key, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=model.revision)
-        network = auto_class.from_pretrained(where, revision=model.revision, config=settings, dtype=torch.float32)
+        network, told = auto_class.from_pretrained(
+            where, revision=model.revision, config=settings, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         known = isinstance(error, OSError)
         raise LichenError(
@@ -77,6 +82,17 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
         ) from None
     finally:
         logging.set_verbosity(verbosity)
+    if strangers := sorted(name for name in told["missing_keys"] if name.split(".")[0] not in HEADS):
+        # random, frozen and in no exported file: each process would have a model of its own
+        raise LichenError(
+            Code.MODEL_UNSUPPORTED,
+            f"{model.base!r} has no weights for {strangers[0]} ({len(strangers)} are missing)",
+            where="model.base",
+            fix="Set model.head.pooling: mean, which needs nothing but the features.",
+        )
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):  # some heads have one that no entry of the configuration rules
+            module.p = 0.0
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if network.config.get_text_config().pad_token_id is None:

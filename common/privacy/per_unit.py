@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 Unit = Sequence[int]
 """The rows that share one clipped gradient: one row for `example`, all of an entity's rows for `entity`."""
+
+GRID = 2.0**-15
+"""Step of the noised gradients, over the noise's standard deviation (rounded down to a power of two)."""
 
 
 def _register_conv1d() -> None:
@@ -75,13 +79,15 @@ class PerUnitGradients:
     def _refuse_unsupported(self) -> None:
         owners: dict[int, str] = {}
         for name, module in self.model.network.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):  # frozen or not: its statistics are the batch's
+                raise LichenError(Code.MODEL_DP_UNSUPPORTED, f"{name} is a batch norm, which couples examples", where="model.base")
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     continue
                 if id(parameter) in owners and owners[id(parameter)] != name:
                     raise LichenError(Code.MODEL_DP_UNSUPPORTED, f"{name} and {owners[id(parameter)]} share a weight", where="model.base")
                 owners[id(parameter)] = name
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module) not in GradSampleModule.GRAD_SAMPLERS:
+                if type(module) not in GradSampleModule.GRAD_SAMPLERS:
                     raise LichenError(
                         Code.MODEL_DP_UNSUPPORTED,
                         f"{name} is a {type(module).__name__}, for which there is no per-example gradient",
@@ -128,10 +134,14 @@ class PerUnitGradients:
                 torch.autograd.backward((self._losses(self._network, collate(rows[part])) * weights[part]).sum())
             for total, parameter in zip(sums, self._parameters, strict=True):
                 gradient: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
-                # a gradient that is not finite would end the sum's bound on each unit's influence
-                total.index_add_(0, owners[part], torch.nan_to_num(gradient, 0.0, 0.0, 0.0))
+                total.index_add_(0, owners[part], gradient)
         for total, parameter in zip(sums, self._parameters, strict=True):
-            parameter.grad_sample = total  # type: ignore[attr-defined]
+            # a gradient that is not finite would end the sum's bound on each unit's influence
+            parameter.grad_sample = total.nan_to_num_(0.0, 0.0, 0.0)  # type: ignore[attr-defined]
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self._network.remove_hooks()
 
 
 class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -155,10 +165,16 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self._source = source
 
     def add_noise(self) -> None:
-        """Put the clipped sum plus noise of standard deviation σ·C into each ``p.grad``."""
+        """Put the clipped sum plus noise of standard deviation σ·C into each ``p.grad``.
+
+        The sum is rounded to a grid: the low bits of a float tell which values were added (Mironov 2012), and a grid that is coarse
+        beside the noise's own and fine beside its size has no such bits.
+        """
+        std = self.noise_multiplier * self.max_grad_norm
+        grid = GRID * 2.0 ** math.floor(math.log2(std))
         for parameter in self.params:
-            noise = self._source.normal(parameter.shape, self.noise_multiplier * self.max_grad_norm)
-            parameter.grad = parameter.summed_grad.view_as(parameter) + noise
+            noisy = self._source.normal(parameter.shape, std).add_(parameter.summed_grad.view_as(parameter))
+            parameter.grad = noisy.div_(grid).round_().mul_(grid).to(parameter.dtype)
 
 
 @contextmanager

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients, expected_hooks
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lichen.common.tasks.task import Batch
 
 ROWS = 4
 TOLERANCE = 1e-4
+OPACUS_SLACK = 1e-6
+"""What Opacus adds to a norm before it divides by it; beside small gradients it shows."""
 
 
 class _Silent:
@@ -28,7 +29,7 @@ class _Silent:
         return torch.zeros(count, dtype=torch.float64)
 
     def normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
-        return torch.zeros(shape)
+        return torch.zeros(shape, dtype=torch.float64)
 
 
 def self_check(
@@ -39,6 +40,7 @@ def self_check(
     """Compare the clipped sum with the loop over single examples, on a made-up batch (a real one would be read outside the accounting).
 
     The trainable tensors are moved off their start for the check, since at LoRA's start half of all gradients are zero, and put back.
+    The adapter's dropout, random as it is, is off meanwhile.
 
     Args:
         gradients: what is checked.
@@ -46,25 +48,28 @@ def self_check(
         collate: makes a batch of some of `ROWS` made-up rows.
 
     Raises:
-        LichenError: PRIVACY_SELF_CHECK, if they differ, or if the sum is zero.
+        LichenError: PRIVACY_SELF_CHECK, if they differ, or if the sum, or the adapter's part of it, is zero.
     """
     model = gradients.model
     start = model.state()
     generator = torch.Generator().manual_seed(0)
+    dropouts = [module for module in model.network.modules() if isinstance(module, nn.Dropout) and module.training]
     try:
+        for module in dropouts:
+            module.eval()
         with torch.no_grad():
             for parameter in model.trainable.values():
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
         one_by_one = [_gradient(model.network, list(model.trainable.values()), losses, collate([row])) for row in range(ROWS)]
         norms = torch.stack([torch.sqrt(sum((part**2).sum() for part in parts)) for parts in one_by_one])  # type: ignore[arg-type]
-        clip = float(norms.median())  # some rows are clipped, some are not
-        expected = [
-            torch.stack([parts[index] * min(1.0, clip / float(norm)) for parts, norm in zip(one_by_one, norms, strict=True)]).sum(0)
-            for index in range(len(model.trainable))
-        ]
+        clip = float(norms.median()) or 1.0  # some rows are clipped, some are not
+        factors = (clip / (norms + OPACUS_SLACK)).clamp(max=1.0)
+        expected = [torch.einsum("i,i...", factors, torch.stack(parts)) for parts in zip(*one_by_one, strict=True)]
         got = _clipped_sum(gradients, clip, collate)
     finally:
         model.load(start)
+        for module in dropouts:
+            module.train()
     size = torch.sqrt(sum((part**2).sum() for part in expected))  # type: ignore[arg-type]
     error = torch.sqrt(sum(((left - right) ** 2).sum() for left, right in zip(got, expected, strict=True)))  # type: ignore[arg-type]
     if not float(size) > 0 or not float(error) <= TOLERANCE * float(size):
@@ -73,6 +78,15 @@ def self_check(
             f"the clipped sum differs from the loop over single examples by {float(error):.3g} (its norm is {float(size):.3g})",
             where="model.base",
             fix="This model can't be trained privately as it is; nothing was trained.",
+        )
+    # noise would move an adapter that learns nothing, so that it moved proves nothing
+    body = [part for name, part in zip(model.trainable, expected, strict=True) if name not in model.head]
+    if body and not any(bool(part.any()) for part in body):
+        raise LichenError(
+            Code.PRIVACY_SELF_CHECK,
+            "no gradient reaches the adapter",
+            where="model.adapter.targets",
+            fix="Name modules that the model's forward pass uses.",
         )
 
 
@@ -90,8 +104,9 @@ def _gradient(
 def _clipped_sum(gradients: PerUnitGradients, clip: float, collate: Callable[[list[int]], Batch]) -> list[torch.Tensor]:
     parameters = list(gradients.model.trainable.values())
     before = [parameter.detach().clone() for parameter in parameters]
+    # the noised sum's grid follows the noise multiplier: a small one rounds nothing away
     optimizer = NoisyOptimizer(
-        torch.optim.SGD(parameters, lr=1.0), noise_multiplier=1.0, max_grad_norm=clip, expected_batch_size=1.0, source=_Silent()
+        torch.optim.SGD(parameters, lr=1.0), noise_multiplier=1e-6, max_grad_norm=clip, expected_batch_size=1.0, source=_Silent()
     )
     gradients.step(optimizer, [[row] for row in range(ROWS)], lambda rows: collate(list(rows)))
     return [old - parameter.detach() for old, parameter in zip(before, parameters, strict=True)]

@@ -101,6 +101,14 @@ class TextClassification:
                 id2label=dict(enumerate(labels)),
                 label2id=self._index,
             )
+        longest = min(getattr(base.config.get_text_config(), "max_position_embeddings", math.inf), self._tokenizer.model_max_length)
+        if self.plan.task.max_length > longest:  # a longer text would end in an index error, and tell that there is one
+            raise LichenError(
+                Code.MODEL_UNSUPPORTED,
+                f"task.max_length ({self.plan.task.max_length}) is above the {longest} tokens that the model takes",
+                where="model.base",
+                fix=f"Set task.max_length to at most {longest}.",
+            )
         model = attach(base, self.plan, "TOKEN_CLS" if self._mean else "SEQ_CLS")
         model.network.train()
         self._start_head(base, model)
@@ -171,7 +179,7 @@ class TextClassification:
         return list(encoded["input_ids"])
 
     def _pad(self, rows: list[list[int]]) -> Batch:
-        length = max(len(row) for row in rows)
+        length = max((len(row) for row in rows), default=0) or 1  # an empty text has no token in some tokenizers
         ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id), dtype=torch.int64)
         mask = torch.zeros((len(rows), length), dtype=torch.int64)
         for index, row in enumerate(rows):
@@ -184,8 +192,11 @@ class TextClassification:
         head = self.plan.model.head
         if head.init == "random":
             return
+        # only the last layer: in a head of several, zeros all through would pass no gradient on, ever
+        last = [name for name in model.trainable if name in model.head][-1].rpartition(".")[0]
         for name in model.head:
-            model.trainable[name].zero_()
+            if name.rpartition(".")[0] == last:
+                model.trainable[name].zero_()
         if head.init == "zeros":
             return
         batch = self._pad(self._tokens([self.plan.task.label_descriptions[label] for label in self.plan.task.labels]))

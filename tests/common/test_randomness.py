@@ -1,0 +1,104 @@
+"""Where noise and draws come from: moments, distribution, independence, and the statistics of Poisson sampling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource, poisson_sample
+
+SOURCES = [SecretSource, lambda: SeededSource("test", 1)]
+# Each statistical test fails by chance about once in 10,000 runs where the draws are secret.
+P = 1e-4
+
+
+@pytest.fixture(params=SOURCES, ids=["secret", "seeded"])
+def source(request: pytest.FixtureRequest) -> RandomSource:
+    made: RandomSource = request.param()
+    return made
+
+
+def test_normal_has_its_distribution(source: RandomSource) -> None:
+    draws = source.normal((400, 501), 3.0)  # an odd number: Box and Muller make pairs
+    assert draws.dtype == torch.float64
+    assert draws.shape == (400, 501)
+    values = draws.flatten().numpy() / 3.0
+    n = values.size
+    assert abs(values.mean()) < 4 / n**0.5
+    assert abs(values.var() - 1) < 4 * (2 / n) ** 0.5
+    assert abs((values**3).mean()) < 4 * (15 / n) ** 0.5
+    assert abs((values**4).mean() - 3) < 4 * (96 / n) ** 0.5
+    assert stats.kstest(values, "norm").pvalue > P
+    # both members of a Box-Muller pair, and neighbours, are uncorrelated, squares too
+    for left, right in ((values[: n // 2], values[n // 2 : 2 * (n // 2)]), (values[:-1], values[1:])):
+        for power in (1, 2):
+            assert abs(np.corrcoef(left**power, right**power)[0, 1]) < 4.5 / len(left) ** 0.5
+
+
+def test_the_tail_reaches_as_far_as_it_should(source: RandomSource) -> None:
+    values = source.normal((2_000_000,), 1.0).numpy()
+    beyond = int((np.abs(values) > 4).sum())
+    expected = 2_000_000 * 2 * stats.norm.sf(4)
+    assert stats.poisson.cdf(beyond, expected) > P
+    assert stats.poisson.sf(beyond - 1, expected) > P
+    assert np.isfinite(values).all()
+
+
+def test_uniform_is_uniform_in_the_half_open_interval(source: RandomSource) -> None:
+    values = source.uniform(200_000).numpy()
+    assert values.dtype == np.float64
+    assert values.min() >= 0
+    assert values.max() < 1
+    assert stats.kstest(values, "uniform").pvalue > P
+    low_bits = (values * 2.0**53).astype(np.uint64) % 256
+    assert stats.chisquare(np.bincount(low_bits.astype(np.int64), minlength=256)).pvalue > P
+
+
+def test_secret_sources_share_nothing() -> None:
+    one, other = SecretSource(), SecretSource()
+    assert SecretSource.secret
+    left, right = one.normal((50_000,), 1.0), other.normal((50_000,), 1.0)
+    assert not torch.equal(left, right)
+    assert abs(float(torch.corrcoef(torch.stack([left, right]))[0, 1])) < 4.5 / 50_000**0.5
+    assert not torch.equal(one.normal((8,), 1.0), one.normal((8,), 1.0))
+    # torch's seed, which a plan sets, has no say
+    torch.manual_seed(0)
+    first = SecretSource().normal((8,), 1.0)
+    torch.manual_seed(0)
+    assert not torch.equal(first, SecretSource().normal((8,), 1.0))
+
+
+def test_a_seeded_source_repeats_and_says_that_it_is_not_secret() -> None:
+    assert not SeededSource("a").secret
+    assert torch.equal(SeededSource("a", 1).normal((9,), 2.0), SeededSource("a", 1).normal((9,), 2.0))
+    assert torch.equal(SeededSource("a", 1).uniform(9), SeededSource("a", 1).uniform(9))
+    assert not torch.equal(SeededSource("a", 1).uniform(9), SeededSource("a", 2).uniform(9))
+    assert not torch.equal(SeededSource("a", 11).uniform(9), SeededSource("a1", 1).uniform(9))
+
+
+def test_poisson_inclusion_is_binomial_and_independent(source: RandomSource) -> None:
+    units, rate, draws = 40, 0.3, 5_000
+    included = np.zeros((draws, units), dtype=bool)
+    for row in included:
+        row[poisson_sample(units, rate, source)] = True
+    # each unit, whatever its place
+    for count in included.sum(0):
+        assert stats.binomtest(int(count), draws, rate).pvalue > P / units
+    # a draw's size is binomial: as variable as it must be, which a fixed batch size is not
+    sizes = np.bincount(included.sum(1), minlength=units + 1)
+    expected = draws * stats.binom.pmf(np.arange(units + 1), units, rate)
+    kept = expected > 5
+    observed = [*sizes[kept], sizes[~kept].sum()]
+    assert stats.chisquare(observed, [*expected[kept], expected[~kept].sum()]).pvalue > P
+    # pairs of units, and a unit's next draw, are independent
+    correlations = np.corrcoef(included.T)[np.triu_indices(units, 1)]
+    assert np.abs(correlations).max() < 5.5 / draws**0.5
+    assert abs(np.corrcoef(included[:-1].ravel(), included[1:].ravel())[0, 1]) < 4.5 / included.size**0.5
+
+
+def test_poisson_sampling_at_its_edges(source: RandomSource) -> None:
+    assert poisson_sample(5, 1.0, source) == [0, 1, 2, 3, 4]
+    assert poisson_sample(0, 0.5, source) == []
+    assert poisson_sample(1000, 1e-12, source) == []
