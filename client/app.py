@@ -23,8 +23,8 @@ from lichen.client.policy import enforce, load_policy
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, plan_from_json
-from lichen.common.privacy.accounting import Segment, noise_multiplier
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
+from lichen.common.privacy.schedule import planned_evaluation, planned_steps
 
 if TYPE_CHECKING:
     from lichen.client.trainer import Trained, Trainer
@@ -99,8 +99,6 @@ def _train(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
 def _train_private(
     node: Node, plan: Plan, round: int, message: Message, trainer: Trainer, start: State, rows: Rows
 ) -> tuple[Trained, records.TrainReport]:
-    from lichen.client.trainer import planned_steps
-
     if rows.declared_size is None:
         raise LichenError(
             Code.DATA_DECLARED_SIZE,
@@ -135,8 +133,7 @@ def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> RecordDic
     if not plan.private:
         report = records.EvaluateReport(client=node.name, round=round, counts=scores.counts.flatten().tolist(), loss_sum=scores.loss_sum)
     else:
-        times = plan.rounds // plan.evaluation.federated_every
-        segment = Segment(noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, 1.0, times), 1.0, 1)
+        segment = planned_evaluation(plan)
         run, message_id = str(message.metadata.run_id), message.metadata.message_id
         with Ledger(node.home) as ledger:
             ledger.reserve("holdout", run, message_id, round, segment, _limits(node, plan))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.privacy.accounting import Segment, noise_multiplier
+from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients, Unit
 from lichen.common.privacy.randomness import RandomSource, poisson_sample
 from lichen.common.privacy.self_check import ROWS, self_check
@@ -31,22 +31,6 @@ class Trained:
     steps: int
     loss: float | None
     """Mean loss of the examples seen; None under differential privacy, where it may not be known."""
-
-
-def planned_steps(plan: Plan, declared_size: int) -> Segment:
-    """What one round costs a client under differential privacy: a function of the plan and the declared size, never of the data.
-
-    Args:
-        plan: a private one.
-        declared_size: units that the owner declares.
-
-    Raises:
-        LichenError: PRIVACY_TARGET.
-    """
-    rate = plan.privacy.sample_rate or min(1.0, plan.local.batch_size / declared_size)
-    steps = plan.local.steps or max(1, round((plan.local.epochs or 1) / rate))
-    noise = noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, rate, steps * plan.rounds)
-    return Segment(noise, rate, steps)
 
 
 class Trainer:

@@ -63,7 +63,14 @@ class OwnData:
     def _read(self, path: Path) -> Any:
         import pyarrow.parquet as pq
 
-        table = pq.read_table(path, columns=list(self.task.fields))
+        table = pq.read_table(path)
+        if missing := set(self.task.fields) - set(table.column_names):
+            raise LichenError(
+                Code.DATA_FIELD,
+                f"no column {sorted(missing)[0]!r}",
+                where=str(path),
+                fix="Map the task's fields to the data's columns, as in fields: {text: BODY, label: TOPIC}.",
+            )
         return self.task.encode({field: table.column(field).to_pylist() for field in self.task.fields})
 
 
@@ -91,6 +98,8 @@ def main(grid: Grid, context: Context) -> None:
         transfer=Transfer(uplink_bytes=0, downlink_bytes=0),
     )
     result.rounds = directory.load_rounds(plan.rounds)
+    if result.rounds:
+        result.privacy.max_epsilon = result.rounds[-1].epsilon  # what was spent stays so if the run fails before its next round
     try:
         own = OwnData(plan, *(Path(str(config[key])) if key in config else None for key in ("validation", "test")))
         strategy = FederatedStrategy(plan, directory, result, own, spool, getattr(grid, "name_of", None))
@@ -108,6 +117,9 @@ def main(grid: Grid, context: Context) -> None:
         if error.code is not Code.INTERRUPTED:  # an interrupted run goes on later: it is not over
             result.status = "stopped" if error.code is Code.RUN_STOPPED else "failed"
             result.error = str(error)
+        raise
+    except KeyboardInterrupt:
+        result.status, result.error = "stopped", "interrupted"
         raise
     except BaseException as error:
         result.status = "failed"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 KEPT = 2
+DIGEST = Path("checkpoints", "plan.sha256")
+COHORT = Path("checkpoints", "cohort.json")
 
 
 @dataclass
@@ -56,7 +58,7 @@ class RunDirectory:
         self.plan = plan
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            digest = path / "checkpoints" / "plan.sha256"
+            digest = path / DIGEST
             if digest.exists() and digest.read_text(encoding="utf-8") != plan.sha256():
                 raise LichenError(Code.OUTPUT_UNUSABLE, "it holds a run of another plan", where=str(path), fix="Choose another directory.")
             write_atomically(path / "plan.yaml", plan.to_yaml())
@@ -68,15 +70,19 @@ class RunDirectory:
 
     def save_cohort(self, round: int, nodes: Iterable[int]) -> None:
         """Keep who was asked in a round, before anyone is: after a crash the same nodes are asked the same."""
-        write_atomically(self.path / "checkpoints" / "cohort.json", json.dumps({"round": round, "nodes": list(nodes)}))
+        write_atomically(self.path / COHORT, json.dumps({"round": round, "nodes": list(nodes)}))
 
     def load_cohort(self, round: int) -> list[int] | None:
         """Who was asked in ``round``, if it was begun before a crash."""
         try:
-            found = json.loads((self.path / "checkpoints" / "cohort.json").read_text(encoding="utf-8"))
+            found = json.loads((self.path / COHORT).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         return [int(node) for node in found["nodes"]] if found["round"] == round else None
+
+    def forget_cohort(self) -> None:
+        """Let the round that is under way draw its cohort again: for a simulation, which asks nobody twice."""
+        (self.path / COHORT).unlink(missing_ok=True)
 
     # --- checkpoints ---
 
@@ -109,18 +115,21 @@ class RunDirectory:
         """The newest checkpoint; None before the first.
 
         Raises:
-            LichenError: OUTPUT_UNUSABLE, if it is from a newer lichen.
+            LichenError: OUTPUT_UNUSABLE, if it is from a newer lichen, or damaged.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if not (found := self._checkpoints()):
             return None
         parts: dict[str, State] = {"model": {}, "velocity": {}, "average": {}}
-        with safe_open(found[-1], framework="pt") as file:
-            about = json.loads(file.metadata()["lichen"])
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                part, name = key.split("/", 1)
-                parts[part][name] = file.get_tensor(key)
+        try:
+            with safe_open(found[-1], framework="pt") as file:
+                about = json.loads((file.metadata() or {})["lichen"])
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    part, name = key.split("/", 1)
+                    parts.setdefault(part, {})[name] = file.get_tensor(key)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise LichenError(Code.OUTPUT_UNUSABLE, f"a damaged checkpoint: {error}", where=str(found[-1])) from None
         if about["format"] != FORMAT:
             raise LichenError(
                 Code.OUTPUT_UNUSABLE, f"a checkpoint of format {about['format']}", where=str(found[-1]), fix="Upgrade lichen."
@@ -173,9 +182,9 @@ def open_for(out: Path, *, resume: bool) -> None:
     Raises:
         LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE.
     """
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / "plan.yaml").exists():
+    if not (out / DIGEST).exists():
         raise LichenError(Code.OUTPUT_UNUSABLE, "not empty, and not a run directory", where=str(out), fix="Choose another --out.")
     if not resume:
         raise LichenError(Code.OUTPUT_EXISTS, "holds a run", where=str(out), fix="Choose another --out, or go on with it: --resume.")

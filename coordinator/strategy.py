@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result as FlowerResult
@@ -17,6 +18,7 @@ from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State, check_state
 from lichen.common.privacy.accounting import Segment, epsilon
+from lichen.common.privacy.schedule import planned_evaluation, planned_steps
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
 from lichen.coordinator.aggregation import RULES
 from lichen.coordinator.optimizers import apply_update
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05
+R = TypeVar("R", records.TrainReport, records.EvaluateReport)
 
 
 class Evaluator(Protocol):
@@ -39,7 +42,11 @@ class Evaluator(Protocol):
         ...
 
     def add_counts(self, reports: list[records.EvaluateReport]) -> Metrics | None:
-        """Metrics of the clients' hold-outs together."""
+        """Metrics of the clients' hold-outs together.
+
+        Raises:
+            LichenError: FRAME_INVALID, if the counts of one are no counts of this task.
+        """
         ...
 
 
@@ -72,7 +79,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._spool = spool
         self._name_of = name_of
         self._told: Round
-        self._reports: list[records.EvaluateReport] = []
+        self._used: list[int] = []
 
     def summary(self) -> None:
         """Log what is run."""
@@ -97,19 +104,24 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         total = RULES[self.plan.aggregation.rule]()
         usable: list[records.TrainReport] = []
         uplink = 0
-        for report, content in sorted(self._usable(replies), key=lambda found: found[0].client):
-            update = records.get_tensors(content, self._spool)
+        self._used = []
+        for report, message in sorted(self._reports(records.TrainReport, server_round, replies), key=lambda found: found[0].client):
             try:
+                weight = self._weight(report)  # from here on the update has left its node, and is paid for, whether it is usable or not
+                update = records.get_tensors(message.content, self._spool)
                 check_state(update, self.state.model)
             except LichenError as error:
                 self._failed(report.client, error.code, error.what)
                 continue
-            total.add(update, float((report.declared_size if self.plan.private else report.examples) or 0))
-            uplink += records.payload_bytes(content)
+            total.add(update, weight)
+            uplink += records.payload_bytes(message.content)
             usable.append(report)
+            self._used.append(message.metadata.src_node_id)
         self._told.participants = len(usable)
+        self._told.failed = len(self._told.errors)
         self._told.uplink_bytes = uplink
         if len(usable) < self.plan.cohort.minimum:
+            self._tell_privacy()
             raise LichenError(
                 Code.COHORT_TOO_SMALL,
                 f"{len(usable)} usable updates, cohort.minimum is {self.plan.cohort.minimum}",
@@ -120,34 +132,34 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         if not self.plan.private:
             weight = sum(report.examples or 0 for report in usable)
             self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in usable) / weight
-        for report in usable:
-            if report.noise_multiplier is not None and report.sample_rate is not None:
-                self.state.spent.setdefault(report.client, []).append(Segment(report.noise_multiplier, report.sample_rate, report.steps))
         return self._arrays(), None
 
     # --- federated evaluation ---
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """One message with the model for each node of the round's cohort, in the rounds that the plan names."""
+        """One message with the model for each node whose update was used, in the rounds that the plan names.
+
+        Who did not answer just before is not waited for again.
+        """
         every = self.plan.evaluation.federated_every
         if not every or server_round % every:
             return []
-        return self._messages(records.EVALUATE, server_round, arrays, self.directory.load_cohort(server_round) or [], grid)
+        return self._messages(records.EVALUATE, server_round, arrays, sorted(self._used), grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Metrics over all hold-outs together."""
         reports: list[records.EvaluateReport] = []
-        for message in replies:
+        for report, _ in self._reports(records.EvaluateReport, server_round, replies):
             try:
-                reports.append(self._read(records.EvaluateReport, message))
+                self._charge_evaluation(report)
+                self._evaluator.add_counts([report])  # alone first, so that one client's nonsense is its own failure
             except LichenError as error:
-                self._failed(self._name(message, None), error.code, error.what)
-        for report in reports:
-            if report.noise_multiplier is not None:
-                self.state.evaluated.setdefault(report.client, []).append(Segment(report.noise_multiplier, 1.0, 1))
+                self._failed(report.client, error.code, error.what)
+                continue
+            reports.append(report)
         found = self._evaluator.add_counts(sorted(reports, key=lambda report: report.client)) if reports else None
         self._told.federated = found
-        return MetricRecord(found) if found else None
+        return MetricRecord({name: value for name, value in found.items() if value is not None}) if found else None
 
     # --- the loop ---
 
@@ -211,9 +223,12 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     # --- parts ---
 
     def _choose(self, round: int, grid: Grid) -> list[int]:
-        """A seeded draw of `cohort.size` of the connected nodes, waiting for them as long as the deadline."""
+        """A seeded draw of `cohort.size` of the connected nodes, waiting for them as long as the deadline.
+
+        Drawn from them in the order of their names, where the grid knows them: ids are random, and other in a simulation.
+        """
         until = time.monotonic() + self.plan.cohort.deadline_s
-        while len(nodes := sorted(grid.get_node_ids())) < self.plan.cohort.size and time.monotonic() < until:
+        while len(nodes := sorted(grid.get_node_ids(), key=self._name)) < self.plan.cohort.size and time.monotonic() < until:
             time.sleep(POLL_S)
         if len(nodes) < self.plan.cohort.minimum:
             raise LichenError(
@@ -238,21 +253,25 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         for message in messages:
             node = message.metadata.dst_node_id
             if node not in answered:
-                self._failed(self._name_of(node) if self._name_of else str(node), None, "no answer within the deadline")
+                self._failed(self._name(node), None, "no answer within the deadline")
         return replies
 
-    def _usable(self, replies: Iterable[Message]) -> Iterator[tuple[records.TrainReport, RecordDict]]:
+    def _reports(self, kind: type[R], round: int, replies: Iterable[Message]) -> Iterator[tuple[R, Message]]:
+        """The replies that bear a report of this round and of their own node, at most one a client."""
+        seen: set[str] = set()
         for message in replies:
+            node = message.metadata.src_node_id
             try:
-                report = self._read(records.TrainReport, message)
-                weight = report.declared_size if self.plan.private else report.examples
-                if not weight or weight < 0:
-                    raise LichenError(Code.FRAME_INVALID, "the report bears no weight")
-                yield report, message.content
+                report = self._read(kind, message)
+                if report.round != round or report.client in seen:
+                    raise LichenError(Code.FRAME_INVALID, f"a second report, or one of another round ({report.round})")
             except LichenError as error:
-                self._failed(self._name(message, None), error.code, error.what)
+                self._failed(self._name(node), error.code, error.what)
+                continue
+            seen.add(report.client)
+            yield report, message
 
-    def _read(self, kind: type[Any], message: Message) -> Any:
+    def _read(self, kind: type[R], message: Message) -> R:
         if message.has_error():
             number = message.error.code
             code = Code(number) if number in set(Code) else Code.INTERNAL
@@ -262,13 +281,35 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             raise LichenError(Code.FRAME_INVALID, f"the report bears the name {report.client!r}, which is not its node's")
         return report
 
-    def _name(self, message: Message, report: records.TrainReport | None) -> str:
-        node = message.metadata.src_node_id
-        return report.client if report else self._name_of(node) if self._name_of else str(node)
+    def _weight(self, report: records.TrainReport) -> float:
+        """An update's weight in the mean; under privacy its steps are charged on the way."""
+        if not self.plan.private:
+            if report.examples is None:
+                raise LichenError(Code.FRAME_INVALID, "the report bears no weight")
+            return float(report.examples)
+        if report.declared_size is None:
+            raise LichenError(Code.FRAME_INVALID, "the report bears no weight")
+        planned = planned_steps(self.plan, report.declared_size)
+        told = Segment(report.noise_multiplier or 0.0, report.sample_rate or 0.0, report.steps)
+        if not _as_planned(told, planned):
+            raise LichenError(Code.FRAME_INVALID, f"the report tells of {told}, the plan of {planned}")
+        self.state.spent.setdefault(report.client, []).append(told)
+        return float(report.declared_size)
+
+    def _charge_evaluation(self, report: records.EvaluateReport) -> None:
+        if not self.plan.private:
+            return
+        planned = planned_evaluation(self.plan)
+        told = Segment(report.noise_multiplier or 0.0, 1.0, 1)
+        if not _as_planned(told, planned):
+            raise LichenError(Code.FRAME_INVALID, f"the report tells of {told}, the plan of {planned}")
+        self.state.evaluated.setdefault(report.client, []).append(told)
+
+    def _name(self, node: int) -> str:
+        return self._name_of(node) if self._name_of else str(node)
 
     def _failed(self, client: str, code: Code | None, what: str) -> None:
         log.warning("round %d: %s failed: %s", self._told.round, client, what)
-        self._told.failed += 1
         self._told.errors[client] = None if code is None else int(code)
 
     def _arrays(self) -> ArrayRecord:
@@ -286,10 +327,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         result = self.result
         result.seconds = round(seconds, 3)
         result.parameters = sum(tensor.numel() for tensor in self.state.model.values())
-        if self.plan.private:
-            result.privacy.clients = self._clients()
-            result.privacy.max_epsilon = max(client.epsilon for client in result.privacy.clients.values())
-            result.rounds[-1].epsilon = result.privacy.max_epsilon
+        self._tell_privacy()
+        result.rounds[-1].epsilon = result.privacy.max_epsilon
         up, down = (sum(getattr(told, key) for told in result.rounds) for key in ("uplink_bytes", "downlink_bytes"))
         updates = sum(told.participants for told in result.rounds)
         bits = 8 * up / (updates * result.parameters) if updates else None
@@ -297,6 +336,12 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             uplink_bytes=up, downlink_bytes=down, bits_per_parameter=bits, ratio_to_fp32=None if bits is None else bits / 32
         )
         self.directory.save_result(result)
+
+    def _tell_privacy(self) -> None:
+        if self.plan.private:
+            clients = self._clients()
+            self.result.privacy.clients = clients
+            self.result.privacy.max_epsilon = max((client.epsilon for client in clients.values()), default=0.0)
 
     def _clients(self) -> dict[str, ClientPrivacy]:
         delta = self.plan.privacy.delta
@@ -314,6 +359,13 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 segments=segments,
             )
         return found
+
+
+def _as_planned(told: Segment, planned: Segment) -> bool:
+    """Whether noise and sample rate are the plan's, and the steps not more; another machine's accountant may differ in the last places."""
+    if not math.isclose(told.noise_multiplier, planned.noise_multiplier, rel_tol=0.01):
+        return False
+    return math.isclose(told.sample_rate, planned.sample_rate) and 1 <= told.steps <= planned.steps
 
 
 def privacy_of(plan: Plan, *, simulated: bool) -> Privacy:

@@ -22,13 +22,20 @@ POLL_S = 0.25
 _BORDER_LINES = 8
 
 
-def follow(directory: Path, *, stop: Callable[[], bool] | threading.Event, console: Console | None = None) -> None:
+def follow(
+    directory: Path,
+    *,
+    stop: Callable[[], bool] | threading.Event,
+    console: Console | None = None,
+    within: Callable[[], str] | None = None,
+) -> None:
     """Show the rounds of a run until ``stop``, then once more what is there, and return.
 
     Args:
         directory: the run directory; it may not be there yet.
         stop: true, or set, when nothing more will come (`ended` tells it of a run in another process).
         console: where to show them; standard output if None. A live table if it is a terminal, else one line a round.
+        within: what the round under way is about, for the live table.
     """
     console = console or Console()
     stopped = stop.is_set if isinstance(stop, threading.Event) else stop
@@ -40,7 +47,8 @@ def follow(directory: Path, *, stop: Callable[[], bool] | threading.Event, conso
                 last = stopped()
                 rounds = rounds or _total(directory)
                 done = read_rounds(directory)
-                live.update(_live(done, rounds, None if last else time.monotonic() - began, console.height))
+                seconds = None if last else time.monotonic() - began
+                live.update(_live(done, rounds, seconds, console.height, within() if within else ""))
                 if last:
                     return
                 time.sleep(POLL_S)
@@ -133,13 +141,13 @@ def bytes_text(count: int) -> str:
     return f"{size:.1f} GB"
 
 
-def _live(rounds: list[Round], total: int | None, seconds: float | None, height: int) -> RenderableType:
+def _live(rounds: list[Round], total: int | None, seconds: float | None, height: int, within: str) -> RenderableType:
     shown = table(rounds[-max(3, height - _BORDER_LINES) :], total)
     if seconds is None:
         return shown
     number = rounds[-1].round + 1 if rounds else 1
     what = "finishing" if total and number > total else f"round {number}" + (f" of {total}" if total else "")
-    return Group(shown, Spinner("dots", text=f"{what} … {seconds:.0f} s"))
+    return Group(shown, Spinner("dots", text=f"{what}{': ' if within else ''}{within} … {seconds:.0f} s"))
 
 
 def _number(value: float | None, form: str) -> str:

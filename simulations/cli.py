@@ -7,12 +7,16 @@ import threading
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, load_plan
+
+if TYPE_CHECKING:
+    from lichen.common.result import Result
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -36,7 +40,7 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print result.json at the end.")] = False,
 ) -> None:
     """Run a plan on this machine. Example: lichen simulate r8 --out runs/r8 --set privacy.epsilon=2."""
-    from lichen.simulations.simulate import run
+    from lichen.coordinator.run_directory import open_for
 
     overrides = list(settings or ())
     if clients is not None:
@@ -44,12 +48,11 @@ def simulate(
     if partition is not None:
         overrides.append(f"simulation.partition={json.dumps(partition)}")
     found = load_plan(find_plan(plan), overrides)
-    done = threading.Event()
+    open_for(out, resume=resume)  # before the rounds of another run are shown as this one's
+    result = run_shown(found, out, engine.value, Console(stderr=as_json), resume=resume)
     if as_json:
-        result = run(found, out, engine.value, resume=resume)
         typer.echo(result.model_dump_json(indent=2))
         return
-    result = run_shown(found, out, engine.value, done, resume=resume)
     final: dict[str, Any] = result.final or {}
     told = ", ".join(f"{name} {value:.4f}" for name, value in final.items() if isinstance(value, float))
     typer.echo(f"{final.get('split', 'no split')}: {told}" if final else "no evaluation data, so no score")
@@ -58,15 +61,21 @@ def simulate(
     typer.echo(f"model and report: {out}/model, {out}/report.html")
 
 
-def run_shown(plan: Plan, out: Path, engine: str, done: threading.Event, *, resume: bool) -> Any:
+def run_shown(plan: Plan, out: Path, engine: str, console: Console, *, resume: bool) -> Result:
     """Run, and show the rounds as they end."""
     from lichen.coordinator.watch import follow
     from lichen.simulations.simulate import run
 
-    watcher = threading.Thread(target=follow, args=(out,), kwargs={"stop": done.is_set}, daemon=True)
+    done, now = threading.Event(), {"within": ""}
+
+    def tell(kind: str, number: int, asked: int) -> None:
+        now["within"] = f"{number} of {asked} clients done ({kind})" if number < asked else ""
+
+    shown = {"stop": done, "console": console, "within": lambda: now["within"]}
+    watcher = threading.Thread(target=follow, args=(out,), kwargs=shown, daemon=True)
     watcher.start()
     try:
-        return run(plan, out, engine, resume=resume)
+        return run(plan, out, engine, resume=resume, progress=tell)
     finally:
         done.set()
         watcher.join(timeout=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from lichen.common.errors import Code, LichenError
 def run_on_ray(server_app: ServerApp, client_app: ClientApp, homes: list[Path], run_config: dict[str, Any], threads: int) -> None:
     """Run a federation on Ray, one process for each core.
 
-    Flower gives a simulated client a partition number and a simulation no run config; the two wrappers supply what the apps read.
+    Flower gives a simulated client a partition number and a simulation no run config; the two wrappers supply what the apps read. It
+    also gives its nodes new random ids in each run, so a cohort that leaves clients out is another in each run.
 
     Args:
         server_app: the coordinator's app.
@@ -34,6 +36,8 @@ def run_on_ray(server_app: ServerApp, client_app: ClientApp, homes: list[Path], 
     except ImportError:
         raise LichenError(Code.EXTRA_MISSING, "the Ray engine is not installed", fix="pip install 'lichen[ray]'") from None
 
+    if logging.getLogger().level > logging.DEBUG:  # Flower's log is for `lichen --verbose`: its errors come back as replies, or raise here
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)
     failure: list[BaseException] = []
     server = ServerApp()
 

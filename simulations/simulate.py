@@ -10,8 +10,8 @@ from flwr.app import Context, RecordDict
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import Result, read_result, write_atomically
-from lichen.coordinator.run_directory import open_for
-from lichen.simulations.datasets import load_spec, split_validation
+from lichen.coordinator.run_directory import RunDirectory, open_for
+from lichen.simulations.datasets import Row, load_spec, split_validation
 from lichen.simulations.engine import InProcessGrid, Progress
 from lichen.simulations.partition import partition, write_node_homes
 
@@ -35,12 +35,15 @@ def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: P
         The run's result, as in `result.json`.
 
     Raises:
-        LichenError: OUTPUT_EXISTS, DATA_…, PARTITION_INVALID, MODEL_…, or what stopped the run.
+        LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE, DATA_…, PARTITION_INVALID, MODEL_…, or what stopped the run.
     """
     from lichen.client.app import app as client_app
     from lichen.coordinator.app import app as server_app
 
     open_for(out, resume=resume)
+    if resume:
+        # refuses another plan before its data are dealt over this one's; the same cohort is drawn again, and Ray's node ids are new
+        RunDirectory(out, plan).forget_cohort()
     homes, splits = deal(plan, out / "simulation")
     run_id = int(plan.sha256()[:15], 16)
     config: dict[str, Any] = {"plan": plan.canonical_json(), "directory": str(out), "engine": engine} | splits
@@ -76,9 +79,18 @@ def deal(plan: Plan, root: Path) -> tuple[list[Path], dict[str, str]]:
         )
     found = load_spec(plan.simulation.data)
     label = plan.task.label_field
-    train, validation = split_validation(found.train, plan.evaluation.validation_fraction, plan.seed, label=label)
+    train, validation = found.train, list[Row]()
+    if plan.evaluation.validation_fraction:
+        train, validation = split_validation(train, plan.evaluation.validation_fraction, plan.seed, label=label)
     clients = None if plan.simulation.partition.startswith("by:") else plan.simulation.clients
     parts = partition(train, plan.simulation.partition, clients, plan.seed, label=label)
+    if len(parts) < plan.cohort.size:  # no other node will ever connect
+        raise LichenError(
+            Code.PARTITION_INVALID,
+            f"cohort.size is {plan.cohort.size}, but only {len(parts)} clients are simulated",
+            where="simulation.clients",
+            fix=f"Simulate more, or set cohort.size to at most {len(parts)} (and cohort.minimum).",
+        )
     # without federated evaluation a hold-out would only take rows from training
     holdout = 0.1 if plan.evaluation.federated_every else 0.0
     homes = write_node_homes(parts, train, root, holdout=holdout, seed=plan.seed)
