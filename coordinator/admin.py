@@ -62,7 +62,10 @@ class AdminServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            answer = await self._answer(await reader.readline())
+            line = await reader.readline()
+            if not line:  # it only looked whether someone is here
+                return
+            answer = await self._answer(line)
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
         except (ConnectionError, ValueError) as error:  # gone, or a line beyond the limit
@@ -130,6 +133,16 @@ def ask(socket_path: Path, call: str, arguments: Mapping[str, Any] | None = None
         told = answer["error"]
         raise LichenError(Code(told["code"]), told["what"], where=told["where"], fix=told["fix"])
     return answer["result"]
+
+
+def served(socket_path: Path) -> bool:
+    """Whether a service listens at the home's socket."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _short(socket_path) as address:
+            connection.connect(address)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

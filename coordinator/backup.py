@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from lichen.common.errors import Code, LichenError
 from lichen.coordinator.home import Home
+from lichen.coordinator.models import ARCHIVE
 from lichen.coordinator.store import Store
 
 FORMAT = 1
@@ -64,8 +65,8 @@ def _snapshot(home: Home, store: Store) -> Iterator[Path]:
         for part in ("config.yaml", "pki", "runs", "spool"):
             top = home.path / part
             for source in [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file() and not path.is_symlink()):
-                if source.suffix in {".tmp", ".part"}:
-                    continue
+                if source.suffix in {".tmp", ".part"} or source.name == ARCHIVE:
+                    continue  # half of something, or made of what is here
                 target = directory / source.relative_to(home.path)
                 target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 try:

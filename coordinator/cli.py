@@ -19,7 +19,7 @@ from rich.table import Table
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import load_plan
 from lichen.common.result import read_result
-from lichen.coordinator.admin import ask
+from lichen.coordinator.admin import ask, served
 from lichen.coordinator.home import ENROLMENT_PORT, FLEET_PORT, Home, Runtime
 from lichen.coordinator.operations import NotServedError, Operations, find_run
 
@@ -298,16 +298,19 @@ def _follow(home: Path, run: str, console: Console) -> None:
     try:
         run_id = find_run(store, run).run_id
         if store.run(run_id).status in {"queued", "running"}:
-            ask(found.socket, "status")  # nothing would ever come
+            ask(found.socket, "status")  # without a service nothing would ever come
         directory = found.runs / store.run(run_id).directory
-        shown: list[str | None] = [None]
+        said: list[str | None] = [None]
 
         def over() -> bool:
             now = store.run(run_id)
-            if now.error != shown[0] and now.status == "running" and now.error:
-                console.print(f"waits: {now.error}", markup=False, highlight=False, soft_wrap=True)
-            shown[0] = now.error
-            return now.status not in {"queued", "running"}
+            if now.status not in {"queued", "running"}:
+                return True
+            why = now.error if served(found.socket) else "the service is down; the run goes on when it is back"
+            if why and why != said[0]:
+                console.print(f"waits: {why}", markup=False, highlight=False, soft_wrap=True)
+            said[0] = why
+            return False
 
         follow(directory, stop=over, console=console)
         ended = store.run(run_id)

@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.records import message_from_bytes
+from lichen.common.records import message_from_bytes, payload_refs
 from lichen.coordinator.fleet import FleetServer
 from lichen.coordinator.grid import COORDINATOR_NODE_ID, GrpcGrid
 from lichen.coordinator.store import Run, Store
@@ -39,21 +39,32 @@ class RunGrid(GrpcGrid):
 
     def _let_go(self, rounds: set[str]) -> None:
         """Release all rounds but these: when a round's messages go out, the checkpoint of those before is on the disk."""
-        older = [
-            message_id
-            for message_id, data in self._fleet.store.unreleased(self._run_id)
-            if message_from_bytes(data).metadata.group_id not in rounds
-        ]
-        self.finish(older)
+        self._release(
+            [item for item in self._fleet.store.unreleased(self._run_id) if message_from_bytes(item[1]).metadata.group_id not in rounds]
+        )
 
-    def finish(self, message_ids: list[str] | None = None) -> None:
-        """Withdraw and let go of messages, by default of all that the run has made, and free the spool of their payloads."""
-        if message_ids is None:
-            message_ids = [message_id for message_id, _ in self._fleet.store.unreleased(self._run_id)]
-        if message_ids:
-            self.cancel(message_ids)
-            self.release(message_ids)
-            self._fleet.collect()
+    def finish(self) -> None:
+        """Withdraw and let go of all that the run has made."""
+        self._release(self._fleet.store.unreleased(self._run_id))
+
+    def _release(self, messages: list[tuple[str, bytes]]) -> None:
+        """Erase messages, their replies and the payloads of both: a run of a large model would soon fill the disk."""
+        if not messages:
+            return
+        store, spool = self._fleet.store, self._fleet.spool
+        ids = [message_id for message_id, _ in messages]
+        self.cancel(ids)
+        replies = [reply for message_id in ids if (reply := store.reply(message_id)) is not None]
+        used = _digests([*(data for _, data in messages), *replies])
+        self.release(ids)
+        live = _digests(store.live_messages())
+        for digest in used - live:
+            spool.path(digest).unlink(missing_ok=True)
+        spool.collect(live)  # what came for nobody
+
+
+def _digests(messages: Iterable[bytes]) -> set[str]:
+    return {ref.digest for data in messages for ref in payload_refs(message_from_bytes(data))}
 
 
 class Runner:

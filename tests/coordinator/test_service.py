@@ -31,7 +31,7 @@ from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
 from lichen.common.invite import Invite
 from lichen.common.plan import Plan, parse_plan
-from lichen.coordinator.admin import AdminServer, ask
+from lichen.coordinator.admin import AdminServer, ask, served
 from lichen.coordinator.backup import restore_backup, write_backup
 from lichen.coordinator.export import export_model
 from lichen.coordinator.fleet import FleetServer
@@ -243,6 +243,7 @@ def test_the_door_answers_its_owner_only(door: Callable[..., Path]) -> None:
         {"echo": lambda **values: values, "no": fail(LichenError(Code.NAME_TAKEN, "what", where="w", fix="f")), "bug": fail(KeyError(1))}
     )
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert served(path)
     assert ask(path, "echo", {"a": [1, None, "ü"]}) == {"a": [1, None, "ü"]}
     error = refused(Code.NAME_TAKEN, ask, path, "no")
     assert (error.what, error.where, error.fix) == ("what", "w", "f")
@@ -272,6 +273,7 @@ def test_nobody_behind_the_door(tmp_path: Path) -> None:
     assert isinstance(refused(Code.SERVICE_UNREACHABLE, ask, tmp_path / "admin.sock", "status"), NotServedError)
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(tmp_path / "admin.sock"))  # as a killed service leaves it
+    assert not served(tmp_path / "admin.sock")
     assert isinstance(refused(Code.SERVICE_UNREACHABLE, ask, tmp_path / "admin.sock", "status"), NotServedError)
 
 
@@ -361,6 +363,7 @@ def backup(home: Home, tmp_path: Path, plan: Plan) -> Path:
         (home.runs / "5" / "checkpoints").mkdir(parents=True)
         (home.runs / "5" / "checkpoints" / "round-00001.safetensors").write_bytes(b"x" * 100_000)
         (home.runs / "5" / "half.tmp").write_bytes(b"x")
+        (home.runs / "5" / "model.tar").write_bytes(b"made of model/")
         home.spool.mkdir()
         (home.spool / ("a" * 64)).write_bytes(b"payload")
         told = write_backup(home, store, tmp_path / "backup.tar")

@@ -227,6 +227,7 @@ def test_a_run_from_submission_to_the_fetched_model(
     # what the run's messages held was let go of, and nothing here is for other users
     with closing(Store(service.home / "store.sqlite")) as store:
         assert store.unreleased(int(run)) == []
+    assert len(list((service.home / "spool").iterdir())) <= 1  # the final model, which nobody was sent
     assert {path.name for path in service.home.rglob("*.sqlite*") if path.stat().st_mode & 0o077} == set()
 
     lichen("export", "latest", "--home", service.home, "--out", tmp_path / "peft")
