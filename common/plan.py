@@ -309,7 +309,7 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         LichenError: PLAN_UNREADABLE, PLAN_INVALID, PLAN_VERSION, PLAN_UNSOUND.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = _SingleKeys(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
         raise LichenError(Code.PLAN_UNREADABLE, f"can't read the plan: {error}", where=str(path)) from None
     except yaml.YAMLError as error:
@@ -328,7 +328,11 @@ def parse_plan(document: Mapping[str, Any], *, where: str = "plan") -> Plan:
         raise LichenError(Code.PLAN_VERSION, f"format {version} is newer than this lichen's {FORMAT}", where=where, fix="Upgrade lichen.")
     try:
         # JSON text, because strict validation of Python objects would refuse a list where the model holds a tuple
-        plan = Plan.model_validate_json(json.dumps(document, default=str))
+        text = json.dumps(document, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # a date as a key, an alias inside what it names
+        raise LichenError(Code.PLAN_INVALID, f"not a plan: {error}", where=where) from None
+    try:
+        plan = Plan.model_validate_json(text)
     except ValidationError as error:
         raise _explain(error, where) from None
     check_sound(plan, where=where)
@@ -339,7 +343,7 @@ def plan_from_json(text: str) -> Plan:
     """A plan that arrived in a message. Raises as `load_plan` does."""
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise LichenError(Code.PLAN_UNREADABLE, "the plan that arrived is not JSON") from None
     if not isinstance(document, dict):
         raise LichenError(Code.PLAN_INVALID, "the plan that arrived is not a mapping")
@@ -383,6 +387,19 @@ def schema() -> dict[str, Any]:
     return Plan.model_json_schema()
 
 
+class _SingleKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _override(document: dict[str, Any], setting: str) -> None:
     path, equals, text = setting.partition("=")
     if not equals or not path:
@@ -406,7 +423,9 @@ def _explain(error: ValidationError, where: str) -> LichenError:
     """The first mistakes of a plan, each with its path, what was wrong and the nearest valid value."""
     told: list[str] = []
     for detail in error.errors(include_url=False):
-        path = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("function-", "str", "DataSource")))
+        if detail["loc"][-1:] == ("str",) and isinstance(detail["input"], dict):
+            continue  # it was meant as the other kind, of which the other lines tell
+        path = ".".join(_path(detail))
         line = f"{path or 'plan'}: {_complaint(detail)}"
         if hint := _hint(detail):
             line += f" (nearest valid: {hint})"
@@ -422,6 +441,11 @@ def _explain(error: ValidationError, where: str) -> LichenError:
     )
 
 
+def _path(detail: ErrorDetails) -> list[str]:
+    """The key's path, without pydantic's names for the kinds that a value may be of."""
+    return [str(part) for part in detail["loc"] if part not in {"str", "DataSource"} and not str(part).startswith("function-before[")]
+
+
 def _complaint(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         return "unknown key"
@@ -435,7 +459,7 @@ def _complaint(detail: ErrorDetails) -> str:
 def _hint(detail: ErrorDetails) -> str | None:
     context = detail.get("ctx", {})
     if detail["type"] == "extra_forbidden":
-        *parents, last = [str(part) for part in detail["loc"]]
+        *parents, last = _path(detail)
         return _closest(last, _fields_at(parents))
     if detail["type"] == "literal_error":
         options = [option.strip("'") for option in str(context["expected"]).replace(" or ", ", ").split(", ")]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import load_plan, schema
+from lichen.common.plan import load_plan, parse_plan, schema
 
 app = typer.Typer(help="Make and check plans.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -55,9 +56,11 @@ def new(
     name: Annotated[str, typer.Option(help="The federation's name.")] = "federation",
 ) -> None:
     """Write a plan to start from. Example: lichen plan new plan.yaml."""
+    text = TEMPLATE.format(name=name)
+    parse_plan(yaml.safe_load(text), where="--name")
     try:
         with file.open("x", encoding="utf-8") as out:
-            out.write(TEMPLATE.format(name=name))
+            out.write(text)
     except FileExistsError:
         raise LichenError(Code.OUTPUT_EXISTS, "there is a file already", where=str(file), fix="Choose another name.") from None
     except OSError as error:

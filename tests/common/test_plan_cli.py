@@ -1,0 +1,102 @@
+"""`lichen plan`, as a shell sees it: output, exit codes, errors; and that it stays light."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lichen.common.cli import COMMANDS
+from lichen.common.plan import Plan, load_plan, plan_from_json
+
+
+def lichen(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from lichen.common.cli import main; sys.argv[0] = 'lichen'; main()"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_new_validate_show_and_schema(tmp_path: Path) -> None:
+    made = lichen("plan", "new", "p.yaml", "--name", "mine", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "lichen plan validate p.yaml" in made.stdout
+    plan = load_plan(tmp_path / "p.yaml")
+    assert (plan.name, plan.private) == ("mine", True)
+
+    checked = lichen("plan", "validate", "p.yaml", "--set", "rounds=9", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    assert "9 rounds" in checked.stdout
+    assert load_plan(tmp_path / "p.yaml", ["rounds=9"]).sha256() in checked.stdout
+
+    shown = lichen("plan", "show", "p.yaml", "--json", cwd=tmp_path)
+    assert plan_from_json(shown.stdout) == plan
+    (tmp_path / "full.yaml").write_text(lichen("plan", "show", "p.yaml", cwd=tmp_path).stdout)
+    assert load_plan(tmp_path / "full.yaml") == plan
+
+    told = json.loads(lichen("plan", "schema", cwd=tmp_path).stdout)
+    assert set(told["properties"]) == set(Plan.model_fields)
+
+
+def test_a_plan_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("mine")
+    failed = lichen("plan", "new", "p.yaml", cwd=tmp_path)
+    assert failed.returncode == 13
+    assert (tmp_path / "p.yaml").read_text() == "mine"
+    assert lichen("plan", "new", "none/p.yaml", cwd=tmp_path).returncode == 14
+
+
+def test_a_bad_name_leaves_no_file(tmp_path: Path) -> None:
+    failed = lichen("plan", "new", "p.yaml", "--name", "Not A Name", cwd=tmp_path)
+    assert failed.returncode == 21
+    assert "name:" in failed.stderr
+    assert not (tmp_path / "p.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "told"),
+    [
+        ("rounds: 1\nlocl: {}\n", 21, "nearest valid: local"),
+        ("a: [", 20, "line 1"),
+        ("format: 99\n", 23, "Upgrade lichen"),
+    ],
+)
+def test_errors_are_numbered_and_on_standard_error(tmp_path: Path, text: str, status: int, told: str) -> None:
+    (tmp_path / "p.yaml").write_text(text)
+    failed = lichen("plan", "validate", "p.yaml", cwd=tmp_path)
+    assert failed.returncode == status
+    assert f"error {status} " in failed.stderr
+    assert told in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert failed.stdout == ""
+
+
+def test_a_wrong_command_line_is_2_and_a_missing_file_20(tmp_path: Path) -> None:
+    assert lichen("plan", "validate", cwd=tmp_path).returncode == 2
+    assert lichen("plan", "nonsense", cwd=tmp_path).returncode == 2
+    assert lichen("nonsense", cwd=tmp_path).returncode == 2
+    assert lichen("plan", "validate", "none.yaml", cwd=tmp_path).returncode == 20
+
+
+def test_help_names_every_command_and_imports_none(tmp_path: Path) -> None:
+    code = (
+        "import sys; from lichen.common.cli import main; sys.argv = ['lichen', '--help']\n"
+        "try: main()\n"
+        "finally: print([m for m in ('torch', 'transformers', 'flwr', 'peft', 'sklearn') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.strip() == "[]"
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_checking_a_plan_imports_no_torch(tmp_path: Path) -> None:
+    lichen("plan", "new", "p.yaml", cwd=tmp_path)
+    code = (
+        "import sys; from lichen.common.cli import main; sys.argv = ['lichen', 'plan', 'validate', 'p.yaml']\n"
+        "try: main()\n"
+        "finally: print([m for m in ('torch', 'transformers', 'flwr', 'peft') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.strip() == "[]"
+    assert done.returncode == 0
