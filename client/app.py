@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from lichen.client.data import Split, load, stamp
+from lichen.client.data import Split, load, read_manifest, stamp
 from lichen.client.ledger import Ledger, Limit, Limits
 from lichen.client.policy import enforce, load_policy
 from lichen.common import records
@@ -112,8 +112,10 @@ def _train_private(
         steps = ledger.reserve("train", run, message_id, round, planned, _limits(node, plan))
         segment = planned._replace(steps=steps)
         source = _source(node, "train", plan.seed, node.name, round)
-        trained = trainer.train_private(start, rows.encoded, rows.units, segment, rows.declared_size, round, source)
-        ledger.released("train", run, message_id)
+        try:
+            trained = trainer.train_private(start, rows.encoded, rows.units, segment, rows.declared_size, round, source)
+        finally:
+            ledger.released("train", run, message_id)  # after a failure too: its number tells of the noised steps
         report = records.TrainReport(
             client=node.name,
             round=round,
@@ -126,6 +128,9 @@ def _train_private(
 
 
 def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
+    every = plan.evaluation.federated_every  # what the policy has permitted
+    if not every or round % every:
+        raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")
     trainer = _trainer(plan)
     trainer.model.load(records.get_tensors(message.content, node.spool))
     rows = _rows(node, plan, "holdout", trainer)
@@ -139,7 +144,8 @@ def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> RecordDic
             ledger.reserve("holdout", run, message_id, round, segment, _limits(node, plan))
             noise = _source(node, "holdout", plan.seed, node.name, round).normal(scores.counts.shape, segment.noise_multiplier)
             ledger.released("holdout", run, message_id)
-        counts = (scores.counts + noise.numpy()).flatten().tolist()
+        # whole noise: the fraction of a sum of a count and a float would tell the count (Mironov 2012)
+        counts = (scores.counts + noise.round().numpy()).flatten().tolist()
         report = records.EvaluateReport(client=node.name, round=round, counts=counts, noise_multiplier=segment.noise_multiplier)
     records.check_release(report, private=plan.private)
     return RecordDict({"report": records.to_config(report)})
@@ -163,6 +169,13 @@ def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer) -> Rows:
 def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: object) -> Rows:
     """Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
     entity = (plan.privacy.unit_field,) if plan.privacy.unit_field else ()
+    if plan.private and (entity or split == "holdout") and any(source.holdout >= 1 for source in read_manifest(home).sources):
+        raise LichenError(
+            Code.DATA_FIELD,
+            "a number of held-out rows: one row more pushes another, of another entity, to training",
+            where=str(home / "data.yaml"),
+            fix="Add the source again with a share below 1 as --holdout.",
+        )
     data = load(home, split, (*trainer.task.fields, *entity))
     encoded = trainer.task.encode({field: data.column(field) for field in trainer.task.fields})
     units: dict[object, list[int]] = {}
@@ -186,6 +199,7 @@ def _source(node: Node, *key: object) -> RandomSource:
 def _limits(node: Node, plan: Plan) -> Limits:
     life = None if node.simulated else load_policy(node.home).privacy
     return Limits(
+        unit=f"entity:{plan.privacy.unit_field}" if plan.privacy.unit_field else plan.privacy.unit,
         run=Limit(plan.privacy.epsilon, plan.privacy.delta),
         life=Limit(life.max_epsilon, life.max_delta) if life else None,
         repeats=node.simulated,

@@ -27,6 +27,8 @@ class Entry:
     message_id: str
     round: int
     segment: Segment
+    unit: str
+    """Whom the steps were noised for: `example`, or `entity:FIELD`."""
     reserved_at: float
     """Unix time."""
 
@@ -43,6 +45,8 @@ class Limit:
 class Limits:
     """What a reservation must stay under."""
 
+    unit: str
+    """Whom the bounds protect: `example`, or `entity:FIELD`."""
     run: Limit
     """For one run: the plan's."""
     life: Limit | None = None
@@ -60,8 +64,8 @@ class Ledger:
 
     def __init__(self, home: Path) -> None:
         self.path = home / "ledger.sqlite"
-        self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
         try:
+            self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             with self._transaction():
@@ -69,8 +73,8 @@ class Ledger:
                 if version == 0:
                     self._db.execute(
                         "CREATE TABLE spent (id INTEGER PRIMARY KEY, split TEXT NOT NULL, run TEXT NOT NULL, message_id TEXT NOT NULL, "
-                        "round INTEGER NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL, "
-                        "reserved_at REAL NOT NULL, released_at REAL)"
+                        "round INTEGER NOT NULL, unit TEXT NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, "
+                        "steps INTEGER NOT NULL, reserved_at REAL NOT NULL, released_at REAL)"
                     )
                     self._db.execute(f"PRAGMA user_version={FORMAT}")
                 elif version != FORMAT:
@@ -100,7 +104,7 @@ class Ledger:
         """Charge the steps of one message, all or as many as fit, before any is taken.
 
         A message that comes again after a crash uses the reservation it has, as long as nothing of it was released; afterwards it
-        pays again.
+        pays again, and so does one that asks for other steps under the same id.
 
         Args:
             split: which rows are read.
@@ -114,17 +118,19 @@ class Ledger:
             Steps granted, at least 1.
 
         Raises:
-            LichenError: PRIVACY_BUDGET, if not one step fits.
+            LichenError: PRIVACY_BUDGET, if not one step fits, or if other steps on this data protected another unit.
         """
         with self._transaction():
             row = self._db.execute(
-                "SELECT steps, released_at FROM spent WHERE split = ? AND run = ? AND message_id = ? ORDER BY id DESC LIMIT 1",
-                (split, run, message_id),
+                "SELECT steps, released_at FROM spent WHERE split = ? AND run = ? AND message_id = ? AND unit = ? "
+                "AND noise_multiplier = ? AND sample_rate = ? ORDER BY id DESC LIMIT 1",
+                (split, run, message_id, limits.unit, planned.noise_multiplier, planned.sample_rate),
             ).fetchone()
             if row is not None and (row[1] is None or limits.repeats):
-                return int(row[0])
+                return min(int(row[0]), planned.steps)
             steps = affordable_steps(self.history(split, run), planned, limits.run.epsilon, limits.run.delta)
             if limits.life is not None:
+                self._same_unit(split, limits.unit)
                 steps = affordable_steps(self.history(split), planned._replace(steps=steps), limits.life.epsilon, limits.life.delta)
             if steps == 0:
                 raise LichenError(
@@ -135,9 +141,9 @@ class Ledger:
                     fix="`lichen client ledger` shows what was spent, and by which run.",
                 )
             self._db.execute(
-                "INSERT INTO spent (split, run, message_id, round, noise_multiplier, sample_rate, steps, reserved_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (split, run, message_id, round, planned.noise_multiplier, planned.sample_rate, steps, time.time()),
+                "INSERT INTO spent (split, run, message_id, round, unit, noise_multiplier, sample_rate, steps, reserved_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (split, run, message_id, round, limits.unit, planned.noise_multiplier, planned.sample_rate, steps, time.time()),
             )
             return steps
 
@@ -161,21 +167,38 @@ class Ledger:
         """Every reservation, the oldest first."""
         try:
             rows = self._db.execute(
-                "SELECT split, run, message_id, round, noise_multiplier, sample_rate, steps, reserved_at FROM spent ORDER BY id"
+                "SELECT split, run, message_id, round, noise_multiplier, sample_rate, steps, unit, reserved_at FROM spent ORDER BY id"
             ).fetchall()
         except sqlite3.DatabaseError as error:
             raise self._unusable(str(error)) from None
-        return [Entry(split, run, message_id, number, Segment(*segment), at) for split, run, message_id, number, *segment, at in rows]
+        return [
+            Entry(split, run, message_id, number, Segment(noise, rate, steps), unit, at)
+            for split, run, message_id, number, noise, rate, steps, unit, at in rows
+        ]
+
+    def _same_unit(self, split: Split, unit: str) -> None:
+        """What was spent for rows bounds nothing for the entities they belong to, nor the other way round."""
+        for entry in self.entries():
+            if entry.split == split and entry.unit != unit:
+                raise LichenError(
+                    Code.PRIVACY_BUDGET,
+                    f"run {entry.run} spent ε for each {entry.unit}, which can't be added to ε for each {unit}",
+                    where=str(self.path),
+                    fix="Permit one unit only (policy.yaml, privacy.require), and keep to the one that was used.",
+                )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
         try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.rollback()
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            raise self._unusable(str(error)) from None
 
     def _unusable(self, why: str) -> LichenError:
         return LichenError(

@@ -47,7 +47,11 @@ class Trainer:
         if plan.private:
             self._gradients = PerUnitGradients(self.model, self.task.losses, plan.local.max_physical_batch_size)
             made_up = self.task.made_up(ROWS)
-            self_check(self._gradients, self.task.losses, lambda rows: self.task.collate(made_up, rows))
+            try:
+                self_check(self._gradients, self.task.losses, lambda rows: self.task.collate(made_up, rows))
+            except LichenError:
+                self._gradients.remove()  # another attempt on this model puts its own on
+                raise
 
     def train(self, start: State, data: Encoded, round: int, source: RandomSource) -> Trained:
         """Train without differential privacy.
@@ -62,6 +66,7 @@ class Trainer:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED.
         """
         self.model.load(start)
+        self._seed_dropout(source)
         optimizer = self._optimizer(round)
         loss_sum, seen, steps = 0.0, 0, 0
         for batch in self._batches(len(data), source):
@@ -73,7 +78,7 @@ class Trainer:
             optimizer.step()
             seen += len(batch)
             steps += 1
-        return Trained(self._delta(start), steps, loss_sum / max(seen, 1))
+        return Trained(self._delta(start, steps), steps, loss_sum / max(seen, 1))
 
     def train_private(
         self, start: State, data: Encoded, units: Sequence[Unit], segment: Segment, declared_size: int, round: int, source: RandomSource
@@ -95,6 +100,7 @@ class Trainer:
         if self._gradients is None:
             raise LichenError(Code.INTERNAL, "the trainer was made for a plan without differential privacy")
         self.model.load(start)
+        self._seed_dropout(source)
         optimizer = NoisyOptimizer(
             self._optimizer(round),
             noise_multiplier=segment.noise_multiplier,
@@ -105,7 +111,12 @@ class Trainer:
         for _ in range(segment.steps):
             drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
             self._gradients.step(optimizer, drawn, lambda rows: self.task.collate(data, rows))
-        return Trained(self._delta(start), segment.steps, None)
+        return Trained(self._delta(start, segment.steps), segment.steps, None)
+
+    def _seed_dropout(self, source: RandomSource) -> None:
+        """The adapter's dropout draws from torch's own generator: let it follow ``source``, so that what repeats does so whole."""
+        if self.plan.model.adapter.dropout:
+            torch.manual_seed(int(source.uniform(1)[0] * 2**53))
 
     def _optimizer(self, round: int) -> torch.optim.Optimizer:
         local = self.plan.local
@@ -133,15 +144,19 @@ class Trainer:
             batch, order = order[:size], order[size:]
             yield batch
 
-    def _delta(self, start: Mapping[str, torch.Tensor]) -> State:
+    def _delta(self, start: Mapping[str, torch.Tensor], steps: int) -> State:
         delta = {name: parameter.detach() - start[name] for name, parameter in self.model.trainable.items()}
-        finite = all(bool(torch.isfinite(tensor).all()) for tensor in delta.values())
-        if not finite or not any(bool(tensor.any()) for tensor in delta.values()):
-            raise LichenError(
-                Code.MODEL_NOT_TRAINED,
-                "training gave values that are not finite" if not finite else "training moved no weight",
-                fix="Lower local.learning_rate, and check model.adapter.targets.",
-            )
+        moved = {name for name, tensor in delta.items() if bool(tensor.any())}
+        body = delta.keys() - self.model.head
+        wrong = ""
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in delta.values()):
+            wrong = "training gave values that are not finite"
+        elif not moved:
+            wrong = "training moved no weight"
+        elif body and not moved & body and steps > 1:  # a head that starts at zero passes no gradient on in the first step
+            wrong = "training moved the head alone"
+        if wrong:
+            raise LichenError(Code.MODEL_NOT_TRAINED, wrong, fix="Lower local.learning_rate, and check model.adapter.targets.")
         return delta
 
 

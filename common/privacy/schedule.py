@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, noise_multiplier
 
 if TYPE_CHECKING:
@@ -21,8 +22,15 @@ def planned_steps(plan: Plan, declared_size: int) -> Segment:
         declared_size: units that the owner declares.
 
     Raises:
-        LichenError: PRIVACY_TARGET.
+        LichenError: PRIVACY_TARGET; PLAN_UNSOUND, if δ is above one in the declared size: it would permit to publish a row.
     """
+    if plan.privacy.delta * declared_size > 1:
+        raise LichenError(
+            Code.PLAN_UNSOUND,
+            f"δ = {plan.privacy.delta:g} is above one in the declared size, {declared_size}",
+            where="privacy.delta",
+            fix=f"Set it below 1 / {declared_size}.",
+        )
     rate = plan.privacy.sample_rate or min(1.0, plan.local.batch_size / declared_size)
     steps = plan.local.steps or max(1, round((plan.local.epochs or 1) / rate))
     noise = noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, rate, steps * plan.rounds)
