@@ -230,6 +230,17 @@ def csr_public_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
     raise LichenError(Code.CERTIFICATE_INVALID, f"the certificate request was refused: {fault}")
 
 
+def csr_name(csr_pem: bytes) -> str:
+    """The name that a request asks for; nothing but a wish.
+
+    Raises:
+        LichenError: CERTIFICATE_INVALID if it cannot be read or asks for no node name.
+    """
+    csr_public_key(csr_pem)
+    names = x509.load_pem_x509_csr(csr_pem).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return check_name(str(names[0].value) if len(names) == 1 else "")
+
+
 def fingerprint(certificate_pem: bytes) -> str:
     """SHA-256 of a certificate's DER form, hex."""
     return read_certificate(certificate_pem).fingerprint

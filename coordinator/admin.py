@@ -65,7 +65,7 @@ class AdminServer:
             line = await reader.readline()
             if not line:  # it only looked whether someone is here
                 return
-            answer = await self._answer(line)
+            answer = await answer_request(self._calls, line)
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
         except (ConnectionError, ValueError) as error:  # gone, or a line beyond the limit
@@ -73,26 +73,46 @@ class AdminServer:
         finally:
             writer.close()
 
-    async def _answer(self, line: bytes) -> dict[str, Any]:
-        try:
-            request = json.loads(line)
-            if request["format"] != FORMAT:
-                raise LichenError(Code.PROTOCOL_VERSION, f"a request of format {request['format']!r}", fix="Use the service's own lichen.")
-            call, arguments = self._calls[request["call"]], dict(request["arguments"])
-        except LichenError as error:
-            return {"error": _told(error)}
-        except (ValueError, KeyError, TypeError) as error:
-            return {"error": _told(LichenError(Code.FRAME_INVALID, f"a request that this service does not know: {error}"))}
-        try:
-            result = await asyncio.to_thread(call, **arguments)
-        except LichenError as error:
-            log.warning("refused an operator's %s: %s", request["call"], one_line(error))
-            return {"error": _told(error)}
-        except Exception as error:  # the operator is told, and the service lives on
-            log.exception("an operator's %s failed", request["call"])
-            return {"error": _told(LichenError(Code.INTERNAL, f"{type(error).__name__}: {error}", fix="The service's log has more."))}
-        log.info("did an operator's %s", request["call"])
-        return {"result": result}
+
+async def answer_request(calls: Calls, line: bytes) -> dict[str, Any]:
+    """Answer one request, whatever it is."""
+    try:
+        request = json.loads(line)
+        if request["format"] != FORMAT:
+            raise LichenError(Code.PROTOCOL_VERSION, f"a request of format {request['format']!r}", fix="Use the service's own lichen.")
+        call, arguments = calls[request["call"]], dict(request["arguments"])
+    except LichenError as error:
+        return {"error": _told(error)}
+    except (ValueError, KeyError, TypeError) as error:
+        return {"error": _told(LichenError(Code.FRAME_INVALID, f"a request that this service does not know: {error}"))}
+    try:
+        result = await asyncio.to_thread(call, **arguments)
+    except LichenError as error:
+        log.warning("refused an operator's %s: %s", request["call"], one_line(error))
+        return {"error": _told(error)}
+    except Exception as error:  # the operator is told, and the service lives on
+        log.exception("an operator's %s failed", request["call"])
+        return {"error": _told(LichenError(Code.INTERNAL, f"{type(error).__name__}: {error}", fix="The service's log has more."))}
+    log.info("did an operator's %s", request["call"])
+    return {"result": result}
+
+
+def make_request(call: str, arguments: Mapping[str, Any] | None) -> bytes:
+    """A request, for `answer_request`."""
+    return json.dumps({"format": FORMAT, "call": call, "arguments": dict(arguments or {})}).encode()
+
+
+def read_answer(data: bytes) -> Any:
+    """The result that an answer holds.
+
+    Raises:
+        LichenError: the error that it holds.
+    """
+    answer = json.loads(data)
+    if "error" in answer:
+        told = answer["error"]
+        raise LichenError(Code(told["code"]), told["what"], where=told["where"], fix=told["fix"])
+    return answer["result"]
 
 
 def ask(socket_path: Path, call: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = TIMEOUT_SECONDS) -> Any:
@@ -108,7 +128,7 @@ def ask(socket_path: Path, call: str, arguments: Mapping[str, Any] | None = None
         NotServedError: nobody listens: SERVICE_UNREACHABLE.
         LichenError: what the service answers; SERVICE_UNREACHABLE if it does not.
     """
-    request = json.dumps({"format": FORMAT, "call": call, "arguments": dict(arguments or {})}).encode() + b"\n"
+    request = make_request(call, arguments) + b"\n"
     received = b""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _short(socket_path) as address:
@@ -128,11 +148,7 @@ def ask(socket_path: Path, call: str, arguments: Mapping[str, Any] | None = None
         raise LichenError(
             Code.SERVICE_UNREACHABLE, "the service ended before it answered", where=str(socket_path.parent), fix="See its log."
         )
-    answer = json.loads(received)
-    if "error" in answer:
-        told = answer["error"]
-        raise LichenError(Code(told["code"]), told["what"], where=told["where"], fix=told["fix"])
-    return answer["result"]
+    return read_answer(received)
 
 
 def served(socket_path: Path) -> bool:

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import load_plan
 from lichen.common.result import read_result
+from lichen.coordinator import operator_cli
 from lichen.coordinator.admin import ask, served
+from lichen.coordinator.cli_tools import (
+    DEFAULT_HOME,
+    HomeOption,
+    JsonOption,
+    OperatorOption,
+    ask_service,
+    do,
+    open_home,
+    print_json,
+    print_table,
+    when,
+)
 from lichen.coordinator.home import ENROLMENT_PORT, FLEET_PORT, Home, Runtime
-from lichen.coordinator.operations import NotServedError, Operations, find_run
+from lichen.coordinator.operations import find_run
 
 app = typer.Typer(help="The service that operators run.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.add_typer(operator_cli.app, name="operator")
 
-HomeOption = Annotated[
-    Path, typer.Option("--home", envvar="LICHEN_COORDINATOR_HOME", help="The coordinator's home directory.", metavar="DIR")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 RunArgument = Annotated[str, typer.Argument(help="A run's id, a beginning of it, or `latest`.", metavar="RUN", show_default=False)]
-DEFAULT_HOME = Path("~/.lichen/coordinator")
 
 
 class ExportFormat(StrEnum):
@@ -59,7 +65,7 @@ def init(
     made = Home.create(home.expanduser(), host or [socket.gethostname()], bind=bind, fleet_port=fleet_port, enrolment_port=enrol_port)
     config = made.config.model_dump(mode="json")
     if as_json:
-        _print_json({"home": str(made.path), **config})
+        print_json({"home": str(made.path), **config})
         return
     typer.echo(f"made {made.path}; agents reach it as {made.config.hosts[0]}, ports {fleet_port} and {enrol_port} (config.yaml)")
     typer.echo(f"start it with: lichen coordinator serve --home {made.path}")
@@ -76,13 +82,14 @@ def serve(home: HomeOption = DEFAULT_HOME) -> None:
     def ready(at: Runtime) -> None:
         print(f"ready: fleet {at.fleet}, enrolment {at.enrolment}", flush=True)
 
-    run_service(_home(home), ready)
+    run_service(open_home(home), ready)
 
 
 @app.command()
 def invite(
     name: Annotated[str, typer.Argument(help="The node's name: a-z, 0-9, '.', '_', '-'.", show_default=False)],
     home: HomeOption = DEFAULT_HOME,
+    operator: OperatorOption = None,
     hours: Annotated[float, typer.Option(help="How long it is good.")] = 24,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,33 +97,33 @@ def invite(
 
     Example: lichen coordinator invite clinic-a --hours 2
     """
-    made = _do(home, "invite", name=name, hours=hours)
+    made = do(home, "invite", operator, name=name, hours=hours)
     if as_json:
-        _print_json(made)
+        print_json(made)
     else:
         typer.echo(made["invite"])
 
 
 @app.command()
-def nodes(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+def nodes(home: HomeOption = DEFAULT_HOME, operator: OperatorOption = None, as_json: JsonOption = False) -> None:
     """List the enrolled nodes.
 
     Example: lichen coordinator nodes --json
     """
-    found = _do(home, "nodes")
+    found = do(home, "nodes", operator)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     states = {True: "connected", False: "away", None: "service not running"}
-    _print_table(
+    print_table(
         ("name", "state", "last seen", "enrolled", "certificate until"),
         [
             (
                 node["name"],
-                states[node["connected"]] if node["active"] else f"revoked {_when(node['revoked_at'])}",
-                _when(node["last_seen"]),
-                _when(node["enrolled_at"]),
-                _when(node["certificate_ends"]),
+                states[node["connected"]] if node["active"] else f"revoked {when(node['revoked_at'])}",
+                when(node["last_seen"]),
+                when(node["enrolled_at"]),
+                when(node["certificate_ends"]),
             )
             for node in found
         ],
@@ -127,15 +134,16 @@ def nodes(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
 def revoke(
     name: Annotated[str, typer.Argument(help="The node's name.", show_default=False)],
     home: HomeOption = DEFAULT_HOME,
+    operator: OperatorOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Shut a node out for good: its stream ends at once, and its certificate counts no more.
 
     Example: lichen coordinator revoke clinic-a
     """
-    node = _do(home, "revoke", name=name)
+    node = do(home, "revoke", operator, name=name)
     if as_json:
-        _print_json(node)
+        print_json(node)
     else:
         typer.echo(f"revoked {name}; to let it in again: lichen coordinator invite {name}")
 
@@ -144,6 +152,7 @@ def revoke(
 def submit(
     plan: Annotated[Path, typer.Argument(help="The plan's file (YAML or JSON).", show_default=False)],
     home: HomeOption = DEFAULT_HOME,
+    operator: OperatorOption = None,
     validation: Annotated[Path | None, typer.Option(help="Rows to watch the rounds by: JSONL, CSV or Parquet.")] = None,
     test: Annotated[Path | None, typer.Option(help="Rows to score the final model on, once.")] = None,
     field: Annotated[
@@ -161,9 +170,12 @@ def submit(
     """
     document = yaml.safe_load(load_plan(plan, settings or ()).to_yaml())
     files = {name: str(file.absolute()) for name, file in (("validation", validation), ("test", test)) if file is not None}
-    told = ask(_home(home).socket, "submit", {"plan": document, "fields": _fields(field or ()), **files})
+    if operator is not None and (files or wait):
+        raise typer.BadParameter("--validation, --test and --wait work on the coordinator's own machine only", param_hint="--operator")
+    more = {} if operator is not None else {"fields": _fields(field or ()), **files}
+    told = ask_service(home, "submit", operator, plan=document, **more)
     if as_json:
-        _print_json(told)
+        print_json(told)
     else:
         typer.echo(told["run_id"])
     if wait:
@@ -171,24 +183,24 @@ def submit(
 
 
 @app.command()
-def runs(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+def runs(home: HomeOption = DEFAULT_HOME, operator: OperatorOption = None, as_json: JsonOption = False) -> None:
     """List the runs, oldest first.
 
     Example: lichen coordinator runs
     """
-    found = _do(home, "runs")
+    found = do(home, "runs", operator)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    _print_table(
+    print_table(
         ("run", "plan", "status", "rounds", "submitted", "error"),
         [
             (
                 run["run_id"],
                 run["name"],
                 run["status"],
-                f"{_rounds_done(Path(run['directory']))}/{run['rounds']}",
-                _when(run["created_at"]),
+                f"{run['rounds_done']}/{run['rounds']}",
+                when(run["created_at"]),
                 " ".join((run["error"] or "").split()),
             )
             for run in found
@@ -206,14 +218,14 @@ def watch(run: RunArgument = "latest", home: HomeOption = DEFAULT_HOME) -> None:
 
 
 @app.command()
-def stop(run: RunArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+def stop(run: RunArgument, home: HomeOption = DEFAULT_HOME, operator: OperatorOption = None, as_json: JsonOption = False) -> None:
     """End a run; its checkpoints are kept.
 
     Example: lichen coordinator stop latest
     """
-    told = ask(_home(home).socket, "stop", {"run": run})
+    told = ask_service(home, "stop", operator, run=run)
     if as_json:
-        _print_json(told)
+        print_json(told)
     else:
         typer.echo(f"run {told['run_id']}: {told['status']}")
 
@@ -233,7 +245,7 @@ def export(
     """
     from lichen.coordinator.export import export_model
 
-    found = _do(home, "run", run=run)
+    found = do(home, "run", run=run)
     if found["status"] != "finished":
         raise LichenError(Code.NO_MODEL, f"run {found['run_id']} is {found['status']}: it has no final model")
     export_model(Path(found["directory"]), out, form.value)
@@ -250,9 +262,9 @@ def backup(
 
     Example: lichen coordinator backup /backup/lichen.tar
     """
-    told = _do(home, "backup", file=str(file.absolute()))
+    told = do(home, "backup", file=str(file.absolute()))
     if as_json:
-        _print_json(told)
+        print_json(told)
     else:
         typer.echo(f"wrote {told['file']}: {told['files']} files, {told['bytes']} bytes")
 
@@ -272,28 +284,10 @@ def restore(
     typer.echo(f"restored {restored.path}; start it with: lichen coordinator serve --home {restored.path}")
 
 
-def _home(path: Path) -> Home:
-    return Home(path.expanduser())
-
-
-def _do(home: Path, call: str, **arguments: Any) -> Any:
-    """Ask the running service; without one, work on the home itself."""
-    found = _home(home)
-    try:
-        return ask(found.socket, call, arguments)
-    except NotServedError:
-        pass
-    store = found.open_store()
-    try:
-        return Operations(found, store, None).calls()[call](**arguments)
-    finally:
-        store.close()
-
-
 def _follow(home: Path, run: str, console: Console) -> None:
     from lichen.coordinator.watch import conclusion, follow
 
-    found = _home(home)
+    found = open_home(home)
     store = found.open_store()
     try:
         run_id = find_run(store, run).run_id
@@ -339,29 +333,3 @@ def _fields(settings: Sequence[str]) -> Mapping[str, str]:
             raise LichenError(Code.DATA_FIELD, f"{setting!r} is not FIELD=COLUMN", where="--field", fix="For example --field text=body.")
         found[field] = column
     return found
-
-
-def _rounds_done(directory: Path) -> int:
-    from lichen.coordinator.watch import read_rounds
-
-    return len(read_rounds(directory))
-
-
-def _when(moment: str | None) -> str:
-    return "–" if moment is None else moment.replace("+00:00", "Z")
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal, lines of tab-separated values elsewhere."""
-    if not sys.stdout.isatty():
-        for row in (columns, *rows):
-            typer.echo("\t".join(row))
-        return
-    table = Table(*columns, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.pki import csr_name, read_certificate
 from lichen.common.plan import parse_plan
 from lichen.common.result import write_atomically
 from lichen.coordinator.backup import write_backup
@@ -19,10 +20,14 @@ from lichen.coordinator.enrolment import make_invite
 from lichen.coordinator.home import Home, Runtime
 from lichen.coordinator.store import Node, Run, Store, random_id
 from lichen.coordinator.submission import check_base, keep_rows
+from lichen.coordinator.watch import read_rounds
 
 if TYPE_CHECKING:
     from lichen.coordinator.fleet import FleetServer
     from lichen.coordinator.runs import Runner
+
+
+_ANYWHERE = ("status", "invite", "nodes", "revoke", "runs", "run", "stop")
 
 
 class NotServedError(LichenError):
@@ -63,8 +68,12 @@ class Operations:
 
     def calls(self) -> Mapping[str, Callable[..., Any]]:
         """What may be asked, by name."""
-        names = ("status", "invite", "nodes", "revoke", "submit", "runs", "run", "stop", "backup")
+        names = (*_ANYWHERE, "submit", "backup", "add_operator", "operators", "revoke_operator")
         return {name: getattr(self, name) for name in names}
+
+    def remote_calls(self) -> Mapping[str, Callable[..., Any]]:
+        """What may be asked from another machine: nothing that reads or writes a file of this one, or lets other operators in."""
+        return {name: getattr(self, name) for name in _ANYWHERE} | {"submit": self._submit_plan}
 
     def status(self) -> dict[str, Any]:
         """How the running service is."""
@@ -138,6 +147,9 @@ class Operations:
         live.runner.wake()
         return {"run_id": str(run_id), "name": found.name, "directory": str(directory), "plan_sha256": found.sha256(), "rows": rows}
 
+    def _submit_plan(self, plan: dict[str, Any]) -> dict[str, Any]:
+        return self.submit(plan)
+
     def runs(self) -> list[dict[str, Any]]:
         """All runs, oldest first."""
         return [self._run(run) for run in self._store.runs()]
@@ -169,6 +181,51 @@ class Operations:
         """
         return write_backup(self._home, self._store, Path(file))
 
+    def add_operator(self, request: str) -> dict[str, Any]:
+        """Sign a remote operator's certificate request (PEM); returns what the operator needs.
+
+        Raises:
+            LichenError: CERTIFICATE_INVALID.
+        """
+        authority = self._home.authority()
+        certificate = authority.sign_csr(request.encode(), csr_name(request.encode()), "operator")
+        info = read_certificate(certificate)
+        self._store.add_operator(info.name, info.fingerprint, info.not_after, time.time())
+        at = self._live.runtime if self._live else self._home.advertised()
+        return {
+            "format": 1,
+            "name": info.name,
+            "coordinator": at.fleet,
+            "certificate": certificate.decode(),
+            "authority": authority.ca_pem.decode(),
+        }
+
+    def operators(self) -> list[dict[str, Any]]:
+        """All remote operators."""
+        return [
+            {
+                "name": operator.name,
+                "active": operator.revoked_at is None,
+                "added_at": _iso(operator.added_at),
+                "certificate_ends": _iso(operator.certificate_ends),
+                "revoked_at": _iso(operator.revoked_at),
+                "fingerprint": operator.fingerprint,
+            }
+            for operator in self._store.operators()
+        ]
+
+    def revoke_operator(self, name: str) -> dict[str, Any]:
+        """Shut a remote operator out.
+
+        Raises:
+            LichenError: NODE_UNKNOWN.
+        """
+        if not (count := self._store.revoke_operator(name, time.time())):
+            raise LichenError(
+                Code.NODE_UNKNOWN, f"there is no active operator named {name!r}", fix="`lichen coordinator operator list` lists them."
+            )
+        return {"name": name, "certificates": count}
+
     def _run(self, run: Run) -> dict[str, Any]:
         plan = parse_plan(json.loads(run.plan), where=f"run {run.run_id}")
         return {
@@ -176,6 +233,7 @@ class Operations:
             "name": plan.name,
             "status": run.status,
             "rounds": plan.rounds,
+            "rounds_done": len(read_rounds(self._home.runs / run.directory)),
             "created_at": _iso(run.created_at),
             "error": run.error,
             "directory": str(self._home.runs / run.directory),

@@ -27,6 +27,7 @@ from lichen.coordinator.handshakes import logged_handshakes
 from lichen.coordinator.home import Home, Runtime
 from lichen.coordinator.models import ModelService
 from lichen.coordinator.operations import Live, Operations
+from lichen.coordinator.operators import OperatorService
 from lichen.coordinator.runs import RETRY_S, Runner
 
 _LOG_BYTES = 10 << 20
@@ -70,16 +71,18 @@ async def _serve(home: Home, ready: Callable[[Runtime], None], retry_s: float) -
     enrolment = EnrolmentService(store, authority)
     models = ModelService(store, home.runs)
     runner = Runner(store, fleet, home.runs, retry_s=retry_s)
+    live = Live(fleet, runner, home.reached_at(home.config.fleet_port, home.config.enrolment_port))
+    operations = Operations(home, store, live)
+    operators = OperatorService(store, operations.remote_calls())
     admin: AdminServer | None = None
     ended = True
     try:
         bind = f"[{home.config.bind}]" if ":" in home.config.bind else home.config.bind
         enrolment_port = await enrolment.start(f"{bind}:{home.config.enrolment_port}", key, certificate)
-        fleet_port = await fleet.start(
-            f"{bind}:{home.config.fleet_port}", key, certificate, authority.ca_pem, enrolment.renewal_handler(), models.handler()
-        )
-        runtime = home.reached_at(fleet_port, enrolment_port)
-        admin = AdminServer(home.socket, Operations(home, store, Live(fleet, runner, runtime)).calls())
+        others = (enrolment.renewal_handler(), models.handler(), operators.handler())
+        fleet_port = await fleet.start(f"{bind}:{home.config.fleet_port}", key, certificate, authority.ca_pem, *others)
+        runtime = live.runtime = home.reached_at(fleet_port, enrolment_port)
+        admin = AdminServer(home.socket, operations.calls())
         await admin.start()
         home.tell_runtime(runtime)
         runner.start()

@@ -30,6 +30,9 @@ CREATE TABLE nodes (
     enrolled_at REAL NOT NULL, revoked_at REAL, last_seen REAL, certificate_ends REAL
 ) STRICT;
 CREATE UNIQUE INDEX nodes_active_name ON nodes (name) WHERE revoked_at IS NULL;
+CREATE TABLE operators (
+    fingerprint TEXT PRIMARY KEY, name TEXT NOT NULL, added_at REAL NOT NULL, certificate_ends REAL NOT NULL, revoked_at REAL
+) STRICT;
 CREATE TABLE runs (
     run_id INTEGER PRIMARY KEY, created_at REAL NOT NULL, status TEXT NOT NULL, plan TEXT NOT NULL, directory TEXT NOT NULL, error TEXT
 ) STRICT;
@@ -96,6 +99,18 @@ class Run:
     error: str | None
 
 
+@dataclass(frozen=True)
+class Operator:
+    """A remote operator's certificate; one without an entry here counts for nothing."""
+
+    fingerprint: str
+    name: str
+    added_at: float
+    certificate_ends: float
+    revoked_at: float | None
+
+
+_OPERATOR = "fingerprint, name, added_at, certificate_ends, revoked_at"
 _INVITE = "name, expires_at, used_at, certificate"
 _NODE = "name, node_id, fingerprint, previous_fingerprint, enrolled_at, revoked_at, last_seen, certificate_ends"
 _RUN = "run_id, created_at, status, plan, directory, error"
@@ -275,6 +290,29 @@ class Store:
         with self._transaction() as db:
             db.execute("UPDATE nodes SET last_seen = ? WHERE node_id = ?", (now, node_id))
             db.execute("UPDATE nodes SET previous_fingerprint = NULL WHERE node_id = ? AND fingerprint = ?", (node_id, fingerprint))
+
+    # Operators
+
+    def add_operator(self, name: str, fingerprint: str, ends: float, now: float) -> None:
+        """Keep a remote operator's certificate, by its fingerprint (hex SHA-256 of the DER form) and end (Unix seconds)."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO operators (fingerprint, name, added_at, certificate_ends) VALUES (?, ?, ?, ?)", (fingerprint, name, now, ends)
+            )
+
+    def operator(self, fingerprint: str) -> Operator | None:
+        """The operator with this certificate, revoked or not."""
+        rows = self._rows(f"SELECT {_OPERATOR} FROM operators WHERE fingerprint = ?", fingerprint)  # noqa: S608
+        return Operator(*rows[0]) if rows else None
+
+    def operators(self) -> list[Operator]:
+        """All operators' certificates, by name."""
+        return [Operator(*row) for row in self._rows(f"SELECT {_OPERATOR} FROM operators ORDER BY name, added_at")]  # noqa: S608
+
+    def revoke_operator(self, name: str, now: float) -> int:
+        """Revoke all certificates of an operator; returns how many there were."""
+        with self._transaction() as db:
+            return db.execute("UPDATE operators SET revoked_at = ? WHERE name = ? AND revoked_at IS NULL", (now, name)).rowcount
 
     # Runs and rounds
 

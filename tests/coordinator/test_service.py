@@ -185,7 +185,7 @@ def test_operations_on_a_home_at_rest(home: Home) -> None:
         for call in (lambda: offline.submit(PLAN), lambda: offline.stop("1"), offline.status):
             assert isinstance(refused(Code.SERVICE_UNREACHABLE, call), NotServedError)
         assert offline.runs() == []
-        assert set(offline.calls()) == {"status", "invite", "nodes", "revoke", "submit", "runs", "run", "stop", "backup"}
+        assert set(offline.remote_calls()) == {"status", "invite", "nodes", "revoke", "submit", "runs", "run", "stop"}
 
 
 def test_ports_that_are_not_known_yet(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 import yaml
@@ -29,11 +31,14 @@ from lichen.client.data import add_source
 from lichen.client.enrolment import Identity, join
 from lichen.client.fetch import fetch_model
 from lichen.client.mailbox import Mailbox
+from lichen.common.channel.refusal import explain
 from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import read_result
+from lichen.coordinator.admin import make_request
 from lichen.coordinator.home import Home
 from lichen.coordinator.operations import Operations
+from lichen.coordinator.operators import METHOD, ask_remote
 from lichen.coordinator.store import Store
 
 LICHEN = (sys.executable, "-c", "from lichen.common.cli import main; main()")
@@ -339,6 +344,56 @@ def test_a_revoked_node_is_cut_off_at_once(service: Service, agents: dict[str, A
     with pytest.raises(LichenError) as caught:
         fetch_model(agent.identity, agent.home / "models")
     assert caught.value.code is Code.CERTIFICATE_REVOKED
+
+
+def test_an_operator_on_another_machine(service: Service, agents: dict[str, Agent], tiny_plan: dict[str, Any], tmp_path: Path) -> None:
+    ann, here = ("--operator", tmp_path / "ann"), ("--home", service.home)
+    lichen("nodes", *ann, code=Code.CERTIFICATE_MISSING)
+    (tmp_path / "ann.csr").write_text(lichen("operator", "request", "ann", "--dir", ann[1]))
+    (tmp_path / "ann.json").write_text(lichen("operator", "add", tmp_path / "ann.csr", *here))
+    lichen("operator", "request", "bob", "--dir", tmp_path / "bob")
+    lichen("operator", "accept", tmp_path / "ann.json", "--dir", tmp_path / "bob", code=Code.CERTIFICATE_INVALID)  # not to bob's key
+    lichen("operator", "add", tmp_path / "ann.json", *here, code=Code.CERTIFICATE_INVALID)
+    lichen("operator", "accept", tmp_path / "ann.json", "--dir", ann[1])
+    assert {stat.S_IMODE(file.stat().st_mode) for file in ann[1].iterdir()} == {0o600}
+
+    assert lichen("nodes", *ann).splitlines()[1].startswith("clinic-a\tconnected\t")
+    assert lichen("invite", "clinic-d", *ann).startswith("lichen1.")
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(tiny_plan | {"rounds": 100}), encoding="utf-8")
+    run = lichen("submit", file, *ann).strip()
+    service.until(run, "running")
+    assert f"{run}\ttiny\trunning\t" in lichen("runs", *ann)
+    assert json.loads(lichen("stop", run, *ann, "--json"))["status"] == "stopped"
+    lichen("stop", "99999", *ann, code=Code.RUN_UNKNOWN)
+
+    # nothing that reads or writes a file of the coordinator's machine, or makes operators
+    lichen("submit", file, *ann, "--validation", file, code=2)
+    for call, arguments, code in (
+        ("submit", {"plan": tiny_plan, "validation": "/etc/passwd"}, Code.INTERNAL),
+        ("backup", {"file": "/tmp/none"}, Code.FRAME_INVALID),
+        ("add_operator", {"request": (tmp_path / "ann.csr").read_text()}, Code.FRAME_INVALID),
+        ("revoke_operator", {"name": "ann"}, Code.FRAME_INVALID),
+    ):
+        with pytest.raises(LichenError) as caught:
+            ask_remote(ann[1], call, arguments)
+        assert caught.value.code is code
+
+    # a node is no operator, nor an operator a node
+    node = agents["clinic-a"].identity
+    operator = replace(node, key_pem=(key := (ann[1] / "identity.pem").read_bytes()), certificate_pem=key[key.index(b"-----BEGIN CERT") :])
+    with grpc.secure_channel(node.coordinator, node.credentials()) as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary(METHOD)(make_request("status", {}), timeout=10)
+    assert explain(refused.value, "").code is Code.CERTIFICATE_INVALID
+    with pytest.raises(LichenError) as caught:
+        fetch_model(operator, tmp_path / "models")
+    assert caught.value.code is Code.CERTIFICATE_INVALID
+
+    assert "ann\tactive" in lichen("operator", "list", *here)
+    lichen("operator", "revoke", "ann", *here)
+    lichen("operator", "revoke", "ann", *here, code=Code.NODE_UNKNOWN)
+    lichen("nodes", *ann, code=Code.CERTIFICATE_REVOKED)
+    assert "ann\trevoked" in lichen("operator", "list", *here)
 
 
 def test_a_killed_coordinator_finishes_the_same_round(tmp_path: Path, tiny_rows: Rows, tiny_plan: dict[str, Any]) -> None:
