@@ -32,7 +32,7 @@ class Round(_Section):
     failed: int
     """Clients that were asked and gave no usable update."""
     errors: dict[str, int | None] = Field(default_factory=dict)
-    """Error number of each failed client; null for one that did not answer in time."""
+    """Error number of each failed client, also of one that failed in evaluation alone; null for one that did not answer in time."""
     train_loss: float | None = None
     """Mean over participants; null under differential privacy."""
     validation: Metrics | None = None
