@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import signal
 import socket
@@ -13,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from lichen.client.fetch import fetch_model
 from lichen.client.mailbox import Mailbox
 from lichen.common.channel.refusal import explain
 from lichen.common.channel.spool import Spool
+from lichen.common.cli import main
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import read_result
 from lichen.coordinator.admin import make_request
@@ -47,10 +49,14 @@ Rows = Callable[..., list[dict[str, str]]]
 
 
 def lichen(*arguments: object, code: int = 0) -> str:
-    """Run a `lichen coordinator` command; returns what it printed."""
-    done = subprocess.run([*LICHEN, "coordinator", *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)
-    return done.stdout if code == 0 else done.stdout + done.stderr
+    """A `lichen coordinator` command, in this process because a new one takes a second; returns what it printed."""
+    out, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(error):
+        patch.setattr(sys, "argv", ["lichen", "coordinator", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+    assert left.value.code == code, (arguments, left.value.code, out.getvalue(), error.getvalue())
+    return out.getvalue() if code == 0 else out.getvalue() + error.getvalue()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
@@ -326,7 +332,8 @@ def test_refusals(service: Service, tiny_plan: dict[str, Any], validation: Path,
     lichen("watch", "99999", *home, code=Code.RUN_UNKNOWN)
     lichen("stop", "99999", *home, code=Code.RUN_UNKNOWN)
     lichen("revoke", "nobody", *home, code=Code.NODE_UNKNOWN)
-    lichen("serve", *home, code=Code.HOME_IN_USE)
+    second = subprocess.run([*LICHEN, "coordinator", "serve", *map(str, home)], capture_output=True, text=True, timeout=60, check=False)
+    assert (second.returncode, second.stdout) == (Code.HOME_IN_USE, "")
     lichen("init", *home, code=Code.OUTPUT_EXISTS)
     lichen("nodes", "--home", tmp_path / "nowhere", code=Code.HOME_MISSING)
     assert (lichen("runs", *home, "--json"), sorted((service.home / "runs").iterdir())) == before
