@@ -82,6 +82,7 @@ def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, 
 def _train(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
     trainer = _trainer(plan)
     start = records.get_tensors(message.content, node.spool)
+    trainer.model.load(start)  # what does not fit is refused before it is charged
     rows = _rows(node, plan, "train", trainer)
     if not plan.private:
         trained = trainer.train(start, rows.encoded, round, SeededSource("order", plan.seed, node.name, round))
