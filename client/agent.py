@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import gc
 import logging
 import signal
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Message
-
 from lichen.client import connection, enrolment
 from lichen.client.locks import HomeLocks
 from lichen.client.mailbox import Mailbox
 from lichen.client.status import State, StatusFile, is_paused
-from lichen.client.worker import Limits, Worker
+from lichen.client.worker import Limits, Worker, trim
 from lichen.common import records
 from lichen.common.channel.framing import Timing
 from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
 
 if TYPE_CHECKING:
+    from flwr.app import Message
+
     from lichen.client.policy import Policy
     from lichen.common.plan import Plan
 
@@ -78,7 +76,7 @@ class Agent:
         renewal = asyncio.create_task(self._renew())
         try:
             await asyncio.to_thread(self._locks.hold_data)
-            _trim()
+            trim()
             await self._connection.run(self.handle)
         except LichenError as error:
             self._note(error)
@@ -195,7 +193,7 @@ def _assignment(message: Message) -> tuple[Plan, int]:
     Raises:
         LichenError: FRAME_INVALID, if it asks for nothing that an agent does; PLAN_…
     """
-    from lichen.common.plan import plan_from_json  # here, because its schema takes 6 MB that an agent without work can do without
+    from lichen.common.plan import plan_from_json  # here, because an agent without work can do without its schema
 
     kind = message.metadata.message_type
     config = message.content.config_records.get("assignment") if message.has_content() else None
@@ -206,11 +204,3 @@ def _assignment(message: Message) -> tuple[Plan, int]:
     if plan.sha256() != assignment.plan_sha256:
         raise LichenError(Code.POLICY_REFUSED, f"the plan's digest is {plan.sha256()}, not {assignment.plan_sha256}", where=plan.name)
     return plan, assignment.round
-
-
-def _trim() -> None:
-    """Give back what importing has left: an agent is idle for most of its life."""
-    gc.collect()
-    gc.freeze()
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -14,12 +14,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import grpc
 import grpc.aio
-from flwr.app import Message
 
 from lichen.client.mailbox import Mailbox
 from lichen.common.channel import framing
@@ -30,9 +29,12 @@ from lichen.common.channel.transfer import Link, Locks, PayloadMissingError, nex
 from lichen.common.errors import Code, LichenError
 from lichen.common.records import PayloadRef, error_reply, message_from_bytes, message_to_bytes, payload_refs
 
+if TYPE_CHECKING:
+    from flwr.app import Message
+
 log = logging.getLogger(__name__)
 
-Handler = Callable[[Message], Awaitable[Message]]
+Handler = Callable[["Message"], Awaitable["Message"]]
 State = Literal["connecting", "connected", "disconnected", "stopped"]
 
 _ACK_AFTER = 0.05  # seconds; most replies are not made so fast, and those that are need no ack

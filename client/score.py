@@ -28,7 +28,7 @@ class Scored:
     model: str
     """`run N`, or `start`: the base with the head that the plan begins with."""
     rows: int
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
 
 
 def score_models(home: Path, fetched: FetchedModel) -> list[Scored]:
