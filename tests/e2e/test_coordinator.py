@@ -59,7 +59,7 @@ def lichen(*arguments: object, code: int = 0) -> str:
     return out.getvalue() if code == 0 else out.getvalue() + error.getvalue()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     until = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < until, "it did not come about"
@@ -81,8 +81,8 @@ class Agent:
         add_source(home, home / "rows.jsonl", fields={"text": "text", "label": "label"})
         (home / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n", encoding="utf-8")
         self.trained: Counter[tuple[int, str, str]] = Counter()  # by run, round and kind of message
-        self.holding: Message | None = None
         self.hold = threading.Event()
+        self.hold_round: str | None = None
         self.held = threading.Event()
         self.error: LichenError | None = None
         self.statuses: list[Status] = []
@@ -105,8 +105,7 @@ class Agent:
         mailbox.close()
 
     def _handle(self, message: Message) -> Message:
-        while self.hold.is_set():
-            self.holding = message
+        while self.hold.is_set() or message.metadata.group_id == self.hold_round:
             self.held.set()
             time.sleep(0.01)
         config: dict[str, Any] = {"home": str(self.home), "name": self.identity.name, "spool": str(self.spool.directory)}
@@ -290,11 +289,11 @@ def test_a_run_is_stopped_and_the_next_one_begins(service: Service, agents: dict
     wait_for(lambda: service.rounds(long) > 0)
     agents["clinic-b"].hold.set()
     agents["clinic-b"].held.clear()
-    agents["clinic-b"].held.wait(20)  # the coordinator waits for this one now
+    wait_for(agents["clinic-b"].held.is_set)  # the coordinator waits for this one now
     lichen("stop", waiting, "--home", service.home)
     began = time.monotonic()
     assert json.loads(lichen("stop", long, "--home", service.home, "--json"))["status"] == "stopped"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 8
     agents["clinic-b"].hold.clear()
     assert read_result(service.home / "runs" / long).status == "stopped"
     assert list((service.home / "runs" / long / "checkpoints").glob("round-*.safetensors"))
@@ -411,19 +410,17 @@ def test_a_killed_coordinator_finishes_the_same_round(tmp_path: Path, tiny_rows:
         undisturbed = service.submit(plan)
         service.until(undisturbed, "finished")
 
+        b.hold_round = "2"
         run = service.submit(plan)
-        wait_for(lambda: service.rounds(run) == 1)
-        b.hold.set()
-        b.held.clear()
-        wait_for(lambda: b.held.is_set() and a.connection.mailbox.counts() == (0, 0))
-        assert b.holding is not None
-        assert (a.trained[key(b.holding)], b.trained[key(b.holding)]) == (1, 0)
+        under_way = (int(run), "2", "train")
+        wait_for(lambda: b.held.is_set() and a.trained[under_way] and a.connection.mailbox.counts() == (0, 0))  # a has its receipt
+        assert b.trained[under_way] == 0
         assert service.end(signal.SIGKILL) == -signal.SIGKILL
         service.start()
         wait_for(lambda: a.connected() and b.connected())
         time.sleep(0.5)
         assert service.end(signal.SIGKILL) == -signal.SIGKILL  # while it starts the run again
-        b.hold.clear()
+        b.hold_round = None
         service.start()
         service.until(run, "finished")
 
@@ -447,7 +444,7 @@ def test_a_run_outlives_a_full_disk_a_shutdown_and_its_machine(tmp_path: Path, t
         agent = service.join("clinic-a", tiny_rows(40, 1))
         agent.hold.set()
         run = service.submit(tiny_plan | {"cohort": {"size": 1, "minimum": 1, "deadline_s": 60}})
-        agent.held.wait(30)
+        wait_for(agent.held.is_set)
         full = service.home / "runs" / run / "metrics.jsonl.tmp"
         full.symlink_to("/dev/full")
         agent.hold.clear()
@@ -464,14 +461,14 @@ def test_a_run_outlives_a_full_disk_a_shutdown_and_its_machine(tmp_path: Path, t
         agent.hold.set()
         agent.held.clear()
         service.start()
-        agent.held.wait(30)  # round 1 is done with the reply that was there; the agent has round 2
+        wait_for(agent.held.is_set)  # round 1 is done with the reply that was there; the agent has round 2
         copied = tmp_path / "backup.tar"
         made = json.loads(lichen("backup", copied, "--home", service.home, "--json"))
         assert (made["bytes"], stat.S_IMODE(copied.stat().st_mode)) == (copied.stat().st_size, 0o600)
         lichen("backup", copied, "--home", service.home, code=Code.OUTPUT_EXISTS)
         began = time.monotonic()
         assert service.end(signal.SIGTERM) == 0
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 8
         assert service.run(run)["status"] == read_result(service.home / "runs" / run).status == "running"
         agent.hold.clear()
         service.start()
