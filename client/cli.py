@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from lichen.common.errors import Code, LichenError
+
+if TYPE_CHECKING:
+    from lichen.client.ledger import Entry
 
 app = typer.Typer(help="The agent that data owners run.", no_args_is_help=True, pretty_exceptions_enable=False)
 data_app = typer.Typer(help="Which files this node trains on.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -204,8 +207,8 @@ def ledger(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     if not runs:
         typer.echo(f"nothing was spent yet; ε = {limits.max_epsilon:g} at δ = {limits.max_delta:g} is left")
         return
-    columns = ("split", "run", "rounds", "steps", "noise_multiplier", "sample_rate", "epsilon")
-    _print_table(runs, dict(zip(columns, ("split", "run", "rounds", "steps", "σ", "q", "ε of the run"), strict=True)))
+    headings = {"noise_multiplier": "σ", "sample_rate": "q", "epsilon": "ε of the run"}
+    _print_table(runs, {key: headings.get(key, key) for key in runs[0]})
     for split in splits:
         typer.echo(f"{split['split']}: ε = {split['epsilon']:.3f} at δ = {limits.max_delta:g} over all runs; {split['left']:.3f} is left")
 
@@ -336,25 +339,23 @@ def _spent(home: Path, delta: float) -> tuple[list[dict[str, Any]], list[dict[st
         return [], []
     with Ledger(home) as book:
         entries = book.entries()
-        keys = dict.fromkeys((entry.split, entry.run, entry.segment.noise_multiplier, entry.segment.sample_rate) for entry in entries)
-        runs = []
-        for split, run_name, noise, rate in keys:
-            own = [
-                entry
-                for entry in entries
-                if (entry.split, entry.run, entry.segment.noise_multiplier, entry.segment.sample_rate) == (split, run_name, noise, rate)
-            ]
-            runs.append(
-                {
-                    "split": split,
-                    "run": run_name,
-                    "rounds": len({entry.round for entry in own}),
-                    "steps": sum(entry.segment.steps for entry in own),
-                    "noise_multiplier": noise,
-                    "sample_rate": rate,
-                    "epsilon": book.spent(split, delta, run_name),
-                }
-            )
+        groups: dict[tuple[str, str, float, float], list[Entry]] = {}
+        for entry in entries:
+            key = (entry.split, entry.run, entry.segment.noise_multiplier, entry.segment.sample_rate)
+            groups.setdefault(key, []).append(entry)
+        runs = [
+            {
+                "split": own[0].split,
+                "run": own[0].run,
+                "unit": own[0].unit,
+                "rounds": len({entry.round for entry in own}),
+                "steps": sum(entry.segment.steps for entry in own),
+                "noise_multiplier": own[0].segment.noise_multiplier,
+                "sample_rate": own[0].segment.sample_rate,
+                "epsilon": book.spent(own[0].split, delta, own[0].run),
+            }
+            for own in groups.values()
+        ]
         splits: list[dict[str, Any]] = [
             {"split": split, "epsilon": book.spent(split, delta)} for split in dict.fromkeys(entry.split for entry in entries)
         ]
