@@ -47,6 +47,8 @@ def _card(plan: Plan) -> str:
         if plan.model.head.pooling == "mean"
         else "The class scores are the model's logits."
     )
+    # some bases have none, and then know the last token of one text only
+    padding = "model.config.pad_token_id = tokenizer.pad_token_id\n" if lora and plan.model.head.pooling == "pooler" else ""
     base = f", num_labels={len(plan.task.labels)}" if lora else ""
     return f"""---
 library_name: {"peft" if lora else "transformers"}
@@ -63,7 +65,7 @@ from transformers import AutoTokenizer
 
 model = {loader}.from_pretrained("model"{base}).eval()
 tokenizer = AutoTokenizer.from_pretrained("model")
-labels = {list(plan.task.labels)!r}
+{padding}labels = {list(plan.task.labels)!r}
 batch = tokenizer(["a text"], truncation=True, max_length={plan.task.max_length}, padding=True, return_tensors="pt")
 with torch.no_grad():
     logits = model(**batch).logits
