@@ -78,7 +78,7 @@ class Policy(_Section):
     memory_mb: int | None = Field(default=None, ge=256)
     """Most memory of the worker that trains, in MiB."""
     hours: str | None = None
-    """When the node may train, in local time, such as "22:00-06:00". Outside it waits."""
+    """When the node may train, in local time, such as "22:00-06:00". Outside it takes no work."""
     approval: Literal["automatic", "ask"] = "automatic"
     """ask: a person must approve each plan (lichen client pending, approve, reject)."""
 

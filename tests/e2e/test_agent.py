@@ -167,7 +167,12 @@ def private_plan(tiny_plan: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def endless_plan(private_plan: dict[str, Any]) -> dict[str, Any]:
     """Some seconds of steps."""
-    return {**private_plan, "privacy": {**PRIVATE, "sample_rate": 0.01}, "local": {**private_plan["local"], "steps": 2000}}
+    return {
+        **private_plan,
+        "cohort": {"size": 2, "deadline_s": 200},
+        "privacy": {**PRIVATE, "sample_rate": 0.01},
+        "local": {**private_plan["local"], "steps": 1000},
+    }
 
 
 def assign(federation: Federation, grid: GrpcGrid, name: str, plan: Plan, round: int = 1) -> str:
