@@ -1,0 +1,103 @@
+"""The grid in one process: Flower's Grid contract, ids that repeat, clients that fail, and what progress is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from lichen.common import records
+from lichen.common.errors import Code, LichenError
+from lichen.simulations.engine import InProcessGrid, Progress
+
+NAMES = ("client-0", "client-1", "client-2")
+
+
+def echo() -> ClientApp:
+    """Answers with its name, and how often it was asked: state that Flower keeps in the context."""
+    app = ClientApp()
+
+    def serve(message: Message, context: Context) -> Message:
+        times = int(context.state.config_records.get("seen", {"times": 0})["times"]) + 1  # type: ignore[arg-type]
+        context.state["seen"] = ConfigRecord({"times": times})
+        told = {"name": str(context.node_config["name"]), "home": str(context.node_config["home"]), "times": times}
+        return records.reply(message, RecordDict({"told": ConfigRecord(told)}))
+
+    app.train()(serve)
+    app.evaluate()(serve)
+    return app
+
+
+def grid_of(app: ClientApp | None = None, run_id: int = 7, progress: Progress | None = None) -> InProcessGrid:
+    return InProcessGrid(app or echo(), [Path("/homes") / name for name in NAMES], run_id, progress)
+
+
+def messages(grid: InProcessGrid, kind: str = records.TRAIN, group: str = "1") -> list[Message]:
+    return [grid.create_message(RecordDict(), kind, node, group) for node in grid.get_node_ids()]
+
+
+def told(reply: Message) -> dict[str, object]:
+    return dict(reply.content.config_records["told"])
+
+
+def test_it_is_flowers_grid_and_each_client_gets_its_own_context() -> None:
+    grid = grid_of()
+    assert isinstance(grid, Grid)
+    assert [grid.name_of(node) for node in grid.get_node_ids()] == list(NAMES)
+    replies = grid.send_and_receive(messages(grid), timeout=0.001)
+    assert [told(reply)["name"] for reply in replies] == list(NAMES)
+    assert [told(reply)["home"] for reply in replies] == [f"/homes/{name}" for name in NAMES]
+    assert [grid.name_of(reply.metadata.src_node_id) for reply in replies] == list(NAMES)
+
+
+def test_a_reply_belongs_to_its_message_and_run() -> None:
+    grid = grid_of(run_id=2**62 + 3)
+    asked = messages(grid)
+    for message, reply in zip(asked, grid.send_and_receive(asked), strict=True):
+        assert reply.metadata.reply_to_message_id == message.metadata.message_id
+        assert (reply.metadata.src_node_id, reply.metadata.dst_node_id) == (message.metadata.dst_node_id, message.metadata.src_node_id)
+        assert (reply.metadata.run_id, reply.metadata.group_id) == (2**62 + 3, "1")
+
+
+def test_a_clients_state_lasts_from_round_to_round() -> None:
+    grid = grid_of()
+    for round in (1, 2, 3):
+        replies = grid.send_and_receive(messages(grid, group=str(round)))
+        assert {told(reply)["times"] for reply in replies} == {round}
+
+
+def test_ids_follow_from_run_kind_round_and_node_alone() -> None:
+    def ids(grid: InProcessGrid, kind: str = records.TRAIN, group: str = "1") -> list[str]:
+        return [message.metadata.message_id for message in messages(grid, kind, group)]
+
+    first = ids(grid_of())
+    assert first == ids(grid_of())
+    others = [ids(grid_of(run_id=8)), ids(grid_of(), records.EVALUATE), ids(grid_of(), group="2")]
+    assert len({*first, *(identity for other in others for identity in other)}) == 4 * len(NAMES)
+    grid = grid_of()
+    grid.set_run(type("Run", (), {"run_id": 8}))
+    assert ids(grid) == others[0]
+
+
+def test_push_then_pull_runs_only_what_is_pulled() -> None:
+    grid = grid_of()
+    first, second, third = grid.push_messages(messages(grid))
+    assert [told(reply)["name"] for reply in grid.pull_messages([third, first])] == ["client-2", "client-0"]
+    assert [told(reply)["name"] for reply in grid.pull_messages([second])] == ["client-1"]
+
+
+def test_progress_is_told_of_each_client_that_is_done() -> None:
+    heard: list[tuple[str, int, int]] = []
+    grid = grid_of(progress=lambda *what: heard.append(what))
+    grid.send_and_receive(messages(grid))
+    grid.send_and_receive(messages(grid, records.EVALUATE)[:2])
+    assert heard == [("train", 1, 3), ("train", 2, 3), ("train", 3, 3), ("evaluate", 1, 2), ("evaluate", 2, 2)]
+
+
+def test_there_is_no_flower_run_record() -> None:
+    with pytest.raises(LichenError) as caught:
+        _ = grid_of().run
+    assert caught.value.code is Code.INTERNAL
