@@ -11,12 +11,27 @@ from typing import Any
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import load_plan
 
-# Chosen on the validation split (docs/experiments.md); the scenario itself is the private LoRA run.
-NO_PRIVACY = ["privacy.unit=none"]
+# Chosen on the validation split (docs/experiments.md). The scenario itself is the private LoRA run.
 VARIANTS: dict[str, list[str]] = {
     "lora": [],
     "head": ["model.adapter.kind=head"],
     "full": ["model.adapter.kind=full"],
+}
+NO_PRIVACY = [
+    "privacy.unit=none",
+    "rounds=5",
+    "local.steps=null",
+    "local.epochs=1",
+    "local.batch_size=32",
+    "local.optimizer=adamw",
+    "local.betas=[0.9, 0.999]",
+    "local.learning_rate_decay=linear",
+    "aggregation={}",
+]
+NO_PRIVACY_RATES = {
+    "lora": ["local.learning_rate=0.002", "local.head_learning_rate=0.005"],
+    "head": ["local.learning_rate=0.005", "local.head_learning_rate=0.005"],
+    "full": ["local.learning_rate=0.0002", "local.head_learning_rate=0.002"],
 }
 
 
@@ -71,8 +86,9 @@ def overrides(adapter: str, epsilon: float) -> list[str]:
     """The settings of a variant at ε."""
     if adapter not in VARIANTS:
         raise LichenError(Code.PLAN_INVALID, f"no variant {adapter!r}", where="--adapter", fix=f"One of {', '.join(VARIANTS)}.")
-    private = [f"privacy.epsilon={epsilon}"] if epsilon != float("inf") else NO_PRIVACY
-    return [*VARIANTS[adapter], *private]
+    if epsilon == float("inf"):
+        return [*VARIANTS[adapter], *NO_PRIVACY, *NO_PRIVACY_RATES[adapter]]
+    return [*VARIANTS[adapter], f"privacy.epsilon={epsilon}"]
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
