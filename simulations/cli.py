@@ -89,8 +89,8 @@ def find_plan(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    scenarios = Path(str(files("lichen.simulations"))) / "scenarios"
-    if (path := scenarios / f"{name.removesuffix('.yaml')}.yaml").is_file():
-        return path
-    known = ", ".join(sorted(path.stem for path in scenarios.glob("*.yaml")))
+    scenarios = {path.stem: path for path in sorted((Path(str(files("lichen.simulations"))) / "scenarios").glob("*.yaml"))}
+    if (found := scenarios.get(name.removesuffix(".yaml"))) is not None:
+        return found
+    known = ", ".join(scenarios)
     raise LichenError(Code.PLAN_UNREADABLE, "no such file, and no scenario of that name", where=name, fix=f"Scenarios: {known}.")
