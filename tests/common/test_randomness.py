@@ -70,6 +70,26 @@ def test_secret_sources_share_nothing() -> None:
     assert not torch.equal(first, SecretSource().normal((8,), 1.0))
 
 
+def test_the_key_comes_from_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte of it: with a known key, one recovered draw would give the place in the stream, hence all others."""
+    asked: list[int] = []
+
+    def fixed(count: int) -> bytes:
+        asked.append(count)
+        return bytes(count)
+
+    monkeypatch.setattr("os.urandom", fixed)
+    with_known_key = SecretSource().uniform(4)
+    assert sum(asked) >= 32
+    draws = [with_known_key]
+    for index in range(len(asked)):
+        calls = iter(range(len(asked)))
+        monkeypatch.setattr("os.urandom", lambda count, calls=calls, index=index: bytes([next(calls) == index]) * count)
+        draws.append(SecretSource().uniform(4))
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(draws), "each part of the key matters"
+    assert max(asked) == 32
+
+
 def test_a_seeded_source_repeats_and_says_that_it_is_not_secret() -> None:
     assert not SeededSource("a").secret
     assert torch.equal(SeededSource("a", 1).normal((9,), 2.0), SeededSource("a", 1).normal((9,), 2.0))
