@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     from lichen.common.tasks.task import Batch, Columns
 
 
+TEXTS_AT_ONCE = 256  # the tokenizer's own objects of a whole data set would stay in the process's memory
+
+
 @dataclass(frozen=True)
 class EncodedTexts:
     """Token ids of each text, and labels as class indices."""
 
-    tokens: list[list[int]]
+    tokens: list[np.ndarray]
+    """Of each text, shape (T,), int32: lists of Python integers would take nine times the memory."""
     labels: torch.Tensor
     """Shape (N,), int64."""
 
@@ -130,7 +134,7 @@ class TextClassification:
         ordinary = sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
         picks = [torch.randint(len(ordinary), (length,), generator=generator).tolist() for length in lengths]
         labels = torch.randint(len(self.plan.task.labels), (rows,), generator=generator)
-        return EncodedTexts([[ordinary[pick] for pick in row] for row in picks], labels)
+        return EncodedTexts([np.array([ordinary[pick] for pick in row], dtype=np.int32) for row in picks], labels)
 
     def collate(self, data: EncodedTexts, indices: Sequence[int]) -> Batch:
         """A batch padded to its longest text: ``input_ids`` and ``attention_mask`` (B, T), ``labels`` (B,)."""
@@ -172,18 +176,20 @@ class TextClassification:
         logits: torch.Tensor = network(input_ids=batch["input_ids"], attention_mask=mask).logits
         return _mean_over_tokens(logits, mask) if self._mean else logits
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded: Any = self.tokenizer(texts, truncation=True, max_length=self.plan.task.max_length)
-        return list(encoded["input_ids"])
+    def _tokens(self, texts: list[str]) -> list[np.ndarray]:
+        tokens: list[np.ndarray] = []
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            part = texts[start : start + TEXTS_AT_ONCE]
+            encoded: Any = self.tokenizer(part, truncation=True, max_length=self.plan.task.max_length)
+            tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+        return tokens
 
-    def _pad(self, rows: list[list[int]]) -> Batch:
+    def _pad(self, rows: list[np.ndarray]) -> Batch:
         length = max((len(row) for row in rows), default=0) or 1  # an empty text has no token in some tokenizers
         ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id), dtype=torch.int64)
         mask = torch.zeros((len(rows), length), dtype=torch.int64)
         for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            ids[index, : len(row)] = torch.from_numpy(row)
             mask[index, : len(row)] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
