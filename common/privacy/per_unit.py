@@ -174,7 +174,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         grid = GRID * 2.0 ** math.floor(math.log2(std))
         for parameter in self.params:
             noisy = self._source.normal(parameter.shape, std).add_(parameter.summed_grad.view_as(parameter))
-            parameter.grad = noisy.div_(grid).round_().mul_(grid).to(parameter.dtype)
+            parameter.grad = noisy.mul_(1 / grid).round_().mul_(grid).to(parameter.dtype)
 
 
 @contextmanager
