@@ -227,6 +227,8 @@ class Evaluation(Section):
 
     batch_size: int = Field(default=64, ge=1)
     """Rows at once."""
+    every: int = Field(default=1, ge=1)
+    """Rounds between scores on the coordinator's validation split; the last round is always scored."""
     validation_fraction: Number = Field(default=0.1, ge=0, lt=0.5)
     """Share of the training split that a simulation keeps for validation."""
     federated_every: int = Field(default=0, ge=0)

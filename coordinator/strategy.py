@@ -208,7 +208,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid))
             if messages:
                 self.aggregate_evaluate(number, self._ask(grid, messages, timeout))
-            self._told.validation = self._evaluator.validation(self.state.model)
+            if number % self.plan.evaluation.every == 0 or number == num_rounds:
+                self._told.validation = self._evaluator.validation(self.state.model)
             self._told.seconds = round(time.monotonic() - round_began, 3)
             self.state.round = number
             self._tell(before + time.monotonic() - began)
