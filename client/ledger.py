@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lichen.common.database import Database
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, affordable_steps, epsilon
 
@@ -55,7 +56,24 @@ class Limits:
     """Whether doing a message again gives the same result bit for bit (a seeded simulation), which costs nothing."""
 
 
-class Ledger:
+_SCHEMA = """
+CREATE TABLE spent (
+    id INTEGER PRIMARY KEY,
+    split TEXT NOT NULL,
+    run TEXT NOT NULL,
+    message_id TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    unit TEXT NOT NULL,
+    noise_multiplier REAL NOT NULL,
+    sample_rate REAL NOT NULL,
+    steps INTEGER NOT NULL,
+    reserved_at REAL NOT NULL,
+    released_at REAL
+)
+"""
+
+
+class Ledger(Database):
     """The privacy ledger of one node home (SQLite, write-ahead log, full synchronisation).
 
     Raises:
@@ -63,28 +81,13 @@ class Ledger:
     """
 
     def __init__(self, home: Path) -> None:
-        self.path = home / "ledger.sqlite"
+        path = home / "ledger.sqlite"
         try:
-            self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            with self._transaction():
-                (version,) = self._db.execute("PRAGMA user_version").fetchone()
-                if version == 0:
-                    self._db.execute(
-                        "CREATE TABLE spent (id INTEGER PRIMARY KEY, split TEXT NOT NULL, run TEXT NOT NULL, message_id TEXT NOT NULL, "
-                        "round INTEGER NOT NULL, unit TEXT NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, "
-                        "steps INTEGER NOT NULL, reserved_at REAL NOT NULL, released_at REAL)"
-                    )
-                    self._db.execute(f"PRAGMA user_version={FORMAT}")
-                elif version != FORMAT:
-                    raise self._unusable(f"its format is {version}, this lichen knows {FORMAT}")
+            super().__init__(path, _SCHEMA, FORMAT)
         except sqlite3.DatabaseError as error:
-            raise self._unusable(str(error)) from None
-
-    def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+            raise _unusable(path, str(error)) from None
+        except LichenError as error:
+            raise _unusable(path, error.what) from None
 
     def __enter__(self) -> Ledger:
         return self
@@ -165,12 +168,11 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """Every reservation, the oldest first."""
+        query = "SELECT split, run, message_id, round, noise_multiplier, sample_rate, steps, unit, reserved_at FROM spent ORDER BY id"
         try:
-            rows = self._db.execute(
-                "SELECT split, run, message_id, round, noise_multiplier, sample_rate, steps, unit, reserved_at FROM spent ORDER BY id"
-            ).fetchall()
+            rows = self._rows(query)
         except sqlite3.DatabaseError as error:
-            raise self._unusable(str(error)) from None
+            raise _unusable(self.path, str(error)) from None
         return [
             Entry(split, run, message_id, number, Segment(noise, rate, steps), unit, at)
             for split, run, message_id, number, noise, rate, steps, unit, at in rows
@@ -188,19 +190,15 @@ class Ledger:
                 )
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._db.rollback()
-                raise
-            self._db.execute("COMMIT")
+            with super()._transaction(durable=durable) as db:
+                yield db
         except sqlite3.DatabaseError as error:
-            raise self._unusable(str(error)) from None
+            raise _unusable(self.path, str(error)) from None
 
-    def _unusable(self, why: str) -> LichenError:
-        return LichenError(
-            Code.PRIVACY_HISTORY, f"the ledger can't be used: {why}", where=str(self.path), fix="Restore the node's home from its backup."
-        )
+
+def _unusable(path: Path, why: str) -> LichenError:
+    return LichenError(
+        Code.PRIVACY_HISTORY, f"the ledger can't be used: {why}", where=str(path), fix="Restore the node's home from its backup."
+    )

@@ -5,15 +5,11 @@ A reply is kept as the bytes that are sent: what left once leaves again unchange
 
 from __future__ import annotations
 
-import sqlite3
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from lichen.common.errors import Code, LichenError
+from lichen.common.database import Database
 
 VERSION = 1
 
@@ -25,8 +21,8 @@ CREATE TABLE syncs (number INTEGER PRIMARY KEY) STRICT;
 """
 
 
-class Mailbox:
-    """Messages and replies of one agent, in one SQLite file; safe to use from several threads.
+class Mailbox(Database):
+    """Messages and replies of one agent.
 
     Args:
         path: the database file; made if it is not there.
@@ -36,44 +32,7 @@ class Mailbox:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._lock = threading.RLock()
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        with self._transaction() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > VERSION:
-                raise LichenError(
-                    Code.STORE_VERSION,
-                    f"the mailbox has format {version}, this lichen reads up to {VERSION}",
-                    where=str(path),
-                    fix="Install the lichen that wrote it, or a newer one.",
-                )
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-            db.execute(f"PRAGMA user_version = {VERSION}")
-
-    @contextmanager
-    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """One transaction; a durable one, and all before it, is on the disk when the block has ended."""
-        with self._lock:
-            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-
-    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        with self._lock:
-            return self._db.execute(query, values).fetchall()
-
-    def close(self) -> None:
-        """Close the database; the object is of no use afterwards."""
-        with self._lock:
-            self._db.close()
+        super().__init__(path, _SCHEMA, VERSION)
 
     def put(self, message_id: str, data: bytes) -> None:
         """Keep a message, so that a restarted process finds it; only after `sync` or `put_reply` a power cut spares it too.

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import secrets
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lichen.common.database import Database
 from lichen.common.errors import Code, LichenError
 
 VERSION = 1
@@ -122,8 +121,8 @@ def random_id() -> int:
     return 1 + secrets.randbelow(2**63 - 1)
 
 
-class Store:
-    """Everything the coordinator must still know after a crash, in one SQLite file; safe to use from several threads.
+class Store(Database):
+    """Everything the coordinator must still know after a crash.
 
     Args:
         path: the database file; made if it is not there.
@@ -133,48 +132,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._lock = threading.RLock()
-        self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=10)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._migrate()
-
-    def _migrate(self) -> None:
-        with self._transaction() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > VERSION:
-                raise LichenError(
-                    Code.STORE_VERSION,
-                    f"the store has format {version}, this lichen reads up to {VERSION}",
-                    where=str(self.path),
-                    fix="Install the lichen that wrote it, or a newer one.",
-                )
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-            db.execute(f"PRAGMA user_version = {VERSION}")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One durable transaction: all or nothing, on the disk when the block has ended."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-
-    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        with self._lock:
-            return self._db.execute(query, values).fetchall()
-
-    def close(self) -> None:
-        """Close the database; the object is of no use afterwards."""
-        with self._lock:
-            self._db.close()
+        super().__init__(path, _SCHEMA, VERSION)
 
     def backup(self, target: str | Path) -> None:
         """Copy a consistent snapshot to ``target`` while the store is in use."""
