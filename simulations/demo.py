@@ -129,10 +129,10 @@ def _lichen(*arguments: str | Path, stdin: str | None = None) -> str:
 def _processes() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Long-lived processes, all stopped at the end, the youngest first."""
     started: list[subprocess.Popen[bytes]] = []
-    # each agent trains in a process of its own; more threads than cores would only wait for each other
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
     def start(log: Path, *arguments: str | Path) -> subprocess.Popen[bytes]:
+        # agents train side by side: more threads than cores would only wait for each other. The coordinator scores while they rest
+        environment = os.environ | ({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if "client" in arguments else {})
         with log.open("wb") as out:
             command = [*LICHEN, *map(str, arguments)]
             started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment))
