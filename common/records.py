@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 INLINE = "lichen.safetensors.v1"
 BY_REFERENCE = "lichen.ref.v1"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_REFERENCE_BYTES = _DIGEST_BYTES + 8
 MOST = 2**40
 """More rows than a node can hold: a larger count is a mistake or an attack."""
 TRAIN, EVALUATE, QUERY = "train", "evaluate", "query"
@@ -142,21 +145,37 @@ def put_tensors(content: RecordDict, tensors: Mapping[str, torch.Tensor], spool:
     from flwr.app import Array, ArrayRecord
     from safetensors.torch import save
 
-    data = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     if spool is None:
+        data = save(plain)
         array = Array(dtype="uint8", shape=(len(data),), stype=INLINE, data=data)
     else:
-        digest = hashlib.sha256(data)
-        path = spool / digest.hexdigest()
-        if not path.exists():
-            temporary = spool / f"{digest.hexdigest()}.{os.getpid()}.tmp"
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        array = Array(dtype="uint8", shape=(len(data),), stype=BY_REFERENCE, data=digest.digest())
+        array = reference(_put_file(plain, spool))
     content["payload"] = ArrayRecord({"payload": array})
+
+
+def reference(ref: PayloadRef) -> Array:
+    """The handle that stands in a message for a payload beside it: digest, then length in eight bytes.
+
+    The length is not the array's shape, because Flower's messages hold a shape in 32 bits.
+    """
+    from flwr.app import Array
+
+    data = bytes.fromhex(ref.digest) + ref.length.to_bytes(8, "big")
+    return Array(dtype="uint8", shape=(len(data),), stype=BY_REFERENCE, data=data)
+
+
+def _put_file(tensors: dict[str, torch.Tensor], spool: Path) -> PayloadRef:
+    from safetensors.torch import save_file
+
+    temporary = spool / f"{os.getpid()}.{threading.get_ident()}.tmp"
+    save_file(tensors, temporary)
+    with temporary.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    ref = PayloadRef(digest, temporary.stat().st_size)
+    temporary.replace(spool / digest)  # one that is there already is made new again, and so spared by the next collection
+    return ref
 
 
 def get_tensors(content: RecordDict, spool: Path | None) -> dict[str, torch.Tensor]:
@@ -176,7 +195,7 @@ def get_tensors(content: RecordDict, spool: Path | None) -> dict[str, torch.Tens
             return dict(load(array.data))
         if spool is None:
             raise LichenError(Code.FRAME_INVALID, "the payload lies in a spool, and this end has none")
-        return dict(load_file(spool / array.data.hex()))
+        return dict(load_file(spool / _referred(array).digest))
     except (SafetensorError, OSError, KeyError) as error:  # KeyError: a type that the format has and torch has not
         raise LichenError(Code.PAYLOAD_CORRUPT, f"the payload is not a safetensors file: {error}") from None
 
@@ -188,13 +207,15 @@ def payload_refs(message: Message) -> list[PayloadRef]:
     array = _payload_array(message.content)
     if array is None or array.stype != BY_REFERENCE:
         return []
-    return [PayloadRef(array.data.hex(), array.shape[0])]
+    return [_referred(array)]
 
 
 def payload_bytes(content: RecordDict) -> int:
     """The payload's length in bytes; 0 where there is none."""
     array = _payload_array(content)
-    return 0 if array is None else int(array.shape[0])
+    if array is None:
+        return 0
+    return _referred(array).length if array.stype == BY_REFERENCE else len(array.data)
 
 
 def _payload_array(content: RecordDict) -> Array | None:
@@ -204,9 +225,13 @@ def _payload_array(content: RecordDict) -> Array | None:
     array = record.get("payload")
     if array is None or len(record) != 1 or array.dtype != "uint8" or len(array.shape) != 1 or array.stype not in {INLINE, BY_REFERENCE}:
         raise LichenError(Code.FRAME_INVALID, "the message's payload is not one that lichen makes")
-    if len(array.data) != (array.shape[0] if array.stype == INLINE else hashlib.sha256().digest_size):
+    if len(array.data) != array.shape[0] or (array.stype == BY_REFERENCE and len(array.data) != _REFERENCE_BYTES):
         raise LichenError(Code.PAYLOAD_CORRUPT, "the payload's length does not match its description")
     return array
+
+
+def _referred(array: Array) -> PayloadRef:
+    return PayloadRef(array.data[:_DIGEST_BYTES].hex(), int.from_bytes(array.data[_DIGEST_BYTES:], "big"))
 
 
 # --- messages ----------------------------------------------------------------------------------------------------------------

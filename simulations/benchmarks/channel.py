@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from lichen.common.pki import Authority, fingerprint, make_csr, make_key
-from lichen.common.records import BY_REFERENCE, PayloadRef, payload_refs, reply
+from lichen.common.records import PayloadRef, payload_refs, reference, reply
 
 AGENTS = ("agent-1", "agent-2")
 _MB = 1_000_000
@@ -118,7 +118,7 @@ def _wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
 
 
 def _with_payload(ref: PayloadRef) -> RecordDict:
-    array = Array(dtype="uint8", shape=(ref.length,), stype=BY_REFERENCE, data=bytes.fromhex(ref.digest))
+    array = reference(ref)
     return RecordDict({"payload": ArrayRecord({"payload": array})})
 
 

@@ -192,7 +192,7 @@ def test_payloads_that_are_none(tmp_path: Path, content: RecordDict, code: Code)
 
 def test_a_payload_in_a_spool_that_this_end_has_not() -> None:
     with pytest.raises(LichenError) as caught:
-        records.get_tensors(array(stype=records.BY_REFERENCE, data=b"x" * 32), None)
+        records.get_tensors(array(stype=records.BY_REFERENCE, shape=(40,), data=b"x" * 40), None)
     assert caught.value.code is Code.FRAME_INVALID
 
 
@@ -231,3 +231,12 @@ def test_records_load_no_torch() -> None:
 
     code = "import sys, lichen.common.records; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.strip() == "False"
+
+
+def test_a_reference_holds_lengths_beyond_what_a_shape_can() -> None:
+    ref = records.PayloadRef("ab" * 32, 5 * 2**40)
+    content = RecordDict({"payload": ArrayRecord({"payload": records.reference(ref)})})
+    message = records.build_message(content, run_id=1, message_id="m", src_node_id=1, dst_node_id=2, message_type="train", group_id="1")
+    back = records.message_from_bytes(records.message_to_bytes(message))
+    assert records.payload_refs(back) == [ref]
+    assert records.payload_bytes(back.content) == ref.length

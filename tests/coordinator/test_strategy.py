@@ -315,7 +315,7 @@ HOSTILE: dict[str, tuple[Answer, Code]] = {
     "a length that lies": (sending(raw(b"1234", length=2**40)), Code.PAYLOAD_CORRUPT),
     "a type that torch has not": (sending(raw(header(FLOATS % ("F4", 1), b"\0"))), Code.PAYLOAD_CORRUPT),
     "a type that nobody has": (sending(raw(header(FLOATS % ("F7", 8), b"\0" * 8))), Code.PAYLOAD_CORRUPT),
-    "a reference to a spool that is not": (sending(raw(b"\0" * 32, stype=records.BY_REFERENCE)), Code.FRAME_INVALID),
+    "a reference to a spool that is not": (sending(raw(b"\0" * 40, stype=records.BY_REFERENCE)), Code.FRAME_INVALID),
     "another kind of payload": (sending(raw(b"cos\nsystem\n", stype="pickle")), Code.FRAME_INVALID),
     "floats for bytes": (sending(raw(b"1234", length=1, dtype="float32")), Code.FRAME_INVALID),
     "another's name": (reporting(client="client-1"), Code.FRAME_INVALID),

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from lichen.client.connection import Connection, Credentials, Status
 from lichen.client.mailbox import Mailbox
@@ -31,7 +31,7 @@ def payload(name: str, length: int) -> bytes:
 
 
 def with_payload(ref: records.PayloadRef, **fields: int | float) -> RecordDict:
-    array = Array(dtype="uint8", shape=(ref.length,), stype=records.BY_REFERENCE, data=bytes.fromhex(ref.digest))
+    array = records.reference(ref)
     return RecordDict({"task": ConfigRecord(dict(fields)), "payload": ArrayRecord({"payload": array})})
 
 
