@@ -45,7 +45,7 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
     """Load the pretrained model and its tokenizer, in 32-bit floats, every dropout of the base at zero.
 
     Without dropout a step is a function of its batch, which the privacy self-check and bit-for-bit repeats rely on. Only safetensors
-    are read: the plan names the base, and a pickle could run code.
+    are read, and no code that lies beside the weights: the plan names the base, and a pickle, like that code, could do anything.
 
     Args:
         model: the plan's section.
@@ -64,13 +64,19 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
     logging.set_verbosity_error()  # a head that is new to the checkpoint is what we ask for, not news
     where = resolve_base(model.base)
     try:
-        settings = AutoConfig.from_pretrained(where, revision=model.revision, **config)
+        settings = AutoConfig.from_pretrained(where, revision=model.revision, trust_remote_code=False, **config)
         for key, value in settings.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(settings, key, 0.0)
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=model.revision, trust_remote_code=False)
         network, told = auto_class.from_pretrained(
-            where, revision=model.revision, config=settings, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            where,
+            revision=model.revision,
+            config=settings,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         known = isinstance(error, OSError)
