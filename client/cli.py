@@ -22,7 +22,7 @@ from lichen.common.errors import Code, LichenError
 if TYPE_CHECKING:
     from lichen.client.ledger import Entry
 
-app = typer.Typer(help="The agent that data owners run.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help="The agent that data owners run.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 data_app = typer.Typer(help="Which files this node trains on.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
 
@@ -46,7 +46,7 @@ def join(
     force: Annotated[bool, typer.Option("--force", help="Give up the enrolment that this home has.")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Enrol this node: make its key here and have it certified. Example: lichen client join lichen1.eyJ…."""
+    """Enrol this node: make its key here and have it certified. Example: lichen client join lichen1.…."""
     from lichen.client.enrolment import join as enrol
     from lichen.client.locks import HomeLocks
 
@@ -95,7 +95,7 @@ def status(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     told = {
         "state": f"{facts['state']} since {_when(facts['since'])}",
         "node": facts["name"],
-        "coordinator": f"{facts['coordinator']}, {'connected' if facts['connected'] else 'not connected'}",
+        "coordinator": facts["coordinator"] and f"{facts['coordinator']}, {'connected' if facts['connected'] else 'not connected'}",
         "certificate": facts.get("certificate_error") or f"good until {_when(facts['certificate_until'])}",
         "last work": f"round {facts['round']} of run {facts['run']}" if facts["run"] else None,
         "last error": f"{_when(facts['last_error_at'])}: {facts['last_error']}" if facts["last_error"] else None,

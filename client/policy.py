@@ -80,7 +80,7 @@ class Policy(_Section):
     hours: str | None = None
     """When the node may train, in local time, such as "22:00-06:00". Outside it takes no work."""
     approval: Literal["automatic", "ask"] = "automatic"
-    """ask: a person must approve each plan (lichen client pending, approve, reject)."""
+    """ask: a person must approve each plan, once for all its runs (lichen client pending, approve, reject)."""
 
     _home: Path | None = PrivateAttr(default=None)
 

@@ -85,6 +85,11 @@ class Code(IntEnum):
     AGENT_PAUSED = 106
 
 
+def name_of(code: int) -> str:
+    """A code's name as people read it, such as ``privacy-budget``; ``unknown`` for a number that is none."""
+    return Code(code).name.lower().replace("_", "-") if code in set(Code) else "unknown"
+
+
 class LichenError(Exception):
     """An error with a number, told as: what was wrong, where, what to do.
 
@@ -105,7 +110,7 @@ class LichenError(Exception):
     def __str__(self) -> str:
         where = f"{self.where}: " if self.where else ""
         fix = f"\n  {self.fix}" if self.fix else ""
-        return f"error {int(self.code)} ({self.code.name.lower().replace('_', '-')}): {where}{self.what}{fix}"
+        return f"error {int(self.code)} ({name_of(self.code)}): {where}{self.what}{fix}"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Survive the trip between processes (Ray copies exceptions)."""

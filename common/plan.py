@@ -103,7 +103,7 @@ class Cohort(Section):
     """Who takes part in a round."""
 
     size: int = Field(default=4, ge=1)
-    """Clients asked in each round."""
+    """Clients asked in each round. It waits for so many until the deadline, then goes on with those that are connected."""
     minimum: int = Field(default=1, ge=1)
     """A round with fewer usable updates fails."""
     deadline_s: Number = Field(default=600.0, gt=0)

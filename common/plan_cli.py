@@ -12,7 +12,7 @@ import yaml
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import load_plan, parse_plan, schema
 
-app = typer.Typer(help="Make and check plans.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help="Make and check plans.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 TEMPLATE = """\
 # A federation of lichen. `lichen plan schema` describes every key, `lichen plan show FILE` fills in the defaults.

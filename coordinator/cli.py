@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import load_plan
+from lichen.common.plan import load_plan, plan_from_json
 from lichen.common.result import read_result
 from lichen.coordinator import operator_cli
 from lichen.coordinator.admin import ask, served
@@ -292,7 +292,10 @@ def _follow(home: Path, run: str, console: Console) -> None:
     try:
         run_id = find_run(store, run).run_id
         if store.run(run_id).status in {"queued", "running"}:
-            ask(found.socket, "status")  # without a service nothing would ever come
+            told = ask(found.socket, "status")  # without a service nothing would ever come
+            if len(told["connected"]) < (size := plan_from_json(store.run(run_id).plan).cohort.size):
+                here = f"{len(told['connected'])} nodes are connected, cohort.size is {size}: a round waits for more until its deadline"
+                console.print(f"note: {here}", markup=False, highlight=False, soft_wrap=True)
         directory = found.runs / store.run(run_id).directory
         said: list[str | None] = [None]
 
@@ -312,8 +315,8 @@ def _follow(home: Path, run: str, console: Console) -> None:
         store.close()
     if ended.status == "failed":
         raise _ended_badly(run_id, ended.error or "")
-    told = conclusion(read_result(directory)) if (directory / "result.json").exists() else ended.status
-    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    summary = conclusion(read_result(directory)) if (directory / "result.json").exists() else ended.status
+    console.print(summary, markup=False, highlight=False, soft_wrap=True)
     if ended.status == "finished":
         console.print(f"model: {directory / 'model'}", markup=False, highlight=False, soft_wrap=True)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.export import card
 from lichen.common.plan import load_plan
 
 Format = Literal["peft", "merged"]
@@ -60,3 +61,4 @@ def _merge(run: Path, model: Path, out: Path) -> None:
     finally:
         logging.set_verbosity(verbosity)
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    (out / "README.md").write_text(card(plan, merged=True), encoding="utf-8")

@@ -252,6 +252,8 @@ def find_run(store: Store, text: str) -> Run:
         LichenError: RUN_UNKNOWN.
     """
     runs = store.runs()
+    if not runs:
+        raise LichenError(Code.RUN_UNKNOWN, "no plan was submitted yet", fix="`lichen coordinator submit PLAN` queues one.")
     found = runs[-1:] if text == "latest" else [run for run in runs if text and str(run.run_id).startswith(text)]
     exact = [run for run in found if str(run.run_id) == text]
     if len(exact or found) != 1:

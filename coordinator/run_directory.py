@@ -60,7 +60,7 @@ class RunDirectory:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             digest = path / DIGEST
             if digest.exists() and digest.read_text(encoding="utf-8") != plan.sha256():
-                raise LichenError(Code.OUTPUT_UNUSABLE, "it holds a run of another plan", where=str(path), fix="Choose another directory.")
+                raise _other_plan(path)
             write_atomically(path / "plan.yaml", plan.to_yaml())
             write_atomically(digest, plan.sha256())
         except OSError as error:
@@ -176,8 +176,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def open_for(out: Path, *, resume: bool) -> None:
-    """Refuse a directory that holds something else, or a run that was not asked to go on.
+def open_for(out: Path, *, resume: bool, plan: Plan | None = None) -> None:
+    """Refuse a directory that holds something else, a run of another plan than ``plan``, or a run that was not asked to go on.
 
     Raises:
         LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE.
@@ -188,3 +188,14 @@ def open_for(out: Path, *, resume: bool) -> None:
         raise LichenError(Code.OUTPUT_UNUSABLE, "not empty, and not a run directory", where=str(out), fix="Choose another --out.")
     if not resume:
         raise LichenError(Code.OUTPUT_EXISTS, "holds a run", where=str(out), fix="Choose another --out, or go on with it: --resume.")
+    if plan is not None and (out / DIGEST).read_text(encoding="utf-8") != plan.sha256():
+        raise _other_plan(out)
+
+
+def _other_plan(path: Path) -> LichenError:
+    return LichenError(
+        Code.OUTPUT_UNUSABLE,
+        "it holds a run of another plan",
+        where=str(path),
+        fix="Choose another directory, or go on with the plan as it was (plan.yaml in there).",
+    )

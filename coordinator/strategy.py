@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy import Strategy
 
 from lichen.common import records
-from lichen.common.errors import Code, LichenError
+from lichen.common.errors import Code, LichenError, name_of
 from lichen.common.model.adapter import State, check_state
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import planned_evaluation, planned_steps
@@ -126,7 +126,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 Code.COHORT_TOO_SMALL,
                 f"{len(usable)} usable updates, cohort.minimum is {self.plan.cohort.minimum}",
                 where=f"round {server_round}",
-                fix=f"Errors by client: {self._told.errors}",
+                fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )
         self.state.model, self.state.velocity = apply_update(self.state.model, total.mean(), self.state.velocity, self.plan.aggregation)
         if not self.plan.private:
@@ -229,6 +229,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         Drawn from them in the order of their names, where the grid knows them: ids are random, and other in a simulation.
         """
         until = time.monotonic() + self.plan.cohort.deadline_s
+        if (here := len(list(grid.get_node_ids()))) < self.plan.cohort.size:
+            log.info("round %d waits: %d nodes are connected, cohort.size is %d", round, here, self.plan.cohort.size)
         while len(nodes := sorted(grid.get_node_ids(), key=self._name)) < self.plan.cohort.size and time.monotonic() < until:
             time.sleep(POLL_S)
         if len(nodes) < self.plan.cohort.minimum:
@@ -360,6 +362,12 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 segments=segments,
             )
         return found
+
+
+def _errors(by_client: Mapping[str, int | None]) -> str:
+    """Numbers and names of the clients' errors, for people."""
+    told = {client: "no answer" if number is None else f"error {number} ({name_of(number)})" for client, number in by_client.items()}
+    return ", ".join(f"{client}: {error}" for client, error in told.items()) or "nobody failed"
 
 
 def _as_planned(told: Segment, planned: Segment) -> bool:

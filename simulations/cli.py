@@ -18,7 +18,7 @@ from lichen.common.plan import Plan, load_plan
 if TYPE_CHECKING:
     from lichen.common.result import Result
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 
 class Engine(Enum):
@@ -34,7 +34,7 @@ def simulate(
     out: Annotated[Path, typer.Option(help="The run directory to write.", show_default=False)],
     clients: Annotated[int | None, typer.Option(help="Simulated clients; sets simulation.clients.")] = None,
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA or by:FIELD; sets simulation.partition.")] = None,
-    engine: Annotated[Engine, typer.Option(help="In this process, or on Flower's Ray simulation (extra lichen[ray]).")] = Engine.INPROCESS,
+    engine: Annotated[Engine, typer.Option(help="In this process, or on Flower's Ray (the extra `ray`).")] = Engine.INPROCESS,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a key of the plan.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print result.json at the end.")] = False,
@@ -48,7 +48,7 @@ def simulate(
     if partition is not None:
         overrides.append(f"simulation.partition={json.dumps(partition)}")
     found = load_plan(find_plan(plan), overrides)
-    open_for(out, resume=resume)  # before the rounds of another run are shown as this one's
+    open_for(out, resume=resume, plan=found)  # before the rounds of another run are shown as this one's
     result = run_shown(found, out, engine.value, Console(stderr=as_json), resume=resume)
     if as_json:
         typer.echo(result.model_dump_json(indent=2))

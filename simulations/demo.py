@@ -21,7 +21,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, load_plan
 from lichen.common.result import Result, read_result, write_atomically
 
-app = typer.Typer(pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 LICHEN = (sys.executable, "-m", "lichen.common.cli")
 Observer = Callable[[str, list[int]], None]
 """Called with ``idle`` or ``loaded``, and the agents' process ids."""

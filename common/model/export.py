@@ -35,11 +35,12 @@ def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTra
         network.save_pretrained(directory)
     (network.base_model.model if plan.model.adapter.kind == "lora" else network).config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(_card(plan), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan), encoding="utf-8")
 
 
-def _card(plan: Plan) -> str:
-    lora = plan.model.adapter.kind == "lora"
+def card(plan: Plan, *, merged: bool = False) -> str:
+    """A README that says how to load a model: as it was trained, or ``merged`` into its base."""
+    lora = plan.model.adapter.kind == "lora" and not merged
     loader = _LOAD["lora" if lora else "full", plan.model.head.pooling]
     pooled = "(logits * mask).sum(1) / mask.sum(1)" if plan.model.head.pooling == "mean" else "logits"
     note = (

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(help="Measure this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help="Measure this machine.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 

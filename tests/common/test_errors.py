@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lichen.common.errors import Code, LichenError
+from lichen.common.errors import Code, LichenError, name_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "errors.md"
 
@@ -13,6 +13,10 @@ DOCS = Path(__file__).parents[2] / "docs" / "errors.md"
 def test_an_error_says_what_where_and_what_to_do():
     error = LichenError(Code.DATA_FIELD, "no field «body»", where="a.csv", fix="Map it.")
     assert str(error) == "error 41 (data-field): a.csv: no field «body»\n  Map it."
+
+
+def test_a_number_has_a_name():
+    assert (name_of(50), name_of(9999)) == ("privacy-budget", "unknown")
 
 
 def test_an_error_survives_a_copy_between_processes():

@@ -222,6 +222,9 @@ def test_a_new_or_empty_directory_is_free(tmp_path: Path) -> None:
 def test_a_run_is_there_already(directory: RunDirectory) -> None:
     assert "--resume" in refuses(Code.OUTPUT_EXISTS, lambda: open_for(directory.path, resume=False)).fix
     open_for(directory.path, resume=True)
+    open_for(directory.path, resume=True, plan=directory.plan)
+    other = directory.plan.model_copy(update={"seed": directory.plan.seed + 1})
+    assert "another plan" in refuses(Code.OUTPUT_UNUSABLE, lambda: open_for(directory.path, resume=True, plan=other)).what
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -244,6 +244,7 @@ def test_a_run_from_submission_to_the_fetched_model(
     lichen("export", run, "--home", service.home, "--out", tmp_path / "merged", "--format", "merged")
     lichen("export", run, "--home", service.home, "--out", tmp_path / "merged", code=Code.OUTPUT_EXISTS)
     same_scores(tmp_path / "peft", tmp_path / "merged")
+    assert "AutoModelForTokenClassification" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
 
     identity = agents["clinic-a"].identity
     models = tmp_path / "models"
