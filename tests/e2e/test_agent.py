@@ -386,14 +386,15 @@ def test_a_node_from_its_invite_to_its_leave(
     federation: Federation, tmp_path: Path, tiny_rows: Callable[..., list[dict[str, str]]], private_plan: dict[str, Any]
 ) -> None:
     home = tmp_path / "ward"
-    rows = write_rows(tmp_path / "rows.jsonl", tiny_rows(40))
+    # Which rows are held out is the node's secret: with so many, neither the size nor the scores below hang on the draw.
+    rows = write_rows(tmp_path / "rows.jsonl", tiny_rows(90))
     invite = make_invite(federation.store, federation.authority, "ward", federation.address, federation.enrolment)
     assert lichen("run", home=home).returncode == Code.AGENT_HOME_MISSING
     assert "ward" in lichen("join", invite, home=home).stdout
-    fields = ("--field", "text=text", "--field", "label=label")
+    fields = ("--field", "text=text", "--field", "label=label", "--holdout", "0.3")
     told = lichen("data", "add", rows, *fields, home=home)
-    assert "--declared-size 32" in told.stdout, told.stderr
-    assert lichen("data", "add", rows, *fields, "--declared-size", "32", home=home).returncode == 0
+    assert "--declared-size 64" in told.stdout, told.stderr
+    assert lichen("data", "add", rows, *fields, "--declared-size", "64", home=home).returncode == 0
     process = start(home)
     try:
         until(lambda: connected(federation, "ward"))
@@ -401,7 +402,7 @@ def test_a_node_from_its_invite_to_its_leave(
         plan = parse_plan(private_plan)
         reply = answer(grid, assign(federation, grid, "ward", plan))
         report = records.from_config(records.TrainReport, reply.content.config_records["report"])
-        assert (report.client, report.declared_size, report.train_loss, report.examples) == ("ward", 32, None, None)
+        assert (report.client, report.declared_size, report.train_loss, report.examples) == ("ward", 64, None, None)
         until(lambda: read_status(home).state == "idle")
         status = json.loads(lichen("status", "--json", home=home).stdout)
         assert (status["connected"], status["round"], status["name"]) == (True, 1, "ward")
