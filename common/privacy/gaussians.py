@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 PAIRS = 1 << 14
 """Pairs made at once: what is worked on stays in a core's cache, and is too short for torch to share out among threads."""
-AHEAD_LIMIT = 1 << 22
-"""Most numbers that are kept ready: 32 MiB."""
+AHEAD_LIMIT = 1 << 20
+"""Most numbers that are kept ready: 8 MiB. Reading more back from memory would take as long as to make them."""
 
 _RADIUS_BYTES, _ANGLE_BYTES = 8 * PAIRS, 4 * PAIRS
 _AES_BLOCK = 16
@@ -39,12 +39,12 @@ class Gaussians:
         """So many random bytes, which nobody gets again."""
         return self._stream.update(bytes(count))
 
-    def fill(self, values: torch.Tensor) -> None:
-        """Overwrite float64 values, shape (N,), with standard Gaussians."""
-        for part in values.split(2 * PAIRS):
-            self._fill(part)
+    def fill(self, values: torch.Tensor, std: float) -> None:
+        """Overwrite float64 values, shape (N,), with Gaussians of mean 0."""
+        for start in range(0, len(values), 2 * PAIRS):
+            self._fill(values[start : start + 2 * PAIRS], std)
 
-    def _fill(self, values: torch.Tensor) -> None:
+    def _fill(self, values: torch.Tensor, std: float) -> None:
         pairs = (len(values) + 1) // 2
         if pairs == PAIRS:
             self._stream.update_into(self._zeros, self._bits)
@@ -55,7 +55,7 @@ class Gaussians:
         radius, angle = self._radius[:pairs], self._angle[:pairs]
         # 53 bits with a sign, times 2^-53, plus a half and one step: uniform on (0, 1], exact, and its logarithm is finite
         radius.copy_(self._radius_bits[:pairs].bitwise_right_shift_(11))
-        radius.add_(2.0**52 + 1).mul_(2.0**-53).log_().mul_(-2.0).sqrt_()
+        radius.add_(2.0**52 + 1).mul_(2.0**-53).log_().mul_(-2.0 * std * std).sqrt_()
         angle.copy_(self._angle_bits[:pairs]).mul_(math.tau * 2.0**-32)
         torch.cos(angle, out=values[:pairs]).mul_(radius)
         rest = len(values) - pairs
@@ -82,13 +82,13 @@ class Ahead:
         """Numbers that it keeps ready."""
         return len(self._ring)
 
-    def take(self, values: torch.Tensor) -> int:
+    def take(self, values: torch.Tensor, std: float) -> int:
         """Fill float64 values, shape (N,), from the front as far as numbers are ready; how many those are. Each is taken once."""
         filled = 0
         while filled < len(values) and (ready := self._made - self._taken):
             start = self._taken % len(self._ring)
             count = min(ready, len(values) - filled, len(self._ring) - start)
-            values[filled : filled + count] = self._ring[start : start + count]
+            torch.mul(self._ring[start : start + count], std, out=values[filled : filled + count])
             with self._changed:  # only now may they be overwritten
                 self._taken += count
                 self._changed.notify()
@@ -100,7 +100,8 @@ class Ahead:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # which may be the one that collects what nobody needs any more
+            self._thread.join()
         self._taken = self._made
 
     def _run(self) -> None:
@@ -111,6 +112,6 @@ class Ahead:
                 if self._closed:
                     return
                 start = self._made % len(self._ring)
-            gaussians.fill(self._ring[start : start + 2 * PAIRS])
+            gaussians.fill(self._ring[start : start + 2 * PAIRS], 1.0)
             with self._changed:
                 self._made += 2 * PAIRS

@@ -193,17 +193,20 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self._clipped = None
 
     def add_noise(self) -> None:
-        """Put the clipped sum plus noise of standard deviation σ·C into each ``p.grad``.
+        """Put the clipped sum plus noise of standard deviation σ·C, over the expected batch size, into each ``p.grad``.
 
-        The sum is rounded to a grid: the low bits of a float tell which values were added (Mironov 2012), and a grid that is coarse
-        beside the noise's own and fine beside its size has no such bits.
+        The noised sum is rounded to a grid: the low bits of a float tell which values were added (Mironov 2012), and a grid that is
+        coarse beside the noise's own steps and fine beside its size has no such bits.
         """
         std = self.noise_multiplier * self.max_grad_norm
         grid = GRID * 2.0 ** math.floor(math.log2(std))
         for parameter in self.params:
-            total = parameter.summed_grad.view(-1)
+            total = parameter.summed_grad.reshape(-1)
             for part in total.split(NOISED_AT_ONCE):
                 # in 64 bits and in steps of the grid, which as a power of two changes no digit
                 noisy = self._source.normal(tuple(part.shape), std / grid).add_(part, alpha=1 / grid).round_()
-                part.copy_(noisy.mul_(grid))
+                part.copy_(noisy.mul_(grid / self.expected_batch_size))
             parameter.grad = total.view_as(parameter).to(parameter.dtype)
+
+    def scale_grad(self) -> None:
+        """Nothing: `add_noise` has divided already, on its way."""

@@ -47,6 +47,7 @@ class SecretSource:
         self._lock = threading.Lock()
         self._own = Gaussians()
         self._ahead: Ahead | None = None
+        self._finalizer: weakref.finalize[..., SecretSource] | None = None
 
     def uniform(self, count: int) -> torch.Tensor:
         """Shape (count,), float64, uniform on [0, 1): 53 random bits each."""
@@ -58,9 +59,9 @@ class SecretSource:
         """Gaussian with mean 0, float64."""
         values = torch.empty(math.prod(shape), dtype=torch.float64)
         with self._lock:
-            ready = self._ahead.take(values) if self._ahead else 0
-            self._own.fill(values[ready:])
-        return values.mul_(std).view(shape)
+            ready = self._ahead.take(values, std) if self._ahead else 0
+            self._own.fill(values[ready:], std)
+        return values.view(shape)
 
     def draw_ahead(self, count: int) -> None:
         """Keep so many Gaussians ready, at most `AHEAD_LIMIT`, if there is a core that torch does not use."""
@@ -70,14 +71,14 @@ class SecretSource:
         self.close()
         with self._lock:
             self._ahead = Ahead(count)
-            weakref.finalize(self, self._ahead.close)  # at exit at the latest
+            self._finalizer = weakref.finalize(self, self._ahead.close)  # at exit at the latest
 
     def close(self) -> None:
         """End the thread that draws ahead; what it had ready is dropped. Draws go on without it."""
         with self._lock:
-            if self._ahead:
-                self._ahead.close()
-                self._ahead = None
+            if self._finalizer:
+                self._finalizer()
+            self._ahead = self._finalizer = None
 
 
 _alive: weakref.WeakSet[SecretSource] = weakref.WeakSet()
@@ -86,6 +87,8 @@ _alive: weakref.WeakSet[SecretSource] = weakref.WeakSet()
 def _after_fork() -> None:
     # parent and child would hand out the same numbers, and the child has no thread
     for source in list(_alive):
+        if source._finalizer:
+            source._finalizer.detach()  # it would wait for a lock that the parent's thread may hold
         source._start()
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-WAYS = ("plain", "single-backward", "hooks")
+from lichen.common.errors import Code, LichenError
+
+WAYS = ("plain", "single-backward", "ahead", "hooks")
+"""Without privacy; private, with noise made in the step; the same with noise drawn ahead; and by Opacus' hooks."""
 ROWS = {64: 8, 256: 4}
 """Rows of a batch, by length."""
 LAYERS, HIDDEN, HEADS, INNER, VOCABULARY, RANK = 3, 384, 6, 1536, 30522, 8
@@ -34,8 +37,7 @@ class Config:
 def bench_privacy(repeats: int, lengths: Sequence[int], adapters: Sequence[str], hooks: bool = True) -> Iterator[dict[str, Any]]:
     """Time the steps of one batch in turn, in one process: without privacy by autograd and PEFT's own forward pass, and privately.
 
-    A private step has secret noise, drawn ahead where a core is free, and both end with AdamW. A ratio is the median over repeats of
-    paired ratios.
+    A private step has secret noise, and all end with AdamW. A ratio is the median over repeats of paired ratios.
 
     Args:
         repeats: steps of each kind.
@@ -44,14 +46,15 @@ def bench_privacy(repeats: int, lengths: Sequence[int], adapters: Sequence[str],
         hooks: whether Opacus' hooks run too, for comparison.
 
     Yields:
-        The configuration, ``plain_ms`` (CPU), ``cpu``, ``wall`` and ``memory`` ratios, ``hooks_cpu``, and the targets.
+        The configuration, ``plain_ms`` (CPU), and ratios to it: ``cpu`` with noise made in the step, ``wall`` with noise drawn ahead
+        (where a core is free), ``memory`` (the same, at its peak), ``hooks_cpu``, each beside its target.
     """
     for family, adapter, length in product(("bert", "llama"), adapters, lengths):
         config = Config(family, adapter, length)
         # Opacus has no rule for Llama's norms
-        ways = WAYS if hooks and (family, adapter) != ("llama", "full") else WAYS[:2]
+        ways = WAYS if hooks and (family, adapter) != ("llama", "full") else WAYS[:-1]
+        memory = {way: _peak_memory(config, way) for way in ("plain", "ahead")}
         times = _times(config, ways, repeats)
-        memory = {way: _peak_memory(config, way) for way in WAYS[:2]}
         cpu, wall, most = TARGETS[adapter]
         yield {
             "family": family,
@@ -60,8 +63,8 @@ def bench_privacy(repeats: int, lengths: Sequence[int], adapters: Sequence[str],
             "rows": ROWS[length],
             "plain_ms": 1000 * median(cpu_s for cpu_s, _ in times["plain"]),
             "cpu": _ratio(times, "single-backward", 0),
-            "wall": _ratio(times, "single-backward", 1),
-            "memory": memory["single-backward"] / memory["plain"],
+            "wall": _ratio(times, "ahead", 1),
+            "memory": memory["ahead"] / memory["plain"],
             "plain_mb": memory["plain"] / 1e6,
             "hooks_cpu": _ratio(times, "hooks", 0) if "hooks" in times else None,
             "targets": {"cpu": cpu, "wall": wall, "memory": most},
@@ -112,9 +115,12 @@ def make_step(config: Config, way: str) -> Callable[[], None]:
 
     if way == "plain":
         return plain
-    engine: Any = way
+    engine: Any = "hooks" if way == "hooks" else "single-backward"
     gradients = PerUnitGradients(TunedModel(network, trainable, frozenset()), losses, rows, engine)
-    noisy = NoisyOptimizer(optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=rows, source=SecretSource())
+    source = SecretSource()
+    noisy = NoisyOptimizer(optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=rows, source=source)
+    if way != "ahead":
+        source.close()
     units = [[row] for row in range(rows)]
     return lambda: gradients.step(noisy, units, lambda indices: {"input_ids": ids[indices], "labels": labels[indices]})
 
@@ -139,21 +145,24 @@ def _network(config: Config) -> Any:
 
 
 def _peak_memory(config: Config, way: str) -> int:
-    """Bytes of resident memory that a model and two steps add at their peak, in a process of its own."""
-    context = multiprocessing.get_context("fork")  # what is imported is there already, and counts for none
+    """Bytes of resident memory that a model and three steps add at their peak, in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(config, way, sender))
     child.start()
     sender.close()
     try:
         found: int = receiver.recv()
+    except EOFError:
+        raise LichenError(Code.CHECK_FAILED, "the process that measures memory ended early", where="lichen bench privacy") from None
     finally:
         child.join()
     return found
 
 
 def _measure(config: Config, way: str, sender: Any) -> None:
-    _network(Config(config.family, config.adapter, 64)).to("meta")  # what a first model leaves behind, such as imports, counts for none
+    make_step(Config(config.family, config.adapter, 64), way)  # what a first model leaves behind, such as imports, counts for none
     start = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak from here on
     step = make_step(config, way)
