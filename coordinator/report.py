@@ -15,11 +15,13 @@ from typing import Annotated, Any
 import typer
 from jinja2 import Environment, StrictUndefined
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, load_plan
+from lichen.common.privacy.statement import in_words, make_statement
 from lichen.common.result import Result, Round, read_result, schema, write_atomically
 from lichen.coordinator import charts
 
@@ -35,7 +37,6 @@ STATUS = {
     "failed": "The run failed before its end. What was finished is below.",
     "stopped": "The run was stopped before its end. What was finished is below.",
 }
-UNITS = {"example": "one row", "client": "all rows of one client"}
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -50,6 +51,7 @@ def write_report(directory: Path) -> Path:
         LichenError: OUTPUT_UNUSABLE, if there is no readable result, or the page can't be written; as `load_plan` raises.
     """
     result, plan = read_result(directory), load_plan(directory / "plan.yaml")
+    statement = make_statement(plan, result)
     clients = sorted(result.privacy.clients.items(), key=lambda found: -found[1].epsilon)[:ROWS]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -68,7 +70,8 @@ def write_report(directory: Path) -> Path:
         private=plan.private,
         status=STATUS[result.status],
         scores=scores(result),
-        privacy=privacy_in_words(result, plan),
+        statement=statement,
+        words=[part for part in in_words(statement, ROWS) if part[0] in {"What leaves a node", "Assumed", "Not protected"}],
         seeded=SEEDED if result.privacy.noise == "seeded: not private" else None,
         facts=_facts(result, plan),
         charts=_charts(result, plan),
@@ -142,20 +145,6 @@ def scores(result: Result) -> tuple[str, dict[str, Any]]:
         if told.validation:
             return f"validation split, round {told.round}", dict(told.validation)
     return "not scored", {}
-
-
-def privacy_in_words(result: Result, plan: Plan) -> list[str]:
-    """What was protected, from whom, and how far; a sentence each."""
-    found = result.privacy
-    if found.unit == "none":
-        return ["No differential privacy: the updates and the model may reveal rows that they were trained on."]
-    unit = UNITS.get(found.unit, f"all rows with one value of {plan.privacy.unit_field}")
-    return [
-        f"δ = {delta(found.delta)}, unit: {unit}, adjacency: {found.adjacency} of {unit}. Each client adds noise in every training step, "
-        "so that nothing leaves it un-noised.",
-        f"ε and δ bound what anyone who sees the updates or the model, the coordinator included, can learn of whether {unit} was in the "
-        "training data; smaller is safer. ε is computed from the noise and steps that each client reported.",
-    ]
 
 
 # --- parts of the page ---
@@ -289,9 +278,10 @@ def _print(result: Result, plan: Plan) -> None:
     table = Table.grid(padding=(0, 2))
     rows = {key: facts[key] for key in ("Name", "Status", "Engine", "Base model", "Adapter", "Clients", "Plan (SHA-256)")}
     rows["Scores"] = where + "".join(f"{', ' if index else ': '}{title(key)} {metric(found[key])}" for index, key in enumerate(found))
-    rows["Privacy"] = privacy_in_words(result, plan)[0]
-    if plan.private:
-        rows["ε, largest client"] = epsilon(result.privacy.max_epsilon)
+    statement = make_statement(plan, result)
+    rows["Privacy"] = statement.summary
+    if statement.worst:
+        rows["ε, largest client"] = epsilon(statement.worst.epsilon)
     if result.privacy.noise == "seeded: not private":
         rows["Not private"] = SEEDED
     transfer = result.transfer
@@ -302,7 +292,15 @@ def _print(result: Result, plan: Plan) -> None:
     if result.error:
         rows["Error"] = result.error
     for key, value in rows.items():
-        # names and errors come from others: no markup, and no character that steers a terminal
-        shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in value)
-        table.add_row(Text(key, style="bold"), Text(shown, overflow="fold"))
-    Console().print(table)
+        table.add_row(Text(key, style="bold"), _plain(value))
+    console = Console()
+    console.print(table)
+    for heading, sentences in in_words(statement)[1:]:
+        console.print("\n", Text(heading, style="bold"), sep="")
+        for sentence in sentences:
+            console.print(Padding(_plain(f"- {sentence}"), (0, 2)))
+
+
+def _plain(value: str) -> Text:
+    # names and errors come from others: no markup, and no character that steers a terminal
+    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in value), overflow="fold")

@@ -31,6 +31,7 @@ from lichen.common.errors import Code
 from lichen.common.model.export import save_model
 from lichen.common.pki import Authority, fingerprint, make_csr, make_key
 from lichen.common.plan import Plan, parse_plan
+from lichen.common.privacy.statement import Statement
 from lichen.common.private_files import write_private
 from lichen.common.tasks import workbench
 from lichen.coordinator.enrolment import EnrolmentService, make_invite
@@ -376,7 +377,7 @@ def finished_run(federation: Federation, plan: Plan) -> None:
     task, model, start = workbench(plan)
     bias = next(name for name in model.head if name.endswith("bias"))
     model.load({**start, bias: torch.tensor([0.0, 9.0, 0.0])})
-    save_model(directory / "model", plan, model, task.tokenizer)
+    save_model(directory / "model", plan, model, task.tokenizer, Statement(private=False, summary=""))
     (directory / "plan.yaml").write_text(plan.to_yaml())
     federation.store.add_run(RUN, plan.canonical_json(), str(RUN))
     federation.store.set_run_status(RUN, "finished")
