@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lichen.common.errors import Code, LichenError
+from lichen.common.errors import Code
 from lichen.common.plan import Plan, load_plan
 from lichen.common.privacy.statement import in_words, make_statement
-from lichen.common.result import Result, Round, read_result, schema, write_atomically
+from lichen.common.result import Result, Round, metric_title, read_result, schema
 from lichen.coordinator import charts
+from lichen.coordinator.pages import NONE, duration, epsilon, metric, size, write_page
 
 ROWS = 100
 """Longest table; the rest is in the run directory."""
 NAMED = 5
 """Failed clients that a row of the table names."""
-NONE = "–"
 SEEDED = "Noise was seeded so that the run repeats: these weights are not private."
 STATUS = {
     "running": "The run had not ended when this page was written, or it was cut off. It can go on from its last checkpoint.",
@@ -53,18 +50,10 @@ def write_report(directory: Path) -> Path:
     result, plan = read_result(directory), load_plan(directory / "plan.yaml")
     statement = make_statement(plan, result)
     clients = sorted(result.privacy.clients.items(), key=lambda found: -found[1].epsilon)[:ROWS]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "count": lambda value: NONE if value is None else f"{value:,}",
-        "metric": metric,
-        "epsilon": epsilon,
-        "bits": lambda value: NONE if value is None else f"{value:.3g}",
-        "delta": delta,
-        "bytes": size,
-        "duration": duration,
-        "title": title,
-    }
-    page = environment.from_string(files("lichen.coordinator").joinpath("report_template.html").read_text(encoding="utf-8")).render(
+    written = directory / "report.html"
+    write_page(
+        written,
+        "report_template.html",
         result=result,
         plan=plan,
         private=plan.private,
@@ -75,7 +64,6 @@ def write_report(directory: Path) -> Path:
         seeded=SEEDED if result.privacy.noise == "seeded: not private" else None,
         facts=_facts(result, plan),
         charts=_charts(result, plan),
-        size=charts,
         rounds=result.rounds[-ROWS:],
         metrics={kind: _keys(getattr(told, kind) for told in result.rounds) for kind in ("validation", "federated")},
         shows_loss=any(told.train_loss is not None for told in result.rounds),
@@ -84,57 +72,9 @@ def write_report(directory: Path) -> Path:
         clients=sorted(clients),
         snippet=_snippet(directory / "model" / "README.md"),
         has_model=(directory / "model").is_dir(),
-        written=datetime.fromtimestamp((directory / "result.json").stat().st_mtime, UTC),
+        at=datetime.fromtimestamp((directory / "result.json").stat().st_mtime, UTC),
     )
-    try:
-        write_atomically(directory / "report.html", page)
-    except OSError as error:
-        raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(directory / "report.html")) from None
-    return directory / "report.html"
-
-
-# --- values in words ---
-
-
-def metric(value: object) -> str:
-    """A score or a loss, to four places."""
-    if isinstance(value, float | int):
-        return f"{value:.4f}" if math.isfinite(value) else NONE
-    return NONE if value is None else str(value)
-
-
-def epsilon(value: float | None) -> str:
-    """An ε to three places, rounded up: a bound must not read lower than it is."""
-    return NONE if value is None else f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}"
-
-
-def delta(value: float | None) -> str:
-    """A δ, such as 1e-5."""
-    return NONE if value is None else re.sub(r"e-0*", "e-", f"{value:g}")
-
-
-def size(value: float | None) -> str:
-    """Bytes in decimal units."""
-    if value is None:
-        return NONE
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if (scaled := value / 10**power) >= 0.9995:
-            return f"{scaled:,.0f} {unit}" if scaled >= 999.5 else f"{scaled:.3g} {unit}"
-    return f"{value:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in hours, minutes and seconds."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def title(key: str) -> str:
-    """A metric's name."""
-    return {"macro_f1": "macro-F1"}.get(key, key.replace("_", " "))
+    return written
 
 
 def scores(result: Result) -> tuple[str, dict[str, Any]]:
@@ -199,7 +139,7 @@ def _charts(result: Result, plan: Plan) -> list[charts.Chart]:
         return list(zip((told.round for told in rounds), accumulate(getattr(told, key) for told in rounds), strict=True))
 
     def rates(kind: str) -> dict[str, list[tuple[int, float]]]:
-        return {title(key): of(kind, key) for key in ("accuracy", "macro_f1")}
+        return {metric_title(key): of(kind, key) for key in ("accuracy", "macro_f1")}
 
     budget = (plan.privacy.epsilon, f"the plan's ε = {plan.privacy.epsilon:g}") if plan.private else None
     drawn = [
@@ -277,7 +217,8 @@ def _print(result: Result, plan: Plan) -> None:
     where, found = scores(result)
     table = Table.grid(padding=(0, 2))
     rows = {key: facts[key] for key in ("Name", "Status", "Engine", "Base model", "Adapter", "Clients", "Plan (SHA-256)")}
-    rows["Scores"] = where + "".join(f"{', ' if index else ': '}{title(key)} {metric(found[key])}" for index, key in enumerate(found))
+    told = ", ".join(f"{metric_title(key)} {metric(value)}" for key, value in found.items())
+    rows["Scores"] = f"{where}: {told}" if told else where
     statement = make_statement(plan, result)
     rows["Privacy"] = statement.summary
     if statement.worst:

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.statement import as_markdown
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lichen.common.plan import Plan
     from lichen.common.privacy.statement import Statement
 
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 _LOAD = {
     ("lora", "mean"): "AutoPeftModelForTokenClassification",
     ("lora", "pooler"): "AutoPeftModelForSequenceClassification",
@@ -40,6 +42,21 @@ def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTra
     (network.base_model.model if plan.model.adapter.kind == "lora" else network).config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card(plan, statement), encoding="utf-8")
+
+
+def load_saved(directory: Path, model: TunedModel) -> None:
+    """Set a model's trainable tensors to those that `save_model` wrote.
+
+    Raises:
+        LichenError: STATE_MISMATCH, if there is no safetensors file, or it is of another plan.
+    """
+    from safetensors.torch import load_file
+
+    path = next((directory / name for name in _WEIGHTS if (directory / name).exists()), None)
+    if path is None:
+        raise LichenError(Code.STATE_MISMATCH, "the model holds no safetensors file", where=str(directory))
+    tensors = load_file(path)
+    model.load({name: tensor for name, tensor in tensors.items() if name in model.trainable})
 
 
 def card(plan: Plan, statement: Statement, *, merged: bool = False) -> str:

@@ -296,6 +296,8 @@ def _assumptions(plan: Plan, *, central: bool) -> Iterator[str]:
     yield "This run alone: what earlier or later runs spend on the same rows adds to it, and is kept in the node's ledger."
     yield "Each client's data are its own: who has rows at several clients adds up their ε and δ."
     yield "Labels, their descriptions, the base model and the plan are public, and were not made from these rows."
+    if plan.privacy.audit.canaries:
+        yield "Canaries were drawn, clipped and charged like rows; which of them were trained on is known to the node alone."
 
 
 def _segments(plan: Plan) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,10 @@ class Encoded(Protocol):
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, shape (N,)."""
+        ...
+
+    def select(self, indices: Sequence[int]) -> Self:
+        """Some of the examples, in that order."""
         ...
 
 
@@ -60,8 +64,15 @@ class Task(Protocol[E]):
         """
         ...
 
-    def made_up(self, rows: int) -> E:
-        """Examples that nobody wrote, of the shape of real ones: for the privacy self-check."""
+    def made_up(self, rows: int, key: str = "") -> E:
+        """Examples that nobody wrote, of the shape of real ones, with random targets; the same for the same ``key``.
+
+        For the privacy self-check, and for canaries, which an auditor makes again by their key.
+        """
+        ...
+
+    def join(self, first: E, second: E) -> E:
+        """The examples of both, in this order."""
         ...
 
     def collate(self, data: E, indices: Sequence[int]) -> Batch:

@@ -18,7 +18,8 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.result import ClientPrivacy, Privacy, Result, Round, Transfer
 from lichen.coordinator.charts import HEIGHT, WIDTH, chart
-from lichen.coordinator.report import app, duration, epsilon, metric, size, write_report
+from lichen.coordinator.pages import duration, epsilon, metric, size
+from lichen.coordinator.report import app, write_report
 
 LABELS = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
 PARAMETERS = 78_344
