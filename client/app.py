@@ -180,7 +180,7 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: 
             where=str(home / "data.yaml"),
             fix="Add the source again with a share below 1 as --holdout.",
         )
-    data = load(home, split, (*trainer.task.fields, *entity))
+    data = load(home, split, (*trainer.task.fields, *entity), fault=trainer.task.fault if plan.private else None)
     encoded = trainer.task.encode({field: data.column(field) for field in trainer.task.fields})
     units: dict[object, list[int]] = {}
     for row, owner in enumerate(data.column(entity[0]) if entity else range(len(data))):

@@ -200,7 +200,7 @@ def _rows(plan: Plan, homes: list[Path], directory: Path, bench: Workbench) -> t
     held_out: dict[str, list[object]] = {field: [] for field in fields}
     for home in homes:
         for split in ("train", "holdout"):
-            data = load(home, split, fields)
+            data = load(home, split, fields, fault=bench.task.fault if plan.private else None)
             for field in fields:
                 (train if split == "train" else held_out)[field] += data.column(field)
     for name in ("validation", "test"):

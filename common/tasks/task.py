@@ -56,6 +56,10 @@ class Task(Protocol[E]):
         """Load the base, attach the adapter, start the head."""
         ...
 
+    def fault(self, row: Mapping[str, object]) -> str | None:
+        """Why `encode` can't take a row, by that row alone, and without quoting it; None if it can."""
+        ...
+
     def encode(self, columns: Columns) -> E:
         """Turn rows into examples.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,11 @@ class TextClassification:
         model.network.train()
         self._start_head(base, model)
         return model
+
+    def fault(self, row: Mapping[str, object]) -> str | None:
+        """Whether its label is none of the plan's (see `Task.fault`)."""
+        label = self.plan.task.label_field
+        return None if str(row[label]) in self._index else f"{label!r} is none of the plan's labels"
 
     def encode(self, columns: Columns) -> EncodedTexts:
         """Tokenise texts, and look labels up (see `Task.encode`)."""

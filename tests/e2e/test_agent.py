@@ -286,7 +286,7 @@ def test_the_text_of_an_error_does_not_leave_under_privacy(
     federation: Federation, clinic: tuple[Path, psutil.Popen], tiny_plan: dict[str, Any], private_plan: dict[str, Any]
 ) -> None:
     home, _ = clinic
-    task = {"labels": ["crop", "metal"], "max_length": 32}  # the rows have a third
+    task = {"labels": ["crop", "metal", "money"], "max_length": 32, "text_field": "money"}  # which no source has
     (home / "policy.yaml").write_text(GENEROUS + ALLOW)
     try:
         grid = federation.grid()
@@ -294,7 +294,7 @@ def test_the_text_of_an_error_does_not_leave_under_privacy(
         private = answer(grid, assign(federation, grid, "clinic", parse_plan({**private_plan, "task": task}), 2))
     finally:
         (home / "policy.yaml").write_text(GENEROUS)
-    assert plain.error.code == private.error.code == Code.DATA_LABEL
+    assert plain.error.code == private.error.code == Code.DATA_FIELD
     assert "money" in (plain.error.reason or "")
     assert not private.error.reason
     assert b"money" not in (federation.store.reply(private.metadata.reply_to_message_id) or b"money")
