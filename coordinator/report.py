@@ -146,7 +146,7 @@ def _charts(result: Result, plan: Plan) -> list[charts.Chart]:
         charts.chart("Validation: accuracy and macro-F1", rates("validation"), metric),
         charts.chart("Clients' hold-outs: accuracy and macro-F1", rates("federated"), metric),
         charts.chart("Loss", {"training, mean over clients": told("train_loss"), "validation": of("validation", "loss")}, metric),
-        charts.chart("ε so far", {"largest client": told("epsilon")}, epsilon, from_zero=True, limit=budget),
+        charts.chart("ε so far", {"largest client, by its reports": told("epsilon")}, epsilon, from_zero=True, limit=budget),
         charts.chart(
             "Bytes so far, all clients",
             {"up, from clients": summed("uplink_bytes"), "down, to clients": summed("downlink_bytes")},

@@ -169,10 +169,10 @@ def _bounds(plan: Plan, result: Result) -> dict[str, Bound]:
     """Each client's bound: by its reports where these tell all, else the plan's ε, which its ledger does not let it pass."""
     privacy = plan.privacy
     if _central(plan):  # one for all, that no name tells who took part
-        spent = result.privacy.max_epsilon or 0.0
+        spent = (result.privacy.max_epsilon or 0.0) if result.status == "finished" else privacy.epsilon
         how = "rounds, noise and cohorts as the coordinator accounts for them"
         bound = Bound(epsilon=spent, delta=privacy.delta, epsilon_sum=spent, delta_sum=privacy.delta, how=how)
-        return {EVERY: bound} if spent else {}
+        return {EVERY: bound}
     failed = {name for told in result.rounds for name in told.errors}
     whole = result.status == "finished" and result.engine != "flower"  # stock Flower may ask twice, and a round under way is not told yet
     segments = 2 if plan.evaluation.federated_every else 1
@@ -204,7 +204,7 @@ def _claims(plan: Plan, result: Result, unit: str) -> Iterator[Claim]:
             (f"{unit}: whether a client's data were used at all", "the coordinator clips each update and adds noise to their sum"),
             ("who takes part in a round", "the coordinator's secret draw"),
         ):
-            yield Claim(what=what, against="whoever sees the model", by=by, verified_by="the coordinator (promised)")
+            yield Claim(what=what, against="whoever sees the models, other clients included", by=by, verified_by="the coordinator (promised)")
         return
     everyone = "everyone, the coordinator included"
     agent: Verified = "the agent"

@@ -22,6 +22,8 @@ from lichen.simulations.simulate import run
 CLASSES = 1600
 """Most canaries have a label to themselves, so that their gradients hardly overlap: the head alone is enough to find them by."""
 CLAIMED = 1.0
+DRAWN = 216
+"""Rows that a step draws, about: of 40 rows and 200 canaries nine tenths."""
 
 
 @pytest.fixture
@@ -82,13 +84,11 @@ def little_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def mean_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of the batch's mean loss, clipped as one, with noise as for a mean over rows; the check at start would refuse it."""
     monkeypatch.setattr(trainer, "self_check", lambda *_: None)
+    monkeypatch.setattr(trainer, "NoisyOptimizer", optimizer(noise_multiplier=1 / DRAWN, expected_batch_size=1 / DRAWN))
     real = PerUnitGradients.step
 
     def step(self: PerUnitGradients, optimizer: Any, units: Any, collate: Any) -> None:
-        noise, expected = optimizer.noise_multiplier, optimizer.expected_batch_size
-        optimizer.noise_multiplier, optimizer.expected_batch_size = noise / len(units), expected / len(units)
-        real(self, optimizer, [[row for unit in units for row in unit]], collate)
-        optimizer.noise_multiplier, optimizer.expected_batch_size = noise, expected
+        real(self, optimizer, [[row for unit in units for row in unit]], collate)  # a unit's gradient is the mean of its rows'
 
     monkeypatch.setattr(PerUnitGradients, "step", step)
 
