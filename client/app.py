@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from lichen.client import canaries
 from lichen.client.data import Split, load, read_manifest, stamp
 from lichen.client.ledger import Ledger, Limit, Limits
 from lichen.client.policy import enforce, load_policy
@@ -84,6 +85,8 @@ def _train(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
     start = records.get_tensors(message.content, node.spool)
     trainer.model.load(start)  # what does not fit is refused before it is charged
     rows = _rows(node, plan, "train", trainer)
+    if plan.privacy.audit.canaries:
+        rows = _with_canaries(node, plan, str(message.metadata.run_id), trainer, rows)
     if not plan.private:
         trained = trainer.train(start, rows.encoded, round, SeededSource("order", plan.seed, node.name, round))
         report = records.TrainReport(
@@ -177,12 +180,24 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: 
             where=str(home / "data.yaml"),
             fix="Add the source again with a share below 1 as --holdout.",
         )
-    data = load(home, split, (*trainer.task.fields, *entity))
+    data = load(home, split, (*trainer.task.fields, *entity), fault=trainer.task.fault if plan.private else None)
     encoded = trainer.task.encode({field: data.column(field) for field in trainer.task.fields})
     units: dict[object, list[int]] = {}
     for row, owner in enumerate(data.column(entity[0]) if entity else range(len(data))):
         units.setdefault(owner, []).append(row)
     return Rows(encoded, list(units.values()), data.declared_size)
+
+
+def _with_canaries(node: Node, plan: Plan, run: str, trainer: Trainer, rows: Rows) -> Rows:
+    """Rows and the canaries that the node's coin lets in: each a unit of its own, drawn, clipped and charged like any other.
+
+    The declared size stays what it is: it is a constant, and the denominator follows it.
+    """
+    kept = canaries.keep(node.home, plan, run, node.name, _source(node, "canaries", plan.seed, node.name))
+    made = trainer.task.made_up(kept.count, canaries.key(plan, node.name)).select(kept.included)
+    first = len(rows.encoded)
+    added = [[first + index] for index in range(len(made))]
+    return replace(rows, encoded=trainer.task.join(rows.encoded, made), units=[*rows.units, *added])
 
 
 @lru_cache(maxsize=1)

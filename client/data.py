@@ -1,12 +1,13 @@
 """The local data of a node: `data.yaml` (which files, which columns), its check, and its split into training and hold-out rows.
 
-Rows stay here. Nothing in this file logs a row; the texts of its errors are for the data owner, and under differential privacy only
-their number leaves the node.
+Rows stay here. Nothing in this file logs a row; the texts of its errors and warnings are for the data owner, and under differential
+privacy only an error's number leaves the node.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lichen.client.readers import BadRow, Reader, Row, TextRows, refuse, to_table
 from lichen.common.errors import Code, LichenError
 from lichen.common.private_files import write_private
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "holdout"]
 MANIFEST = "data.yaml"
@@ -224,8 +227,11 @@ def add_source(
     return source
 
 
-def load(home: Path, split: Split, fields: Sequence[str]) -> LocalData:
-    """The rows of one split, strictly: one bad row is an error.
+def load(home: Path, split: Split, fields: Sequence[str], *, fault: Callable[[Row], str | None] | None = None) -> LocalData:
+    """The rows of one split. Strictly, one bad row is an error; with ``fault`` it is left out, and told in this node's log alone.
+
+    Under privacy nothing else will do: an error that leaves the node tells of the row, and rows that one row takes with it are more than
+    the one that ε is for. So there a row is used or left out for what it says itself, and all values are read as text.
 
     A row's side is told by a hash of its mapped fields under the node's own key: it stays the same when the data is exported again in
     another order or format, equal rows are on one side, and nobody without the key can tell it. With a share, a row's side does not
@@ -236,10 +242,12 @@ def load(home: Path, split: Split, fields: Sequence[str]) -> LocalData:
         home: the node's home.
         split: ``train`` or ``holdout``.
         fields: the task fields to read; every source must map each of them.
+        fault: why the task can't use a row, by that row alone; None if it can.
 
     Raises:
         LichenError: DATA_FIELD if a source does not map a field, or two sources hold different types; DATA_EMPTY if no row is left to
-            train on (an empty hold-out is none); DATA_NOT_FOUND, DATA_FORMAT, DATA_ROW as the data is.
+            train on (an empty hold-out is none); DATA_NOT_FOUND, DATA_FORMAT, DATA_ROW as the data is. With ``fault`` neither DATA_ROW
+            nor DATA_EMPTY.
     """
     import pyarrow as pa
 
@@ -251,14 +259,18 @@ def load(home: Path, split: Split, fields: Sequence[str]) -> LocalData:
         if missing := [field for field in fields if field not in source.fields]:
             what = f"no column is mapped to {', '.join(map(repr, missing))}; mapped: {', '.join(source.fields)}"
             raise LichenError(Code.DATA_FIELD, what, where=source.path, fix=f"Add it again with --field {missing[0]}=COLUMN.")
-        reader = _reader(home, source)
-        rows = (row for side, row in _sides(home, source, manifest, reader) if side == split)
+        left_out = _LeftOut(source.path)
+        reader = _reader(home, source, left_out if fault else refuse, apart=fault is not None)
+        rows: Iterator[Row] = (row for side, row in _sides(home, source, manifest, reader) if side == split)
+        if fault:
+            rows = left_out.without(rows, fault)
         tables.append(to_table(reader, rows, home).select(list(fields)))
+        left_out.tell()
         if tables[-1].schema != tables[0].schema:
             what = f"its types differ from those of {manifest.sources[0].path}: {_types(tables[-1])}, not {_types(tables[0])}"
             raise LichenError(Code.DATA_FIELD, what, where=source.path, fix="Export both alike.")
     table = pa.concat_tables(tables)
-    if split == "train" and table.num_rows == 0:
+    if split == "train" and table.num_rows == 0 and not fault:
         raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(home / MANIFEST))
     sizes = [source.declared_size for source in manifest.sources]
     known = [size for size in sizes if size is not None]
@@ -333,8 +345,42 @@ def _report(home: Path, source: Source, manifest: Manifest, limit: int) -> Sourc
     )
 
 
-def _reader(home: Path, source: Source, on_bad: Callable[[BadRow], None] = refuse) -> Reader:
-    return Reader(home / source.path, source.fields, text_rows=source.text_rows, on_bad=on_bad)
+class _LeftOut:
+    """Counts the rows of a source that can't be used, for its owner's log."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._count = 0
+        self._first = ""
+
+    def __call__(self, bad: BadRow) -> None:
+        self._note(f"{bad.file}, row {bad.row}: {bad.reason}")
+
+    def without(self, rows: Iterator[Row], fault: Callable[[Row], str | None]) -> Iterator[Row]:
+        """Those rows that have no fault."""
+        for row in rows:
+            if (reason := fault(row)) is None:
+                yield row
+            else:
+                self._note(reason)
+
+    def tell(self) -> None:
+        """Warn, if there were any."""
+        if self._count:
+            log.warning(
+                "%s: %d rows can't be used and were left out, the first: %s (lichen client data check)",
+                self._source,
+                self._count,
+                self._first,
+            )
+
+    def _note(self, reason: str) -> None:
+        self._count += 1
+        self._first = self._first or reason
+
+
+def _reader(home: Path, source: Source, on_bad: Callable[[BadRow], None] = refuse, *, apart: bool = False) -> Reader:
+    return Reader(home / source.path, source.fields, text_rows=source.text_rows, on_bad=on_bad, apart=apart)
 
 
 def _sides(home: Path, source: Source, manifest: Manifest, reader: Reader | None = None) -> Iterator[tuple[Split, Row]]:

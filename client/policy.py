@@ -73,6 +73,8 @@ class Policy(_Section):
     """Whether all weights may be tuned (model.adapter.kind: full)."""
     evaluation: bool = True
     """Whether models may be scored on this node's held-out rows for the coordinator (evaluation.federated_every)."""
+    canaries: bool = False
+    """Whether a plan may add made-up, wrong rows to those trained on here (privacy.audit), to test its privacy. They cost accuracy."""
     threads: int | None = Field(default=None, ge=1)
     """Most threads of the worker that trains."""
     memory_mb: int | None = Field(default=None, ge=256)
@@ -183,6 +185,8 @@ class Policy(_Section):
                 yield _told("model.adapter.kind", "full", "full_tuning", False)
         elif self.max_rank is not None and plan.model.adapter.rank > self.max_rank:
             yield _told("model.adapter.rank", plan.model.adapter.rank, "max_rank", self.max_rank)
+        if plan.privacy.audit.canaries and not self.canaries:
+            yield _told("privacy.audit.canaries", plan.privacy.audit.canaries, "canaries", False)
         if plan.evaluation.federated_every and not self.evaluation:
             yield _told("evaluation.federated_every", plan.evaluation.federated_every, "evaluation", False)
 

@@ -59,6 +59,12 @@ def refuse(bad: BadRow) -> None:
     raise LichenError(Code.DATA_ROW, bad.reason, where=f"{bad.file}, row {bad.row}", fix=f"Mend the row. {_LIST_ALL}")
 
 
+class _Swallowed(str):
+    """The fault of a row that took the rest of its file with it, so that one row would decide over others."""
+
+    __slots__ = ()
+
+
 class Reader:
     """The checked rows of one source, under the names that the task uses.
 
@@ -67,15 +73,24 @@ class Reader:
         fields: task field → column. Text files have the columns ``text`` and ``file``. Empty: every column of the first row, by its name.
         text_rows: what one row of a text file is; blank lines are no rows.
         on_bad: told of each bad row, which is then left out; by default it raises.
+        apart: whether a row can be used may depend on that row alone, which privacy needs: all values are read as text, whatever type other
+            rows have, a JSON row without a column is a bad row also where it is the first, and no rows are no error.
 
     Iterating raises LichenError: DATA_NOT_FOUND, DATA_FORMAT (no known kind, or damaged as a whole), DATA_FIELD (no such column) and
     DATA_EMPTY (a file of no bytes, or no row at all), besides what ``on_bad`` raises.
     """
 
     def __init__(
-        self, path: Path, fields: Mapping[str, str], *, text_rows: TextRows = "line", on_bad: Callable[[BadRow], None] = refuse
+        self,
+        path: Path,
+        fields: Mapping[str, str],
+        *,
+        text_rows: TextRows = "line",
+        on_bad: Callable[[BadRow], None] = refuse,
+        apart: bool = False,
     ) -> None:
-        self.files = find_files(path)
+        self.files = find_files(path, empty=apart)
+        self._apart = apart
         self._path = path
         self._fields = dict(fields)
         self._text_rows = text_rows
@@ -87,7 +102,7 @@ class Reader:
         """The Arrow schema; known once a row was read."""
         import pyarrow as pa
 
-        return pa.schema(list(self._types.items()))
+        return pa.schema([(field, pa.string()) for field in self._fields] if self._apart else list(self._types.items()))
 
     def __iter__(self) -> Iterator[Row]:
         seen = False
@@ -98,20 +113,31 @@ class Reader:
                     reason = found if isinstance(found, str) else None
                     row: Row = {}
                     if isinstance(found, dict):
-                        row, reason = self._checked(file, found)
+                        row, reason = self._as_text(file, kind, found) if self._apart else self._checked(file, found)
+                    elif self._apart and isinstance(found, _Swallowed):
+                        raise LichenError(Code.DATA_FORMAT, f"row {number} {found}", where=str(file), fix=f"Mend it. {_LIST_ALL}")
                     if reason is None:
                         yield row
                     else:
                         self._on_bad(BadRow(str(file), number, reason))
             except OSError as error:
                 raise LichenError(Code.DATA_NOT_FOUND, f"can't be read: {error.strerror or error}", where=str(file)) from None
-        if not seen:
+        if not seen and not self._apart:
             raise LichenError(Code.DATA_EMPTY, "no rows", where=str(self._path), fix="Check that the export ran to its end.")
 
     def _raw(self, file: Path, kind: Kind) -> Iterator[tuple[int, Row | str]]:
         """Each row's number, with its columns or with the reason why it has none."""
         with file.open("rb") as binary:
-            _sniff(file, binary.read(4), kind)
+            start = binary.read(4)
+        if not start and self._apart:
+            return
+        try:
+            _sniff(file, start, kind)
+        except LichenError as error:
+            if not (self._apart and kind == "text" and self._text_rows == "document"):
+                raise
+            yield 1, error.what  # the file is the row
+            return
         if kind == "parquet":
             yield from _parquet_rows(file, set(self._fields.values()))
             return
@@ -130,12 +156,7 @@ class Reader:
         if not self._types:
             for field, column in self._fields.items():
                 if column not in found:
-                    raise LichenError(
-                        Code.DATA_FIELD,
-                        f"no column {column!r} for the field {field!r}; columns: {', '.join(map(str, found))}",
-                        where=str(file),
-                        fix=f"Map it: --field {field}=COLUMN.",
-                    )
+                    raise self._no_column(file, field, column, found)
         row: Row = {}
         types: dict[str, Any] = {}
         for field, column in self._fields.items():
@@ -151,12 +172,43 @@ class Reader:
         self._types = types  # only of whole rows: a bad first row does not decide
         return row, None
 
+    def _as_text(self, file: Path, kind: Kind, found: Row) -> tuple[Row, str | None]:
+        """A row with every value as text; its fault, if it has one, is its own."""
+        row: Row = {}
+        for field, column in self._fields.items():
+            if column not in found:
+                if kind == "jsonl":
+                    return {}, f"has no {column!r}"
+                raise self._no_column(file, field, column, found)
+            value = found[column]
+            fault = _value_fault(value)
+            if fault is None and isinstance(value, list | tuple | dict | bytes):
+                fault = "is neither text nor a number"
+            if fault is not None:
+                return {}, f"{column!r} {fault}"
+            row[field] = value if isinstance(value, str) else repr(value)
+        return row, None
 
-def find_files(path: Path) -> list[tuple[Path, Kind]]:
+    @staticmethod
+    def _no_column(file: Path, field: str, column: str, found: Row) -> LichenError:
+        return LichenError(
+            Code.DATA_FIELD,
+            f"no column {column!r} for the field {field!r}; columns: {', '.join(map(str, found))}",
+            where=str(file),
+            fix=f"Map it: --field {field}=COLUMN.",
+        )
+
+
+def find_files(path: Path, *, empty: bool = False) -> list[tuple[Path, Kind]]:
     """The files of a source, sorted, each with its kind by its suffix.
 
+    Args:
+        path: a file or a folder.
+        empty: whether a folder without files will do.
+
     Raises:
-        LichenError: DATA_NOT_FOUND if there is nothing; DATA_FORMAT for a file of no known kind, also within a folder.
+        LichenError: DATA_NOT_FOUND if there is nothing; DATA_EMPTY for a folder without files; DATA_FORMAT for a file of no known kind,
+            also within a folder.
     """
     if not path.exists():
         raise LichenError(Code.DATA_NOT_FOUND, "no such file or folder", where=str(path))
@@ -164,7 +216,7 @@ def find_files(path: Path) -> list[tuple[Path, Kind]]:
     if path.is_dir():
         inside = (file for file in path.rglob("*") if file.is_file())
         found = sorted(file for file in inside if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts))
-        if not found:
+        if not found and not empty:
             raise LichenError(Code.DATA_EMPTY, "the folder has no files", where=str(path))
     kinds: list[tuple[Path, Kind]] = []
     for file in found:
@@ -306,7 +358,8 @@ def _csv_rows(file: Path, stream: TextIO) -> Iterator[tuple[int, Row | str]]:
         except csv.Error as error:
             if header is None:
                 raise LichenError(Code.DATA_FORMAT, f"the header is not CSV: {error}", where=str(file)) from None
-            yield number, f"is not CSV: {error}"
+            fault = f"is not CSV: {error}"
+            yield number, _Swallowed(fault) if "unexpected end of data" in fault else fault
             continue
         if not cells:
             continue
@@ -319,7 +372,7 @@ def _csv_rows(file: Path, stream: TextIO) -> Iterator[tuple[int, Row | str]]:
         else:
             yield number, dict(zip(header, cells, strict=True))
     if ended_early:
-        yield reader.line_num + 1, f"{_TOO_LONG}; the rest of the file was not read"
+        yield reader.line_num + 1, _Swallowed(f"{_TOO_LONG}; the rest of the file was not read")
 
 
 def _text_rows(stream: TextIO, name: str, unit: TextRows) -> Iterator[tuple[int, Row | str]]:

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lichen.client.data import load
 from lichen.client.fetch import FetchedModel
 from lichen.client.policy import load_policy
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, load_plan
-
-if TYPE_CHECKING:
-    from lichen.common.model.adapter import TunedModel
-
-_WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,7 @@ def _before(fetched: FetchedModel) -> FetchedModel | None:
 
 
 def _score(home: Path, plan: Plan, fetched: FetchedModel | None) -> Scored:
+    from lichen.common.model.export import load_saved
     from lichen.common.tasks import make_task
 
     load_policy(home).check_model(plan.model.base)
@@ -69,16 +64,6 @@ def _score(home: Path, plan: Plan, fetched: FetchedModel | None) -> Scored:
         raise LichenError(Code.DATA_EMPTY, "no rows are held out", where=str(home), fix="Add the data again with --holdout 0.1.")
     model = task.build()
     if fetched is not None:
-        _load(model, fetched.model)
+        load_saved(fetched.model, model)
     scores = task.score(model.network, task.encode({field: rows.column(field) for field in task.fields}), plan.evaluation.batch_size)
     return Scored("start" if fetched is None else f"run {fetched.run_id}", len(rows), scores.metrics())
-
-
-def _load(model: TunedModel, directory: Path) -> None:
-    from safetensors.torch import load_file
-
-    path = next((directory / name for name in _WEIGHTS if (directory / name).exists()), None)
-    if path is None:
-        raise LichenError(Code.STATE_MISMATCH, "the fetched model holds no safetensors file", where=str(directory))
-    tensors = load_file(path)
-    model.load({name: tensor for name, tensor in tensors.items() if name in model.trainable})

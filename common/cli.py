@@ -24,6 +24,7 @@ COMMANDS = {
     "coordinator": ("lichen.coordinator.cli:app", "The service that operators run."),
     "client": ("lichen.client.cli:app", "The agent that data owners run."),
     "report": ("lichen.coordinator.report:app", "Show a run, or write its report.html again."),
+    "audit": ("lichen.simulations.audit:app", "Try to refute a finished run's privacy."),
     "bench": ("lichen.simulations.benchmarks.cli:app", "Measure this machine."),
 }
 

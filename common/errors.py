@@ -48,6 +48,7 @@ class Code(IntEnum):
     POLICY_REFUSED = 54
     POLICY_INVALID = 55
     POLICY_APPROVAL = 56
+    PRIVACY_REFUTED = 57
     # 60: channel
     CONNECT_FAILED = 60
     PAYLOAD_CORRUPT = 61

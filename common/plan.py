@@ -151,6 +151,15 @@ class Local(Section):
         return self
 
 
+class Audit(Section):
+    """Canaries: made-up rows, wrong on purpose, by which `lichen audit` looks for a leak after the run."""
+
+    canaries: int = Field(default=0, ge=0, le=100_000)
+    """For each client. A coin of the node's own decides of each whether it is trained on; they cost accuracy, like other wrong rows."""
+    baseline: bool = False
+    """Permits canaries without privacy (`unit: none`), to see what the audit finds where nothing is protected."""
+
+
 class Privacy(Section):
     """Differential privacy. Adjacency is add/remove of one unit; each client's ε holds against everyone, the coordinator included."""
 
@@ -170,6 +179,7 @@ class Privacy(Section):
     """Poisson sampling rate of a step; by default `local.batch_size` / the declared size."""
     gradients: Literal["single-backward", "hooks"] = "single-backward"
     """How units' gradients are clipped: in one ordinary backward pass, or by Opacus' hooks, which are slower. The sums are the same."""
+    audit: Audit = Audit()
 
     @model_validator(mode="after")
     def _entity_is_named(self) -> Self:
@@ -379,6 +389,14 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "local.epochs under differential privacy needs privacy.sample_rate: the number of steps must not depend on true sizes",
             "Set privacy.sample_rate, or local.steps instead of local.epochs.",
         )
+    if plan.privacy.audit.canaries and plan.privacy.unit not in {"example", "entity"}:
+        if plan.private:
+            refuse(f"privacy.audit has canaries that are rows, not a {plan.privacy.unit}", "Set privacy.audit.canaries: 0.")
+        if not plan.privacy.audit.baseline:
+            refuse(
+                "privacy.audit.canaries without privacy: there is no claim to test",
+                "Set privacy.unit, or privacy.audit.baseline: true to see what the audit finds without.",
+            )
     if plan.privacy.unit == "entity" and plan.evaluation.federated_every:
         refuse(
             "federated evaluation under unit: entity would read an entity on both sides: hold-outs are drawn by row",

@@ -43,6 +43,8 @@ class Rule(Enum):
     NOISED = "depends on the data; carries calibrated noise and is charged to the accountant"
     PLAIN = "depends on the data; sent only where the plan has no differential privacy (unit: none)"
     ERROR = "an error number; under privacy without text"
+    PROTOCOL = "the state of the connection: an id, a key, a version, an offset; it does not depend on the data"
+    TIME = "when it was sent, which depends on how long the work took; neither noised nor hidden"
 
 
 # The payload (the update itself) is NOISED under privacy: it is made of noised steps only.

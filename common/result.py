@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.statement import Statement
 
 Status = Literal["running", "finished", "failed", "stopped"]
 
@@ -80,6 +81,8 @@ class Privacy(_Section):
     noise: Literal["secret", "seeded: not private"] | None = None
     """Where the noise came from. A simulation's repeats, so it protects nobody."""
     clients: dict[str, ClientPrivacy] = Field(default_factory=dict)
+    statement: Statement | None = None
+    """What is protected, from whom, verified by whom, how far, and what is not; null in a result of an older lichen."""
 
 
 class Transfer(_Section):

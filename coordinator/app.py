@@ -17,6 +17,7 @@ from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import save_model
 from lichen.common.plan import Plan, plan_from_json
+from lichen.common.privacy.statement import make_statement
 from lichen.common.result import Metrics, Result, Transfer
 from lichen.common.tasks import workbench
 from lichen.coordinator.report import write_report
@@ -108,7 +109,8 @@ def main(grid: Grid, context: Context) -> None:
         strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)
         final = strategy.final_model()
         own.model.load(final)
-        save_model(directory.path / "model", plan, own.model, own.task.tokenizer)
+        statement = make_statement(plan, result.model_copy(update={"status": "finished"}))
+        save_model(directory.path / "model", plan, own.model, own.task.tokenizer, statement)
         for split, found in (("test", own.test(final)), ("validation", own.validation(final))):
             if found is not None and result.final is None:
                 result.final = {"split": split, **found}

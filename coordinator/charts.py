@@ -1,4 +1,4 @@
-"""Line charts against rounds, laid out as numbers for an SVG in a template: no library, and colours follow the page's theme."""
+"""Line charts, laid out as numbers for an SVG in a template: no library, and colours follow the page's theme."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 20, 10, 40
 DOTS = 60
 """Up to so many rounds, each point has a dot that tells its value."""
 
-Points = Sequence[tuple[int, float]]
-"""Round and value; rounds without a value are left out."""
+Points = Sequence[tuple[float, float]]
+"""x, such as a round, and value; where there is no value the point is left out."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Chart:
     y_ticks: tuple[tuple[float, str], ...]
     limit: tuple[float, str] | None
     """Height and label of a line that the series should stay under."""
+    axis: str
+    """What lies across, such as `round`."""
 
 
 def chart(
@@ -48,6 +50,8 @@ def chart(
     tick: Callable[[float], str] = "{:g}".format,
     from_zero: bool = False,
     limit: tuple[float, str] | None = None,
+    axis: str = "round",
+    whole: bool = True,
 ) -> Chart | None:
     """Lay out a chart.
 
@@ -58,6 +62,8 @@ def chart(
         tick: a value in words beside the axis.
         from_zero: start the axis at 0, not at the smallest value.
         limit: a value that the series should stay under, and its label.
+        axis: what lies across.
+        whole: whether only whole numbers lie there, which also means that the last point is worth telling.
 
     Returns:
         The chart; None if there is no point to draw.
@@ -80,17 +86,18 @@ def chart(
         return round(HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
     def line(label: str, points: Points) -> Line:
-        told = [(across(x), down(y), f"round {x}: {label} {show(y)}") for x, y in points]
+        told = [(across(x), down(y), f"{axis} {x:g}: {label} {show(y)}") for x, y in points]
         path = " ".join(f"{x},{y}" for x, y, _ in told)
-        return Line(label, show(points[-1][1]), path, tuple(told) if len(told) <= DOTS else ())
+        return Line(label, show(points[-1][1]) if whole else "", path, tuple(told) if len(told) <= DOTS else ())
 
-    whole = [x for x in _ticks(first, last, 6) if first <= x <= last and x == int(x)]
+    marks = [x for x in _ticks(first, last, 6) if first <= round(x, 9) <= last and (not whole or x == int(x))]
     return Chart(
         title,
         tuple(line(label, points) for label, points in found.items()),
-        tuple((across(x), f"{int(x):,}") for x in whole or [first]),
+        tuple((across(x), f"{x:,.10g}") for x in marks or [first]),
         tuple((down(y), tick(y)) for y in y_ticks),
         (down(limit[0]), limit[1]) if limit else None,
+        axis,
     )
 
 

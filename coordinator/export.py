@@ -9,6 +9,8 @@ from typing import Literal
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import card
 from lichen.common.plan import load_plan
+from lichen.common.privacy.statement import make_statement
+from lichen.common.result import read_result
 
 Format = Literal["peft", "merged"]
 
@@ -61,4 +63,5 @@ def _merge(run: Path, model: Path, out: Path) -> None:
     finally:
         logging.set_verbosity(verbosity)
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
-    (out / "README.md").write_text(card(plan, merged=True), encoding="utf-8")
+    statement = make_statement(plan, read_result(run))
+    (out / "README.md").write_text(card(plan, statement, merged=True), encoding="utf-8")

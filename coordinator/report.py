@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from jinja2 import Environment, StrictUndefined
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lichen.common.errors import Code, LichenError
+from lichen.common.errors import Code
 from lichen.common.plan import Plan, load_plan
-from lichen.common.result import Result, Round, metric_title, read_result, schema, write_atomically
+from lichen.common.privacy.statement import in_words, make_statement
+from lichen.common.result import Result, Round, metric_title, read_result, schema
 from lichen.coordinator import charts
+from lichen.coordinator.pages import NONE, duration, epsilon, metric, size, write_page
 
 ROWS = 100
 """Longest table; the rest is in the run directory."""
 NAMED = 5
 """Failed clients that a row of the table names."""
-NONE = "–"
 SEEDED = "Noise was seeded so that the run repeats: these weights are not private."
 STATUS = {
     "running": "The run had not ended when this page was written, or it was cut off. It can go on from its last checkpoint.",
@@ -35,7 +34,6 @@ STATUS = {
     "failed": "The run failed before its end. What was finished is below.",
     "stopped": "The run was stopped before its end. What was finished is below.",
 }
-UNITS = {"example": "one row", "client": "all rows of one client"}
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -50,29 +48,22 @@ def write_report(directory: Path) -> Path:
         LichenError: OUTPUT_UNUSABLE, if there is no readable result, or the page can't be written; as `load_plan` raises.
     """
     result, plan = read_result(directory), load_plan(directory / "plan.yaml")
+    statement = make_statement(plan, result)
     clients = sorted(result.privacy.clients.items(), key=lambda found: -found[1].epsilon)[:ROWS]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "count": lambda value: NONE if value is None else f"{value:,}",
-        "metric": metric,
-        "epsilon": epsilon,
-        "bits": lambda value: NONE if value is None else f"{value:.3g}",
-        "delta": delta,
-        "bytes": size,
-        "duration": duration,
-        "title": metric_title,
-    }
-    page = environment.from_string(files("lichen.coordinator").joinpath("report_template.html").read_text(encoding="utf-8")).render(
+    written = directory / "report.html"
+    write_page(
+        written,
+        "report_template.html",
         result=result,
         plan=plan,
         private=plan.private,
         status=STATUS[result.status],
         scores=scores(result),
-        privacy=privacy_in_words(result, plan),
+        statement=statement,
+        words=[part for part in in_words(statement, ROWS) if part[0] in {"What leaves a node", "Assumed", "Not protected"}],
         seeded=SEEDED if result.privacy.noise == "seeded: not private" else None,
         facts=_facts(result, plan),
         charts=_charts(result, plan),
-        size=charts,
         rounds=result.rounds[-ROWS:],
         metrics={kind: _keys(getattr(told, kind) for told in result.rounds) for kind in ("validation", "federated")},
         shows_loss=any(told.train_loss is not None for told in result.rounds),
@@ -81,52 +72,9 @@ def write_report(directory: Path) -> Path:
         clients=sorted(clients),
         snippet=_snippet(directory / "model" / "README.md"),
         has_model=(directory / "model").is_dir(),
-        written=datetime.fromtimestamp((directory / "result.json").stat().st_mtime, UTC),
+        at=datetime.fromtimestamp((directory / "result.json").stat().st_mtime, UTC),
     )
-    try:
-        write_atomically(directory / "report.html", page)
-    except OSError as error:
-        raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(directory / "report.html")) from None
-    return directory / "report.html"
-
-
-# --- values in words ---
-
-
-def metric(value: object) -> str:
-    """A score or a loss, to four places."""
-    if isinstance(value, float | int):
-        return f"{value:.4f}" if math.isfinite(value) else NONE
-    return NONE if value is None else str(value)
-
-
-def epsilon(value: float | None) -> str:
-    """An ε to three places, rounded up: a bound must not read lower than it is."""
-    return NONE if value is None else f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}"
-
-
-def delta(value: float | None) -> str:
-    """A δ, such as 1e-5."""
-    return NONE if value is None else re.sub(r"e-0*", "e-", f"{value:g}")
-
-
-def size(value: float | None) -> str:
-    """Bytes in decimal units."""
-    if value is None:
-        return NONE
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if (scaled := value / 10**power) >= 0.9995:
-            return f"{scaled:,.0f} {unit}" if scaled >= 999.5 else f"{scaled:.3g} {unit}"
-    return f"{value:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in hours, minutes and seconds."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    return written
 
 
 def scores(result: Result) -> tuple[str, dict[str, Any]]:
@@ -137,20 +85,6 @@ def scores(result: Result) -> tuple[str, dict[str, Any]]:
         if told.validation:
             return f"validation split, round {told.round}", dict(told.validation)
     return "not scored", {}
-
-
-def privacy_in_words(result: Result, plan: Plan) -> list[str]:
-    """What was protected, from whom, and how far; a sentence each."""
-    found = result.privacy
-    if found.unit == "none":
-        return ["No differential privacy: the updates and the model may reveal rows that they were trained on."]
-    unit = UNITS.get(found.unit, f"all rows with one value of {plan.privacy.unit_field}")
-    return [
-        f"δ = {delta(found.delta)}, unit: {unit}, adjacency: {found.adjacency} of {unit}. Each client adds noise in every training step, "
-        "so that nothing leaves it un-noised.",
-        f"ε and δ bound what anyone who sees the updates or the model, the coordinator included, can learn of whether {unit} was in the "
-        "training data; smaller is safer. ε is computed from the noise and steps that each client reported.",
-    ]
 
 
 # --- parts of the page ---
@@ -212,7 +146,7 @@ def _charts(result: Result, plan: Plan) -> list[charts.Chart]:
         charts.chart("Validation: accuracy and macro-F1", rates("validation"), metric),
         charts.chart("Clients' hold-outs: accuracy and macro-F1", rates("federated"), metric),
         charts.chart("Loss", {"training, mean over clients": told("train_loss"), "validation": of("validation", "loss")}, metric),
-        charts.chart("ε so far", {"largest client": told("epsilon")}, epsilon, from_zero=True, limit=budget),
+        charts.chart("ε so far", {"largest client, by its reports": told("epsilon")}, epsilon, from_zero=True, limit=budget),
         charts.chart(
             "Bytes so far, all clients",
             {"up, from clients": summed("uplink_bytes"), "down, to clients": summed("downlink_bytes")},
@@ -285,9 +219,10 @@ def _print(result: Result, plan: Plan) -> None:
     rows = {key: facts[key] for key in ("Name", "Status", "Engine", "Base model", "Adapter", "Clients", "Plan (SHA-256)")}
     told = ", ".join(f"{metric_title(key)} {metric(value)}" for key, value in found.items())
     rows["Scores"] = f"{where}: {told}" if told else where
-    rows["Privacy"] = privacy_in_words(result, plan)[0]
-    if plan.private:
-        rows["ε, largest client"] = epsilon(result.privacy.max_epsilon)
+    statement = make_statement(plan, result)
+    rows["Privacy"] = statement.summary
+    if statement.worst:
+        rows["ε, largest client"] = epsilon(statement.worst.epsilon)
     if result.privacy.noise == "seeded: not private":
         rows["Not private"] = SEEDED
     transfer = result.transfer
@@ -298,7 +233,15 @@ def _print(result: Result, plan: Plan) -> None:
     if result.error:
         rows["Error"] = result.error
     for key, value in rows.items():
-        # names and errors come from others: no markup, and no character that steers a terminal
-        shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in value)
-        table.add_row(Text(key, style="bold"), Text(shown, overflow="fold"))
-    Console().print(table)
+        table.add_row(Text(key, style="bold"), _plain(value))
+    console = Console()
+    console.print(table)
+    for heading, sentences in in_words(statement)[1:]:
+        console.print("\n", Text(heading, style="bold"), sep="")
+        for sentence in sentences:
+            console.print(Padding(_plain(f"- {sentence}"), (0, 2)))
+
+
+def _plain(value: str) -> Text:
+    # names and errors come from others: no markup, and no character that steers a terminal
+    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in value), overflow="fold")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment
+from lichen.common.privacy.statement import make_statement
 from lichen.common.result import Result, Round, write_atomically
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ class RunDirectory:
     # --- what is told ---
 
     def save_result(self, result: Result) -> None:
-        """Write `result.json`, and `metrics.jsonl` with its rounds."""
+        """Write `result.json` with the privacy statement as it now is, and `metrics.jsonl` with its rounds."""
+        result.privacy.statement = make_statement(self.plan, result)
         write_atomically(self.path / "metrics.jsonl", "".join(line.model_dump_json() + "\n" for line in result.rounds))
         write_atomically(self.path / "result.json", result.model_dump_json(indent=2) + "\n")
 

@@ -6,12 +6,17 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.statement import as_markdown
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lichen.common.model.adapter import TunedModel
     from lichen.common.plan import Plan
+    from lichen.common.privacy.statement import Statement
 
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 _LOAD = {
     ("lora", "mean"): "AutoPeftModelForTokenClassification",
     ("lora", "pooler"): "AutoPeftModelForSequenceClassification",
@@ -20,7 +25,7 @@ _LOAD = {
 }
 
 
-def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTrainedTokenizerBase, statement: Statement) -> None:
     """Save the adapter (`lora`) or the whole model, the configuration, the tokenizer, and a card that says how to load them.
 
     Args:
@@ -28,6 +33,7 @@ def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTra
         plan: what was trained.
         model: the model, with its final tensors loaded.
         tokenizer: the base model's.
+        statement: of the run's privacy, for the card.
     """
     network: Any = model.network
     with warnings.catch_warnings():
@@ -35,11 +41,26 @@ def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTra
         network.save_pretrained(directory)
     (network.base_model.model if plan.model.adapter.kind == "lora" else network).config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan, statement), encoding="utf-8")
 
 
-def card(plan: Plan, *, merged: bool = False) -> str:
-    """A README that says how to load a model: as it was trained, or ``merged`` into its base."""
+def load_saved(directory: Path, model: TunedModel) -> None:
+    """Set a model's trainable tensors to those that `save_model` wrote.
+
+    Raises:
+        LichenError: STATE_MISMATCH, if there is no safetensors file, or it is of another plan.
+    """
+    from safetensors.torch import load_file
+
+    path = next((directory / name for name in _WEIGHTS if (directory / name).exists()), None)
+    if path is None:
+        raise LichenError(Code.STATE_MISMATCH, "the model holds no safetensors file", where=str(directory))
+    tensors = load_file(path)
+    model.load({name: tensor for name, tensor in tensors.items() if name in model.trainable})
+
+
+def card(plan: Plan, statement: Statement, *, merged: bool = False) -> str:
+    """A README that says how to load a model, as it was trained or ``merged`` into its base, and what of its rows is protected."""
     lora = plan.model.adapter.kind == "lora" and not merged
     loader = _LOAD["lora" if lora else "full", plan.model.head.pooling]
     pooled = "(logits * mask).sum(1) / mask.sum(1)" if plan.model.head.pooling == "mean" else "logits"
@@ -74,4 +95,5 @@ mask = batch["attention_mask"].unsqueeze(-1)
 scores = {pooled}
 print([labels[index] for index in scores.argmax(-1)])
 ```
-"""
+
+{as_markdown(statement)}"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,10 @@ class Encoded(Protocol):
         """Tokens of each example, shape (N,)."""
         ...
 
+    def select(self, indices: Sequence[int]) -> Self:
+        """Some of the examples, in that order."""
+        ...
+
 
 E = TypeVar("E", bound=Encoded)
 
@@ -52,6 +56,10 @@ class Task(Protocol[E]):
         """Load the base, attach the adapter, start the head."""
         ...
 
+    def fault(self, row: Mapping[str, object]) -> str | None:
+        """Why `encode` can't take a row, by that row alone, and without quoting it; None if it can."""
+        ...
+
     def encode(self, columns: Columns) -> E:
         """Turn rows into examples.
 
@@ -60,8 +68,15 @@ class Task(Protocol[E]):
         """
         ...
 
-    def made_up(self, rows: int) -> E:
-        """Examples that nobody wrote, of the shape of real ones: for the privacy self-check."""
+    def made_up(self, rows: int, key: str = "") -> E:
+        """Examples that nobody wrote, of the shape of real ones, with random targets; the same for the same ``key``.
+
+        For the privacy self-check, and for canaries, which an auditor makes again by their key.
+        """
+        ...
+
+    def join(self, first: E, second: E) -> E:
+        """The examples of both, in this order."""
         ...
 
     def collate(self, data: E, indices: Sequence[int]) -> Batch:

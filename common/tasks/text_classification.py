@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,10 @@ class EncodedTexts:
     def lengths(self) -> np.ndarray:
         """Tokens of each example, shape (N,)."""
         return np.array([len(ids) for ids in self.tokens], dtype=np.int64)
+
+    def select(self, indices: Sequence[int]) -> EncodedTexts:
+        """Some of the examples, in that order."""
+        return EncodedTexts([self.tokens[index] for index in indices], self.labels[list(indices)])
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,11 @@ class TextClassification:
         self._start_head(base, model)
         return model
 
+    def fault(self, row: Mapping[str, object]) -> str | None:
+        """Whether its label is none of the plan's (see `Task.fault`)."""
+        label = self.plan.task.label_field
+        return None if str(row[label]) in self._index else f"{label!r} is none of the plan's labels"
+
     def encode(self, columns: Columns) -> EncodedTexts:
         """Tokenise texts, and look labels up (see `Task.encode`)."""
         texts, names = (columns[field] for field in self.fields)
@@ -127,14 +137,18 @@ class TextClassification:
         labels = torch.tensor([self._index[str(name)] for name in names], dtype=torch.int64)
         return EncodedTexts(self._tokens([str(text) for text in texts]), labels)
 
-    def made_up(self, rows: int) -> EncodedTexts:
+    def made_up(self, rows: int, key: str = "") -> EncodedTexts:
         """Random tokens of random lengths, and random labels."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
         lengths = torch.randint(3, min(self.plan.task.max_length, 24) + 1, (rows,), generator=generator).tolist()
         ordinary = sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
         picks = [torch.randint(len(ordinary), (length,), generator=generator).tolist() for length in lengths]
         labels = torch.randint(len(self.plan.task.labels), (rows,), generator=generator)
         return EncodedTexts([np.array([ordinary[pick] for pick in row], dtype=np.int32) for row in picks], labels)
+
+    def join(self, first: EncodedTexts, second: EncodedTexts) -> EncodedTexts:
+        """The examples of both (see `Task.join`)."""
+        return EncodedTexts([*first.tokens, *second.tokens], torch.cat([first.labels, second.labels]))
 
     def collate(self, data: EncodedTexts, indices: Sequence[int]) -> Batch:
         """A batch padded to its longest text: ``input_ids`` and ``attention_mask`` (B, T), ``labels`` (B,)."""

@@ -197,18 +197,13 @@ def bare_number(reply: Message, code: Code) -> None:
         assert text.encode() not in wire, text
 
 
-def bad_label(home: Path, rows: list[dict[str, Any]]) -> None:
-    write_home(home, [*rows, *({"text": SECRET, "label": f"plague{n}"} for n in range(30))])
-
-
-def bad_row(home: Path, rows: list[dict[str, Any]]) -> None:
+def open_quote(home: Path, rows: list[dict[str, Any]]) -> None:
+    """A row that takes the rest of its file with it: then the file is at fault."""
     write_home(home, rows)
-    (home / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"text": SECRET}) + "\n")
-
-
-def not_json(home: Path, rows: list[dict[str, Any]]) -> None:
-    write_home(home, rows)
-    (home / "rows.jsonl").write_text(f'{{"text": "{SECRET}\n')
+    (home / "rows.jsonl").unlink()
+    (home / "rows.csv").write_text('text,label\n"wheat,crop\n' + "corn,crop\n" * 9)
+    manifest = home / "data.yaml"
+    manifest.write_text(manifest.read_text().replace("rows.jsonl", "rows.csv"))
 
 
 def missing_file(home: Path, rows: list[dict[str, Any]]) -> None:
@@ -246,9 +241,7 @@ def broken_policy(home: Path, rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("provoke", "code"),
     [
-        (bad_label, Code.DATA_LABEL),
-        (bad_row, Code.DATA_ROW),
-        (not_json, Code.DATA_ROW),
+        (open_quote, Code.DATA_FORMAT),
         (missing_file, Code.DATA_NOT_FOUND),
         (no_data, Code.DATA_NOT_FOUND),
         (no_declared_size, Code.DATA_DECLARED_SIZE),
@@ -271,6 +264,72 @@ def test_failures_leave_a_number_and_nothing_else(
     with caplog.at_level(logging.ERROR):
         bare_number(ask(tmp_path / "node", plan_of()), code)
     assert f"error {int(code)}" in caplog.text, "the owner reads the reason in the log"
+
+
+BAD_ROWS = {
+    "another label": json.dumps({"text": SECRET, "label": "plague"}),
+    "no label": json.dumps({"text": SECRET}),
+    "null": json.dumps({"text": None, "label": "crop"}),
+    "empty": json.dumps({"text": "  ", "label": "crop"}),
+    "a list": json.dumps({"text": [SECRET], "label": "crop"}),
+    "no object": json.dumps([SECRET]),
+    "no JSON": f'{{"text": "{SECRET}',
+    "bytes": b'{"text": "\xff", "label": "crop"}'.decode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS.values(), ids=BAD_ROWS)
+@pytest.mark.parametrize("unit", ["example", "entity"])
+def test_a_row_that_cannot_be_used_changes_nothing_that_leaves(
+    tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan], caplog: pytest.LogCaptureFixture, bad: str, unit: str
+) -> None:
+    """Bit for bit, with the noise that a simulation repeats; wherever the row stands, first too, which else decides on types."""
+    rows = [row | {"who": f"p{index % 9}"} for index, row in enumerate(tiny_rows(30))]
+    home = write_home(tmp_path / "node", rows, fields={"text": "text", "label": "label", "who": "who"})
+    plan = plan_of(privacy={"unit": unit} | ({"unit_field": "who"} if unit == "entity" else {}))
+    expected = told(ask(home, plan, simulated=True))
+    lines = (home / "rows.jsonl").read_bytes().splitlines()
+    for place in (0, 15, 30):
+        (home / "rows.jsonl").write_bytes(b"\n".join([*lines[:place], bad.encode("latin-1"), *lines[place:]]))
+        with caplog.at_level(logging.WARNING):
+            assert told(ask(home, plan, simulated=True)) == expected
+        assert "1 rows can't be used" in caplog.text, "the owner is told"
+        assert SECRET not in caplog.text
+        caplog.clear()
+
+
+def told(reply: Message) -> tuple[dict[str, Any], bytes]:
+    """All that a reply says: its report and the update's bytes."""
+    return report_of(reply), reply.content.array_records["payload"]["payload"].data
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", json.dumps({"text": SECRET, "label": "plague"})])
+def test_no_row_that_can_be_used_is_no_error_either(tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan], text: str) -> None:
+    """Else the only row of a node would show. What leaves is noise."""
+    home = write_home(tmp_path / "node", tiny_rows(30))
+    usual = records.message_to_bytes(ask(home, plan_of()))
+    (home / "rows.jsonl").write_text(text)
+    reply = ask(home, plan_of(), message_id="another")
+    assert report_of(reply)["steps"] == 4
+    assert abs(len(records.message_to_bytes(reply)) - len(usual)) < 16, "ids of other lengths"
+
+
+def test_numbers_are_text_whatever_type_other_rows_have(tmp_path: Path, tiny_plan: dict[str, Any], tiny_rows: Rows) -> None:
+    """A first row with a number would else make bad rows of all others."""
+    plan = parse_plan({**tiny_plan, "task": {"labels": ["1", "2", "crop"], "max_length": 32}, "privacy": PRIVACY})
+    home = write_home(tmp_path / "node", tiny_rows(30))
+    (home / "rows.jsonl").write_text("\n".join(json.dumps({"text": "wheat", "label": label}) for label in (1, "2", 2, "crop", 1.5)))
+    data = load(home, "train", ("text", "label"), fault=workbench(plan).task.fault)
+    holdout = load(home, "holdout", ("text", "label"), fault=workbench(plan).task.fault)
+    assert sorted([*data.column("label"), *holdout.column("label")]) == ["1", "2", "2", "crop"]
+
+
+def test_without_privacy_a_bad_row_is_an_error_with_a_text(home: Path, plan_of: Callable[..., Plan]) -> None:
+    (home / "policy.yaml").write_text("unnoised_updates_to_coordinator: allow\n")
+    with (home / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"text": None, "label": "crop"}) + "\n")
+    reply = ask(home, plan_of(private=False))
+    assert (reply.error.code, bool(reply.error.reason)) == (Code.DATA_ROW, True)
 
 
 def test_an_unexpected_exception_leaves_a_number_too(home: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -314,3 +315,67 @@ def test_lists_of_tokens_pass(tmp_path: Path) -> None:
     assert table.to_pylist() == rows
     refused(Code.DATA_ROW, write(tmp_path / "e.jsonl", [*rows, {"tokens": [3], "tags": [2]}]), {"tokens": "tokens"})
     refused(Code.DATA_ROW, write(tmp_path / "f.jsonl", [*rows, {"tokens": [], "tags": [2]}]), {"tokens": "tokens"})
+
+
+# --- rows by themselves ---------------------------------------------------------------------------------------------------------
+
+
+def apart(path: Path, fields: dict[str, str] = FIELDS, **more: Any) -> tuple[list[dict[str, Any]], list[int]]:
+    """Usable rows, and the numbers of the others, where each is judged by itself."""
+    bad: list[int] = []
+    rows = list(Reader(path, fields, on_bad=lambda row: bad.append(row.row), apart=True, **more))
+    return rows, bad
+
+
+@pytest.mark.parametrize("first", [{"body": 5, "topic": "a"}, {"topic": "a"}, {"body": None, "topic": "a"}, {"body": ["x"], "topic": "a"}])
+def test_by_itself_no_row_decides_over_others(tmp_path: Path, first: dict[str, Any]) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [first, *ROWS]))
+    rows, bad = apart(path)
+    assert rows[-len(ROWS) :] == [{"text": row["body"], "label": row["topic"]} for row in ROWS]
+    assert rows[: -len(ROWS)] == ([{"text": "5", "label": "a"}] if first.get("body") == 5 else [])
+    assert bad == ([] if first.get("body") == 5 else [1])
+
+
+def test_by_themselves_all_kinds_agree(tmp_path: Path) -> None:
+    typed = [{"body": f"t{n}", "topic": n} for n in range(5)]
+    read = [apart(write(tmp_path / name, typed)) for name in ("d.jsonl", "d.csv", "d.parquet")]
+    assert read == [([{"text": f"t{n}", "label": str(n)} for n in range(5)], [])] * 3
+
+
+def test_by_itself_a_ragged_row_is_left_out_and_an_open_quote_is_the_files_fault(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('body,topic\nx,a\ny\nz,b\n"p"q,a\nr,a\n')
+    assert apart(path) == ([{"text": text, "label": label} for text, label in ("xa", "zb", "ra")], [3, 5])
+    path.write_text('body,topic\nx,a\n"y,a\nz,a\n')
+    with pytest.raises(LichenError) as caught:
+        apart(path)
+    assert caught.value.code is Code.DATA_FORMAT
+    path.write_text("body,other\nx,a\n")
+    with pytest.raises(LichenError) as caught:
+        apart(path)
+    assert caught.value.code is Code.DATA_FIELD, "a header is the file's"
+
+
+def test_by_themselves_no_rows_are_no_error(tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    assert apart(folder, {"text": "text"}, text_rows="document") == ([], [])
+    for name in ("empty.jsonl", "empty.csv", "empty.txt"):
+        (tmp_path / name).write_text("")
+        assert apart(tmp_path / name) == ([], [])
+    (tmp_path / "header.csv").write_text("body,topic\n")
+    assert apart(tmp_path / "header.csv") == ([], [])
+
+
+def test_where_a_file_is_a_row_its_faults_are_the_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "a.txt").write_text("good")
+    (folder / "b.txt").write_bytes("UTF-16".encode("utf-16"))
+    (folder / "c.txt").write_text("")
+    rows, bad = apart(folder, {"text": "text"}, text_rows="document")
+    assert (rows, bad) == ([{"text": "good"}], [1])
+    with pytest.raises(LichenError) as caught:
+        apart(folder, {"text": "text"})
+    assert caught.value.code is Code.DATA_FORMAT

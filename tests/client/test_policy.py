@@ -101,6 +101,11 @@ LIMITS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "model.adapter.kind asks full; full_tuning permits False",
     ),
     ({"evaluation": False}, {"evaluation": {"federated_every": 2}}, "evaluation.federated_every asks 2; evaluation permits False"),
+    (
+        {"canaries": False},
+        {"privacy": {"unit": "example", "epsilon": 3.5, "audit": {"canaries": 9}}},
+        "privacy.audit.canaries asks 9; canaries permits False",
+    ),
     ({"hours": "22:00-06:00"}, {}, "the time is 12:00; hours permits 22:00-06:00"),
 ]
 

@@ -19,9 +19,11 @@ from lichen.common.model.adapter import check_state
 from lichen.common.model.base import resolve_base
 from lichen.common.model.export import save_model
 from lichen.common.plan import Plan, parse_plan
+from lichen.common.privacy.statement import Statement
 from lichen.common.tasks import make_task
 
 Models = Callable[[str], Path]
+UNTOLD = Statement(private=False, summary="Nothing is said.")
 LABELS = ["crop", "metal", "money"]
 TEXTS = ["wheat corn harvest the of", "gold", "bank rate dollar in a today and the mine copper"]
 # what LoRA is put on, and the parameters of a head over mean-pooled features and of the architecture's own
@@ -83,7 +85,7 @@ def test_states_bear_the_names_of_pefts_own_file(tiny_models: Models, tmp_path: 
     task = make_task(plan)
     model = task.build()
     model.load(perturb(model.state()))
-    save_model(tmp_path, plan, model, task.tokenizer)
+    save_model(tmp_path, plan, model, task.tokenizer, UNTOLD)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     state = model.state()
     assert saved.keys() == state.keys()
@@ -256,10 +258,11 @@ def test_the_cards_snippet_runs_as_it_stands_and_gives_the_same_scores(
     model = task.build()
     model.load(perturb(model.state()))
     expected = scores_here(plan, model, task)
-    save_model(tmp_path / "model", plan, model, task.tokenizer)
+    save_model(tmp_path / "model", plan, model, task.tokenizer, UNTOLD)
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert "lichen" not in snippet
+    assert card.endswith("## Privacy\n\nNothing is said.\n")
     found = run_in(tmp_path, snippet)
     assert found["labels"] == LABELS
     if adapter != "lora":
@@ -290,7 +293,7 @@ def test_the_snippet_needs_nothing_of_this_process(tiny_models: Models, tmp_path
     plan = plan_for(tiny_models("bert"))
     task = make_task(plan)
     model = task.build()
-    save_model(tmp_path / "model", plan, model, task.tokenizer)
+    save_model(tmp_path / "model", plan, model, task.tokenizer, UNTOLD)
     (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -194,10 +194,17 @@ def test_missing_keys_are_named() -> None:
         ({"aggregation__average_last": 4}, "is above rounds"),
         ({"local": {"epochs": 1}, "privacy__unit": "example"}, "must not depend on true sizes"),
         ({"privacy": {"unit": "entity", "unit_field": "patient"}, "evaluation__federated_every": 1}, "an entity on both sides"),
+        ({"privacy__audit": {"canaries": 5}}, "there is no claim to test"),
     ],
 )
 def test_unsound_combinations_are_refused_with_the_reason(changes: dict[str, Any], what: str) -> None:
     assert what in refusal(with_(**changes), Code.PLAN_UNSOUND)
+
+
+def test_canaries_without_privacy_are_a_baseline_that_must_be_wanted() -> None:
+    plan = parse_plan(with_(privacy__audit={"canaries": 5, "baseline": True}))
+    assert (plan.private, plan.privacy.audit.canaries) == (False, 5)
+    assert parse_plan(with_(privacy={"unit": "example", "audit": {"canaries": 5}})).privacy.audit.canaries == 5
 
 
 @pytest.mark.parametrize(

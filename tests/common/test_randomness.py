@@ -121,24 +121,64 @@ def test_a_seeded_source_repeats_and_says_that_it_is_not_secret() -> None:
     assert not torch.equal(SeededSource("a", 11).uniform(9), SeededSource("a1", 1).uniform(9))
 
 
-def test_poisson_inclusion_is_binomial_and_independent(source: RandomSource) -> None:
-    units, rate, draws = 40, 0.3, 5_000
-    included = np.zeros((draws, units), dtype=bool)
+UNITS, RATE, DRAWS = 40, 0.3, 5_000
+FALSE_ALARM = 1e-8
+"""Of each statistic of the sampler: where the draws are secret, one run in ten million fails by chance."""
+
+
+def p_values(sample: Callable[[], list[int]]) -> dict[str, float]:
+    """Chi-square statistics of many draws: of each unit, of a draw's size, of pairs of units, and of a unit's next draw."""
+    included = np.zeros((DRAWS, UNITS), dtype=bool)
     for row in included:
-        row[poisson_sample(units, rate, source)] = True
-    # each unit, whatever its place
-    for count in included.sum(0):
-        assert stats.binomtest(int(count), draws, rate).pvalue > P / units
-    # a draw's size is binomial: as variable as it must be, which a fixed batch size is not
-    sizes = np.bincount(included.sum(1), minlength=units + 1)
-    expected = draws * stats.binom.pmf(np.arange(units + 1), units, rate)
+        row[sample()] = True
+    centred = (included - RATE) / (RATE * (1 - RATE)) ** 0.5
+    pairs = (centred.T @ centred / DRAWS**0.5)[np.triu_indices(UNITS, 1)]
+    following = (centred[:-1] * centred[1:]).sum(0) / (DRAWS - 1) ** 0.5
+    sizes = np.bincount(included.sum(1), minlength=UNITS + 1)
+    expected = DRAWS * stats.binom.pmf(np.arange(UNITS + 1), UNITS, RATE)
     kept = expected > 5
     observed = [*sizes[kept], sizes[~kept].sum()]
-    assert stats.chisquare(observed, [*expected[kept], expected[~kept].sum()]).pvalue > P
-    # pairs of units, and a unit's next draw, are independent
-    correlations = np.corrcoef(included.T)[np.triu_indices(units, 1)]
-    assert np.abs(correlations).max() < 5.5 / draws**0.5
-    assert abs(np.corrcoef(included[:-1].ravel(), included[1:].ravel())[0, 1]) < 4.5 / included.size**0.5
+    return {
+        "marginal": float(stats.chi2.sf((centred.sum(0) ** 2 / DRAWS).sum(), UNITS)),
+        "size": float(stats.chisquare(observed, [*expected[kept], expected[~kept].sum()]).pvalue),
+        "pairwise": float(stats.chi2.sf((pairs**2).sum(), len(pairs))),
+        "next": float(stats.chi2.sf((following**2).sum(), UNITS)),
+    }
+
+
+def test_poisson_inclusion_is_binomial_and_independent(source: RandomSource) -> None:
+    found = p_values(lambda: poisson_sample(UNITS, RATE, source))
+    assert min(found.values()) > FALSE_ALARM, found
+
+
+@pytest.mark.parametrize(
+    ("sampler", "told_by"),
+    [
+        ("a batch of fixed size", "size"),
+        ("neighbours together", "pairwise"),
+        ("shuffled passes", "next"),
+        ("a rate one tenth too small", "marginal"),
+    ],
+)
+def test_the_statistics_tell_other_samplers_apart(sampler: str, told_by: str) -> None:
+    generator = np.random.default_rng(0)
+    queue: list[int] = []
+
+    def sample() -> list[int]:
+        if sampler == "a batch of fixed size":
+            return generator.choice(UNITS, int(RATE * UNITS), replace=False).tolist()
+        if sampler == "neighbours together":
+            heads = np.repeat(generator.random(UNITS // 2) < RATE, 2)
+        elif sampler == "a rate one tenth too small":
+            heads = generator.random(UNITS) < 0.9 * RATE
+        else:
+            if len(queue) < int(RATE * UNITS):
+                queue[:] = generator.permutation(UNITS).tolist()
+            heads = np.isin(np.arange(UNITS), queue[: int(RATE * UNITS)])
+            del queue[: int(RATE * UNITS)]
+        return np.flatnonzero(heads).tolist()
+
+    assert p_values(sample)[told_by] < FALSE_ALARM
 
 
 def test_poisson_sampling_at_its_edges(source: RandomSource) -> None:

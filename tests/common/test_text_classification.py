@@ -136,6 +136,12 @@ def test_made_up_rows_are_like_real_ones_and_nobodys(tiny_models: Models) -> Non
     assert all(3 <= length <= 24 for length in first.lengths)
     assert not {token for row in first.tokens for token in row.tolist()} & set(task.tokenizer.all_special_ids)
     assert set(first.labels.tolist()) <= {0, 1, 2}
+    other, again = task.made_up(6, "canaries|1|a"), task.made_up(9, "canaries|1|a")
+    assert [ids.tolist() for ids in other.tokens] != [ids.tolist() for ids in first.tokens]
+    assert [ids.tolist() for ids in other.tokens] == [ids.tolist() for ids in task.made_up(6, "canaries|1|a").tokens]
+    both = task.join(first, again)
+    assert [ids.tolist() for ids in both.tokens] == [ids.tolist() for ids in [*first.tokens, *again.tokens]]
+    assert both.labels.tolist() == [*first.labels.tolist(), *again.labels.tolist()]
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from lichen.common.errors import Code
 from lichen.common.model.export import save_model
 from lichen.common.pki import Authority, fingerprint, make_csr, make_key
 from lichen.common.plan import Plan, parse_plan
+from lichen.common.privacy.statement import Statement
 from lichen.common.private_files import write_private
 from lichen.common.tasks import workbench
 from lichen.coordinator.enrolment import EnrolmentService, make_invite
@@ -285,7 +286,7 @@ def test_the_text_of_an_error_does_not_leave_under_privacy(
     federation: Federation, clinic: tuple[Path, psutil.Popen], tiny_plan: dict[str, Any], private_plan: dict[str, Any]
 ) -> None:
     home, _ = clinic
-    task = {"labels": ["crop", "metal"], "max_length": 32}  # the rows have a third
+    task = {"labels": ["crop", "metal", "money"], "max_length": 32, "text_field": "money"}  # which no source has
     (home / "policy.yaml").write_text(GENEROUS + ALLOW)
     try:
         grid = federation.grid()
@@ -293,7 +294,7 @@ def test_the_text_of_an_error_does_not_leave_under_privacy(
         private = answer(grid, assign(federation, grid, "clinic", parse_plan({**private_plan, "task": task}), 2))
     finally:
         (home / "policy.yaml").write_text(GENEROUS)
-    assert plain.error.code == private.error.code == Code.DATA_LABEL
+    assert plain.error.code == private.error.code == Code.DATA_FIELD
     assert "money" in (plain.error.reason or "")
     assert not private.error.reason
     assert b"money" not in (federation.store.reply(private.metadata.reply_to_message_id) or b"money")
@@ -376,7 +377,7 @@ def finished_run(federation: Federation, plan: Plan) -> None:
     task, model, start = workbench(plan)
     bias = next(name for name in model.head if name.endswith("bias"))
     model.load({**start, bias: torch.tensor([0.0, 9.0, 0.0])})
-    save_model(directory / "model", plan, model, task.tokenizer)
+    save_model(directory / "model", plan, model, task.tokenizer, Statement(private=False, summary=""))
     (directory / "plan.yaml").write_text(plan.to_yaml())
     federation.store.add_run(RUN, plan.canonical_json(), str(RUN))
     federation.store.set_run_status(RUN, "finished")

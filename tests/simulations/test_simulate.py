@@ -77,6 +77,13 @@ def test_private_runs_repeat_too_and_keep_to_the_plans_epsilon(play: Play) -> No
     (result, one), (again, two) = play(privacy=PRIVATE), play(privacy=PRIVATE)
     assert digest(one) == digest(two)
     assert result.privacy == again.privacy
+    statement = result.privacy.statement
+    assert statement is not None
+    assert not statement.private
+    told = {name: (bound.epsilon, bound.epsilon_sum) for name, bound in statement.with_secret_noise.items()}
+    assert told == {name: (client.epsilon, client.epsilon_sum) for name, client in result.privacy.clients.items()}
+    assert statement.summary in (one / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"<p>{statement.summary}</p>" in (one / "report.html").read_text(encoding="utf-8")
     assert result.privacy.max_epsilon is not None
     assert 0 < result.privacy.max_epsilon <= 8.0
     assert result.privacy.max_epsilon == max(client.epsilon for client in result.privacy.clients.values())
