@@ -41,7 +41,12 @@ class Database:
             if found == 0:
                 for statement in schema.split(";"):
                     db.execute(statement)
+            elif found < version:
+                self._upgrade(db, found)
             db.execute(f"PRAGMA user_version = {version}")
+
+    def _upgrade(self, db: sqlite3.Connection, found: int) -> None:
+        """Bring the tables of an older format up to date, within the transaction that opens the file; nothing to do by default."""
 
     @contextmanager
     def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:

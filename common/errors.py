@@ -48,6 +48,8 @@ class Code(IntEnum):
     POLICY_REFUSED = 54
     POLICY_INVALID = 55
     POLICY_APPROVAL = 56
+    LEDGER_BROKEN = 57
+    LEDGER_BEHIND = 58
     # 60: channel
     CONNECT_FAILED = 60
     PAYLOAD_CORRUPT = 61

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,10 @@ class Encoded(Protocol):
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, shape (N,)."""
+        ...
+
+    def select(self, indices: Sequence[int]) -> Self:
+        """Some of the examples, in that order."""
         ...
 
 

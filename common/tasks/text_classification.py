@@ -45,6 +45,10 @@ class EncodedTexts:
         """Tokens of each example, shape (N,)."""
         return np.array([len(ids) for ids in self.tokens], dtype=np.int64)
 
+    def select(self, indices: Sequence[int]) -> EncodedTexts:
+        """Some of the examples, in that order."""
+        return EncodedTexts([self.tokens[index] for index in indices], self.labels[list(indices)])
+
 
 @dataclass(frozen=True)
 class ClassificationScores:
