@@ -190,15 +190,29 @@ def policy(
 
 
 @app.command()
-def ledger(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+def ledger(
+    write_off: Annotated[
+        bool, typer.Option("--write-off", help="Take all records that are known or there now as spent for life, after a ledger was lost.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
     """Verify the ledger; show the privacy spent, by which run, when, and what is left. Example: lichen client ledger --json."""
     from lichen.client.ledger import FILE, Limit, ledger_folder, open_ledger
     from lichen.client.policy import load_policy
     from lichen.client.spending import spending
 
+    _need(home)
+    if write_off:
+        from lichen.client.witness import write_off as take_as_spent
+
+        if not yes:
+            typer.confirm("No record that is there now will ever be trained on again. Go on?", abort=True)
+        typer.echo(f"{take_as_spent(home)} data segments are written off; rows that come later can train")
+        return
     permitted = load_policy(home).privacy
     limit = Limit(permitted.max_epsilon, permitted.max_delta)
-    _need(home)
     if not ((ledger_folder(home) / FILE).exists() or (home / FILE).exists()):
         if as_json:
             _print_json({"delta": limit.delta, "max_epsilon": limit.epsilon, "runs": [], "splits": [], "segments": []})

@@ -23,13 +23,12 @@ from lichen.client import ledger_log
 from lichen.common.database import Database
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, affordable_steps, epsilon, filter_epsilon, filter_order, least_noise
+from lichen.common.privacy.schedule import MOST_NOISE
 
 FORMAT = 2
 FILE = "ledger.sqlite"
 FOLDER = "LICHEN_LEDGER"
 """The environment's word for the ledger's folder; a relative one starts at the node's home, so that `.` keeps it there."""
-MOST_NOISE = 4.0
-"""Records that would need more than this many times the plan's noise have no budget left worth the name."""
 Split = Literal["train", "holdout"]
 _FIRST_WRITE = 500  # fingerprints looked up at once: SQLite takes 999 parameters and more
 
@@ -436,7 +435,7 @@ class Ledger(Database):
         db.execute("INSERT INTO about (key) SELECT ? WHERE NOT EXISTS (SELECT 1 FROM about)", (secrets.token_bytes(32),))
         self._append(db, {"kind": "opened", "id": secrets.token_hex(16), "at": time.time()})
 
-    def _upgrade(self, db: sqlite3.Connection, found: int) -> None:
+    def _upgrade(self, db: sqlite3.Connection, found: int, statements: str) -> None:
         """From format 1, a table ``spent`` without records: all that this home next reads as new belongs to its history."""
         columns = "split, run, message_id, round, noise_multiplier, sample_rate, steps, unit, reserved_at, released_at"
         rows = db.execute(f"SELECT {columns} FROM spent ORDER BY id").fetchall()  # noqa: S608

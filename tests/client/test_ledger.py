@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from lichen.client.ledger import MOST_NOISE, Ledger, Limit, Limits, Split
+from lichen.client.ledger import Ledger, Limit, Limits, Split
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, epsilon, noise_multiplier
+from lichen.common.privacy.schedule import MOST_NOISE
 
 DELTA = 1e-5
 STEP = Segment(2.0, 0.1, 20)
@@ -212,7 +213,7 @@ def test_a_home_that_is_not_there(tmp_path: Path) -> None:
 _RESERVE = """
 import sys, time
 from pathlib import Path
-from lichen.client.ledger import MOST_NOISE, Ledger, Limit, Limits, Split
+from lichen.client.ledger import Ledger, Limit, Limits, Split
 from lichen.common.privacy.accounting import Segment
 from lichen.common.errors import LichenError
 home, name, count, steps, limit, then = Path(sys.argv[1]), sys.argv[2], *map(float, sys.argv[3:6]), sys.argv[6]
