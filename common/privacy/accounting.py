@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from lichen.common.errors import Code, LichenError
 
-# Discretisation of the privacy loss. At 1e-3 the bound lies within .05 % of that at 1e-4 and takes a tenth of the time.
-INTERVAL = 1e-3
+# Discretisation of the privacy loss, by the ε below which the next one is used: at 1e-3 the bound lies within .2 % of that at 1e-4 from
+# ε = .5 on and takes a tenth of the time; a small ε asks for a finer one, and costs less.
+INTERVALS = ((math.inf, 1e-3), (0.5, 1e-4), (0.05, 1e-5))
 # Below this noise multiplier a step has no privacy worth the name, and its distribution takes seconds to compute.
 LEAST_NOISE = 0.1
 # Candidates for a filter's order: whole ones, whose divergence is a finite sum (Mironov et al. 2019, section 3.3).
@@ -60,7 +61,12 @@ def _epsilon(history: tuple[Segment, ...], delta: float) -> float:
         return 0.0
     if any(segment.noise_multiplier < LEAST_NOISE for segment in history):
         return math.inf
-    return float(_composed(PLDAccountant(value_discretization_interval=INTERVAL), history).get_epsilon(delta))
+    found = math.inf
+    for below, interval in INTERVALS:
+        if found > below:
+            break
+        found = min(found, float(_composed(PLDAccountant(value_discretization_interval=interval), history).get_epsilon(delta)))
+    return found
 
 
 def _composed(accountant: Any, history: Sequence[Segment]) -> Any:
