@@ -19,7 +19,8 @@ from flwr.clientapp import ClientApp
 
 from lichen.client.data import Split, fingerprints, home_key, load, read_manifest, stamp
 from lichen.client.gate import Gate
-from lichen.client.ledger import Limit, Limits, open_ledger
+from lichen.client.ledger import open_ledger
+from lichen.client.ledger_book import Limit, Limits
 from lichen.client.policy import enforce, load_policy
 from lichen.common import records
 from lichen.common.errors import Code, LichenError

@@ -199,7 +199,8 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """Verify the ledger; show the privacy spent, by which run, when, and what is left. Example: lichen client ledger --json."""
-    from lichen.client.ledger import FILE, Limit, ledger_folder, open_ledger
+    from lichen.client.ledger import FILE, ledger_folder, open_ledger
+    from lichen.client.ledger_book import Limit
     from lichen.client.policy import load_policy
     from lichen.client.spending import spending
 

@@ -15,162 +15,21 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from lichen.client import ledger_log
+from lichen.client.ledger_book import Book, DataSegment, Entry, Grant, Limit, Limits, Spent, Split, bound
 from lichen.common.database import Database
 from lichen.common.errors import Code, LichenError
-from lichen.common.privacy.accounting import Segment, affordable_steps, epsilon, filter_epsilon, filter_order, least_noise
+from lichen.common.privacy.accounting import Segment, affordable_steps, epsilon, least_noise
 from lichen.common.privacy.schedule import MOST_NOISE
 
 FORMAT = 2
 FILE = "ledger.sqlite"
 FOLDER = "LICHEN_LEDGER"
 """The environment's word for the ledger's folder; a relative one starts at the node's home, so that `.` keeps it there."""
-Split = Literal["train", "holdout"]
-_FIRST_WRITE = 500  # fingerprints looked up at once: SQLite takes 999 parameters and more
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One reservation."""
-
-    sequence: int
-    """Its number in the log."""
-    split: Split
-    run: str
-    message_id: str
-    round: int
-    segment: Segment
-    """The steps."""
-    planned_noise: float
-    """The plan's σ, of which the steps have as much or more."""
-    unit: str
-    """Whom the steps were noised for: `example`, or `entity:FIELD`."""
-    charged: frozenset[int]
-    """The data segments that were read."""
-    reserved_at: float
-    """Unix time."""
-    released_at: float | None = None
-    """From when on its result may have left; None if it did not."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A bound on ε."""
-
-    epsilon: float
-    delta: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a reservation must stay under."""
-
-    unit: str
-    """Whom the bounds protect: `example`, or `entity:FIELD`."""
-    run: Limit
-    """For one run: the plan's."""
-    life: Limit | None = None
-    """For all runs on this data together: the policy's."""
-    repeats: bool = False
-    """Whether doing a message again gives the same result bit for bit (a seeded simulation), which costs nothing."""
-
-
-class Grant(NamedTuple):
-    """What a reservation permits."""
-
-    segment: Segment
-    """Steps, with at least the plan's noise and at its sample rate."""
-    readable: frozenset[int]
-    """The data segments that may be read: those that were charged."""
-
-
-@dataclass(frozen=True)
-class DataSegment:
-    """Records that were new when they were first read.
-
-    Attributes:
-        number: from 1.
-        split: as which they were first read.
-        records: how many.
-        opened_at: Unix time.
-        home: which home's records are to be its first, for what a ledger of format 1 had spent; None for all others.
-        digest: SHA-256 of the sorted fingerprints.
-        written_off: whether nothing of it may be read any more.
-    """
-
-    number: int
-    split: Split
-    records: int
-    opened_at: float
-    home: str | None
-    digest: str
-    written_off: bool = False
-
-
-class Spent(NamedTuple):
-    """ε of one data segment over all runs, and by which bound: `pld` (one run, its parameters fixed) or `rdp-filter` (see `life`)."""
-
-    epsilon: float
-    bound: Literal["pld", "rdp-filter"]
-
-
-@dataclass
-class _Book:
-    """What the log says, read up to ``sequence``."""
-
-    sequence: int = 0
-    head: bytes = ledger_log.START
-    entries: dict[int, Entry] = field(default_factory=dict)
-    segments: dict[int, DataSegment] = field(default_factory=dict)
-    hashes: dict[int, bytes] = field(default_factory=dict)
-    taken_over: set[str] = field(default_factory=set)
-    written_off_at: int = 0
-
-    def add(self, logged: ledger_log.Logged) -> None:
-        body = logged.body
-        match body["kind"]:
-            case "reserve":
-                steps = Segment(body["noise_multiplier"], body["sample_rate"], body["steps"])
-                self.entries[logged.sequence] = Entry(
-                    sequence=logged.sequence,
-                    split=body["split"],
-                    run=body["run"],
-                    message_id=body["message_id"],
-                    round=body["round"],
-                    segment=steps,
-                    planned_noise=body["planned_noise"],
-                    unit=body["unit"],
-                    charged=frozenset(body["charged"]),
-                    reserved_at=body["at"],
-                )
-            case "release":
-                for number in body["entries"]:
-                    self.entries[number] = replace(self.entries[number], released_at=body["at"])
-            case "segment":
-                number, home = body["segment"], body["home"]
-                self.segments[number] = DataSegment(number, body["split"], body["records"], body["at"], home, body["digest"])
-            case "taken-over":
-                self.taken_over.add(body["ledger"])
-            case "write-off":
-                self.written_off_at = logged.sequence
-                for number in body["segments"]:
-                    self.segments[number] = replace(self.segments[number], written_off=True)
-        self.sequence, self.head = logged.sequence, logged.hash
-        self.hashes[logged.sequence] = logged.hash
-
-    def history(self, segment: int | None = None, run: str | None = None) -> list[Entry]:
-        return [e for e in self.entries.values() if (segment is None or segment in e.charged) and run in {None, e.run}]
-
-    def waiting(self, split: Split, home: str) -> int | None:
-        """The segment whose first records this home's are to be."""
-        for segment in self.segments.values():
-            if segment.split == split and segment.records == 0 and segment.home in {"", home}:
-                return segment.number
-        return None
+_AT_ONCE = 500  # fingerprints looked up: SQLite takes 999 parameters and more
 
 
 _SCHEMA = f"""
@@ -191,7 +50,7 @@ class Ledger(Database):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._book = _Book()
+        self._book = Book()
         self.path = folder / FILE
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it as open as the umask allows
@@ -238,8 +97,8 @@ class Ledger(Database):
             if counted != {number: segment.records for number, segment in self._book.segments.items() if segment.records}:
                 raise _broken(self.path, "fingerprints are missing, or too many")
             known: dict[int, int] = {}
-            for start in range(0, len(distinct), _FIRST_WRITE):
-                part = distinct[start : start + _FIRST_WRITE]
+            for start in range(0, len(distinct), _AT_ONCE):
+                part = distinct[start : start + _AT_ONCE]
                 marks = ",".join("?" * len(part))
                 known.update(db.execute(f"SELECT fingerprint, segment FROM records WHERE fingerprint IN ({marks})", part))  # noqa: S608
             if new := [one for one in distinct if one not in known]:
@@ -321,7 +180,7 @@ class Ledger(Database):
 
         def fits(noise: float, total: int = rest) -> bool:
             more = Segment(noise, planned.sample_rate, total)
-            return _bound(history, life, (run, more)).epsilon <= life.epsilon
+            return bound(history, life, (run, more)).epsilon <= life.epsilon
 
         # a run keeps the noise that it was given, unless more was spent meanwhile than was foreseen
         least = max([planned.noise_multiplier, *(segment.noise_multiplier for segment in own)])
@@ -353,7 +212,7 @@ class Ledger(Database):
     def spent(self, segment: int, limit: Limit) -> Spent:
         """What a data segment has paid in all runs; ``limit`` is the bound for life, from which the filter's order follows."""
         self._refresh()
-        return _bound(self._book.history(segment), limit, None)
+        return bound(self._book.history(segment), limit, None)
 
     def run_epsilon(self, run: str, split: Split, delta: float) -> float:
         """ε of a run on a split: the largest of its data segments', by the parameters that its plan fixed (PLD)."""
@@ -369,7 +228,7 @@ class Ledger(Database):
             LichenError: LEDGER_BROKEN, with the entry.
         """
         with self._transaction():
-            self._book = _Book()
+            self._book = Book()
             self._catch_up()
             found: dict[int, list[int]] = {}
             for one, number in self._rows("SELECT fingerprint, segment FROM records ORDER BY fingerprint"):
@@ -516,7 +375,7 @@ class Ledger(Database):
                     self._catch_up()
                 yield db
         except BaseException as error:
-            self._book = _Book()
+            self._book = Book()
             if isinstance(error, sqlite3.DatabaseError):
                 raise _unusable(self.path, str(error)) from None
             raise
@@ -553,21 +412,6 @@ def ledger_folder(home: Path, *, own: bool = False) -> Path:
     if folder.is_absolute():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return home / folder
-
-
-def _bound(history: Sequence[Entry], life: Limit, more: tuple[str, Segment] | None) -> Spent:
-    """ε of a data segment's history, and perhaps of more steps of a run.
-
-    One run with one kind of steps had its parameters fixed in its plan: the sequence is one mechanism, and PLD bounds it. Anything else
-    may have been chosen by what earlier steps released; a filter admits it, whose order follows from the first steps alone. A history
-    that PLD admits and the filter does not admits nothing more, so that one δ is enough for both.
-    """
-    steps = [entry.segment for entry in history] + ([more[1]] if more else [])
-    runs = {entry.run for entry in history} | ({more[0]} if more else set())
-    if len(runs) <= 1 and len({segment[:2] for segment in steps}) <= 1:
-        return Spent(epsilon(steps, life.delta), "pld")
-    order = filter_order(*steps[0][:2], life.epsilon, life.delta)
-    return Spent(filter_epsilon(steps, life.delta, order), "rdp-filter")
 
 
 def _digest(fingerprints: Sequence[int]) -> str:

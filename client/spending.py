@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lichen.client.ledger import DataSegment, Entry, Ledger, Limit
+from lichen.client.ledger import Ledger
+from lichen.client.ledger_book import DataSegment, Entry, Limit
 from lichen.common.privacy.accounting import epsilon
 
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from lichen.client.cli import app
 from lichen.client.data import add_source, read_manifest
-from lichen.client.ledger import Ledger, Limit, Limits
+from lichen.client.ledger import Ledger
+from lichen.client.ledger_book import Limit, Limits
 from lichen.client.locks import HomeLocks, agent_runs
 from lichen.client.policy import pending, request
 from lichen.client.status import StatusFile, is_paused, read_status

@@ -14,7 +14,8 @@ from flwr.app import Context, Message, RecordDict
 from lichen.client import app as client_app
 from lichen.client.app import app
 from lichen.client.data import add_source
-from lichen.client.ledger import Ledger, Limit, open_ledger
+from lichen.client.ledger import Ledger, open_ledger
+from lichen.client.ledger_book import Limit
 from lichen.common import records
 from lichen.common.errors import Code
 from lichen.common.plan import Plan, parse_plan

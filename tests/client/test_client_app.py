@@ -17,7 +17,8 @@ from flwr.app import Context, Message, RecordDict
 from lichen.client import app as client_app
 from lichen.client.app import app
 from lichen.client.data import add_source, load
-from lichen.client.ledger import Ledger, Limit
+from lichen.client.ledger import Ledger
+from lichen.client.ledger_book import Limit
 from lichen.common import records, tasks
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from lichen.client.ledger import Ledger, Limit, Limits, Split
+from lichen.client.ledger import Ledger
+from lichen.client.ledger_book import Limit, Limits, Split
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, epsilon, noise_multiplier
 from lichen.common.privacy.schedule import MOST_NOISE
@@ -213,7 +214,8 @@ def test_a_home_that_is_not_there(tmp_path: Path) -> None:
 _RESERVE = """
 import sys, time
 from pathlib import Path
-from lichen.client.ledger import Ledger, Limit, Limits, Split
+from lichen.client.ledger import Ledger
+from lichen.client.ledger_book import Limit, Limits, Split
 from lichen.common.privacy.accounting import Segment
 from lichen.common.errors import LichenError
 home, name, count, steps, limit, then = Path(sys.argv[1]), sys.argv[2], *map(float, sys.argv[3:6]), sys.argv[6]

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lichen.client.data import fingerprints
-from lichen.client.ledger import FILE, Ledger, Limit, Limits, open_ledger
+from lichen.client.ledger import FILE, Ledger, open_ledger
+from lichen.client.ledger_book import Limit, Limits
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, epsilon, filter_epsilon, filter_order, noise_multiplier
 
@@ -191,6 +192,15 @@ def test_a_ledger_of_format_1_is_taken_over_with_all_it_holds(tmp_path: Path, pl
         assert len(ledger.entries()) == 3
         ledger.verify()
     assert (home / FILE).exists() == (place == "in the home")
+
+
+def test_what_is_written_off_before_it_is_read_stays_so(tmp_path: Path) -> None:
+    format_1(tmp_path)
+    with Ledger(tmp_path) as ledger:
+        assert ledger.write_off() == 2
+        reads = set(ledger.assign("train", [1]))
+        assert reads == {1}
+        refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "new", "m", 1, STEP, limits(), reads))
 
 
 def test_two_homes_share_what_the_same_rows_have_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

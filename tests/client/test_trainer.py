@@ -352,7 +352,8 @@ def test_an_evaluations_cost_fits_as_often_as_it_is_asked(tiny_plan: dict[str, A
 
 def test_training_stops_before_epsilon_would_pass(make: Callable[..., Trainer], tiny_rows: Rows, tmp_path: Path) -> None:
     """The ledger grants what fits, and exactly so many steps are taken."""
-    from lichen.client.ledger import Ledger, Limit, Limits
+    from lichen.client.ledger import Ledger
+    from lichen.client.ledger_book import Limit, Limits
 
     trainer = make(privacy=PRIVATE)
     rows = encoded(trainer, tiny_rows(24))

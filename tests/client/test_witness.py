@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lichen.client.data import add_source
-from lichen.client.ledger import FILE, Ledger, Limit, Limits
+from lichen.client.ledger import FILE, Ledger
+from lichen.client.ledger_book import Limit, Limits
 from lichen.client.witness import KEY, LOST, Witness, write_off
 from lichen.common.channel.fleet_pb2 import LedgerState
 from lichen.common.errors import Code, LichenError

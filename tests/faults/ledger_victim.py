@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from lichen.client.ledger import FILE, Ledger, Limit, Limits
+from lichen.client.ledger import FILE, Ledger
+from lichen.client.ledger_book import Limit, Limits
 from lichen.common.privacy.accounting import Segment, epsilon
 
 ROUND = Segment(2.0, 0.1, 20)
