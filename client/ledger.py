@@ -7,6 +7,7 @@ record's ε is that of its segment's history. All is in one log (client/ledger_l
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -272,20 +273,26 @@ class Ledger(Database):
         return len(numbers)
 
     def take_over(self, path: Path, home: str) -> None:
-        """Take over all that another ledger has spent, once: its entries become the history of a data segment a split.
+        """Take over all that a ledger of format 1 has spent, once: its entries become the history of a data segment a split.
 
-        Its fingerprints are under a key of its own, or it has none, so these segments wait: what ``home`` next reads as new on their
-        split belongs to them.
+        It knows no records, so these segments wait: what ``home`` next reads as new on their split belongs to them.
 
         Args:
-            path: the folder of the other ledger, of any format up to this one's.
+            path: the other ledger's file, which stays as it is.
             home: as in `assign`.
+
+        Raises:
+            LichenError: PRIVACY_HISTORY, if that file is damaged.
         """
-        with Ledger(path) as other:
-            entries, state = other.entries(), other.id
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as other:
+                entries = _entries_of_format_1(other)
+        except sqlite3.DatabaseError as error:
+            raise _unusable(path, str(error)) from None
+        told = hashlib.sha256(f"{home} {entries}".encode()).hexdigest()
         with self._transaction() as db:
-            if state not in self._book.taken_over:
-                self._append(db, {"kind": "taken-over", "ledger": state, "at": time.time()})
+            if told not in self._book.taken_over:
+                self._append(db, {"kind": "taken-over", "ledger": told, "at": time.time()})
                 self._import(db, entries, home)
 
     # --- parts ---
@@ -296,15 +303,10 @@ class Ledger(Database):
 
     def _upgrade(self, db: sqlite3.Connection, found: int, statements: str) -> None:
         """From format 1, a table ``spent`` without records: all that this home next reads as new belongs to its history."""
-        columns = "split, run, message_id, round, noise_multiplier, sample_rate, steps, unit, reserved_at, released_at"
-        rows = db.execute(f"SELECT {columns} FROM spent ORDER BY id").fetchall()  # noqa: S608
+        entries = _entries_of_format_1(db)
         for statement in _SCHEMA.split(";"):
             db.execute(statement)
         self._begin(db)
-        entries = [
-            Entry(0, split, run, message_id, number, Segment(noise, rate, steps), noise, unit, frozenset(), at, left)
-            for split, run, message_id, number, noise, rate, steps, unit, at, left in rows
-        ]
         self._import(db, entries, "")
         db.execute("DROP TABLE spent")
 
@@ -382,9 +384,9 @@ class Ledger(Database):
 
 
 def open_ledger(home: Path, *, own: bool = False) -> Ledger:
-    """The ledger that a node home's data is charged in: one for all homes of this user, `~/.lichen/ledger.sqlite`.
+    """The ledger that a node home's data is charged in, made if it is not there; see `ledger_folder`.
 
-    One that an older lichen kept in the home is taken over, and put aside as `ledger.taken-over.sqlite`.
+    One of format 1 that an older lichen kept in the home is taken over, and put aside as `ledger.format-1.sqlite`.
 
     Args:
         home: the node's home.
@@ -399,19 +401,44 @@ def open_ledger(home: Path, *, own: bool = False) -> Ledger:
     ledger = Ledger(folder)
     old = home / FILE
     if folder.resolve() != home.resolve() and old.exists():
-        ledger.take_over(home, home_key(home))
-        old.replace(home / "ledger.taken-over.sqlite")
+        ledger.take_over(old, home_key(home))
+        for end in ("", "-wal", "-shm"):
+            if (home / f"{FILE}{end}").exists():
+                (home / f"{FILE}{end}").replace(home / f"ledger.format-1.sqlite{end}")
     return ledger
 
 
 def ledger_folder(home: Path, *, own: bool = False) -> Path:
-    """Where the ledger of a home lies; see `open_ledger`."""
-    if own:
+    """Where the ledger of a home lies: `~/.lichen`, one for all homes of this user, or the folder that `LICHEN_LEDGER` names.
+
+    A home that was made with a ledger of its own keeps it, whatever the environment says later.
+    """
+    if own or _format(home / FILE) not in {None, 1}:
         return home
     folder = Path(os.environ.get(FOLDER, "~/.lichen")).expanduser()
     if folder.is_absolute():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return home / folder
+
+
+def _format(path: Path) -> int | None:
+    """A ledger's format; None if there is no such file, 0 for one that can't be read."""
+    if not path.exists():
+        return None
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            return int(db.execute("PRAGMA user_version").fetchone()[0])
+    except sqlite3.DatabaseError:
+        return 0
+
+
+def _entries_of_format_1(db: sqlite3.Connection) -> list[Entry]:
+    columns = "split, run, message_id, round, noise_multiplier, sample_rate, steps, unit, reserved_at, released_at"
+    rows = db.execute(f"SELECT {columns} FROM spent ORDER BY id").fetchall()  # noqa: S608
+    return [
+        Entry(0, split, run, message_id, number, Segment(noise, rate, steps), noise, unit, frozenset(), at, left)
+        for split, run, message_id, number, noise, rate, steps, unit, at, left in rows
+    ]
 
 
 def _digest(fingerprints: Sequence[int]) -> str:

@@ -192,6 +192,7 @@ def test_a_ledger_of_format_1_is_taken_over_with_all_it_holds(tmp_path: Path, pl
         assert len(ledger.entries()) == 3
         ledger.verify()
     assert (home / FILE).exists() == (place == "in the home")
+    assert (home / "ledger.format-1.sqlite").exists() == (place != "in the home")
 
 
 def test_what_is_written_off_before_it_is_read_stays_so(tmp_path: Path) -> None:
@@ -212,8 +213,11 @@ def test_two_homes_share_what_the_same_rows_have_spent(tmp_path: Path, monkeypat
     with open_ledger(tmp_path / "b") as ledger:
         (number,) = set(ledger.assign("train", [2, 1]))
         assert ledger.spent(number, LIFE).epsilon == epsilon([STEP], DELTA)
-    with open_ledger(tmp_path / "b", own=True) as ledger:  # a simulated node
+    (tmp_path / "c").mkdir()
+    with open_ledger(tmp_path / "c", own=True) as ledger:  # a simulated node
         assert ledger.entries() == []
+    with open_ledger(tmp_path / "c") as ledger:  # looked at by its owner: it is not taken for an old one
+        assert ledger.path == tmp_path / "c" / FILE
     assert (tmp_path / "shared" / FILE).stat().st_mode & 0o777 == 0o600
 
 
