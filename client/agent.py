@@ -18,6 +18,7 @@ from lichen.client import connection, enrolment
 from lichen.client.locks import HomeLocks
 from lichen.client.mailbox import Mailbox
 from lichen.client.status import State, StatusFile, is_paused
+from lichen.client.witness import Witness
 from lichen.client.worker import Limits, Worker, trim
 from lichen.common import records
 from lichen.common.channel.framing import Timing
@@ -59,8 +60,15 @@ class Agent:
         spool = Spool(self.home / "spool")
         self._worker = Worker(self.home, self.name, spool.directory)
         self._connected = False
+        self._witness = Witness(self.home)
         self._connection = connection.Connection(
-            identity.coordinator, self._credentials, self._mailbox, spool, timing=timing, on_status=self._connection_changed
+            identity.coordinator,
+            self._credentials,
+            self._mailbox,
+            spool,
+            timing=timing,
+            on_status=self._connection_changed,
+            witness=self._witness,
         )
 
     async def run(self) -> None:
@@ -125,6 +133,8 @@ class Agent:
         began = loop.time()
         policy = await self._permission(plan, until=began + _HELD * plan.cohort.deadline_s)
         await asyncio.to_thread(self._locks.hold_data)
+        if plan.private:
+            await asyncio.to_thread(self._witness.check)
         work = _WORK[message.metadata.message_type]
         log.info("%s, round %d of %s", work, round, plan.name)
         self._status.change(state=work)

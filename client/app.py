@@ -18,8 +18,10 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from lichen.client import canaries
-from lichen.client.data import Split, load, read_manifest, stamp
-from lichen.client.ledger import Ledger, Limit, Limits
+from lichen.client.data import Split, fingerprints, home_key, load, read_manifest, stamp
+from lichen.client.gate import Gate
+from lichen.client.ledger import open_ledger
+from lichen.client.ledger_book import Limit, Limits
 from lichen.client.policy import enforce, load_policy
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
@@ -112,18 +114,20 @@ def _train_private(
         )
     planned = planned_steps(plan, rows.declared_size)
     run, message_id = str(message.metadata.run_id), message.metadata.message_id
-    with Ledger(node.home) as ledger:
-        steps = ledger.reserve("train", run, message_id, round, planned, _limits(node, plan))
-        segment = planned._replace(steps=steps)
+    with open_ledger(node.home, own=node.simulated) as ledger:
+        ahead = planned.steps * (plan.rounds - round)
+        grant = ledger.reserve("train", run, message_id, round, planned, _limits(node, plan), rows.segments, ahead=ahead)
+        segment = grant.segment
         source = _source(node, "train", plan.seed, node.name, round)
+        units = rows.readable_units(grant.readable)
         try:
-            trained = trainer.train_private(start, rows.encoded, rows.units, segment, rows.declared_size, round, source)
+            trained = trainer.train_private(start, rows.encoded, units, segment, rows.declared_size, round, source, Gate(segment))
         finally:
             ledger.released("train", run, message_id)  # after a failure too: its number tells of the noised steps
         report = records.TrainReport(
             client=node.name,
             round=round,
-            steps=steps,
+            steps=segment.steps,
             declared_size=rows.declared_size,
             noise_multiplier=segment.noise_multiplier,
             sample_rate=segment.sample_rate,
@@ -138,14 +142,19 @@ def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> RecordDic
     trainer = _trainer(plan)
     trainer.model.load(records.get_tensors(message.content, node.spool))
     rows = _rows(node, plan, "holdout", trainer)
-    scores = trainer.task.score(trainer.model.network, rows.encoded, plan.evaluation.batch_size)
     if not plan.private:
+        scores = trainer.task.score(trainer.model.network, rows.encoded, plan.evaluation.batch_size)
         report = records.EvaluateReport(client=node.name, round=round, counts=scores.counts.flatten().tolist(), loss_sum=scores.loss_sum)
     else:
         segment = planned_evaluation(plan)
         run, message_id = str(message.metadata.run_id), message.metadata.message_id
-        with Ledger(node.home) as ledger:
-            ledger.reserve("holdout", run, message_id, round, segment, _limits(node, plan))
+        with open_ledger(node.home, own=node.simulated) as ledger:
+            ahead = (plan.rounds - round) // every
+            grant = ledger.reserve("holdout", run, message_id, round, segment, _limits(node, plan), rows.segments, ahead=ahead)
+            segment = grant.segment
+            Gate(segment).step(segment)
+            readable = rows.encoded.select([row for unit in rows.readable_units(grant.readable) for row in unit])
+            scores = trainer.task.score(trainer.model.network, readable, plan.evaluation.batch_size)
             noise = _source(node, "holdout", plan.seed, node.name, round).normal(scores.counts.shape, segment.noise_multiplier)
             ledger.released("holdout", run, message_id)
         # whole noise: the fraction of a sum of a count and a float would tell the count (Mironov 2012)
@@ -162,17 +171,32 @@ class Rows:
     encoded: Encoded
     units: list[list[int]]
     """The rows of each unit of privacy."""
+    read_from: list[frozenset[int]]
+    """The ledger's data segments of each unit; empty without privacy."""
     declared_size: int | None
+
+    @property
+    def segments(self) -> frozenset[int]:
+        """The data segments that reading all units reads."""
+        return frozenset().union(*set(self.read_from))
+
+    def readable_units(self, readable: frozenset[int]) -> list[list[int]]:
+        """The units that lie in permitted data segments only."""
+        return [unit for unit, own in zip(self.units, self.read_from, strict=True) if own <= readable]
 
 
 def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer) -> Rows:
-    return _read_rows(node.home, plan, split, trainer, stamp(node.home))
+    if not plan.private:
+        return _read_rows(node.home, plan, split, trainer, (stamp(node.home),), False)
+    with open_ledger(node.home, own=node.simulated) as ledger:  # another ledger knows nothing of this one's data segments
+        changed = (stamp(node.home), ledger.id)
+    return _read_rows(node.home, plan, split, trainer, changed, node.simulated)
 
 
 @lru_cache(maxsize=64)
-def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: object) -> Rows:
+def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: object, simulated: bool) -> Rows:
     """Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
-    entity = (plan.privacy.unit_field,) if plan.privacy.unit_field else ()
+    entity = plan.privacy.unit_field
     if plan.private and (entity or split == "holdout") and any(source.holdout >= 1 for source in read_manifest(home).sources):
         raise LichenError(
             Code.DATA_FIELD,
@@ -180,12 +204,27 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: 
             where=str(home / "data.yaml"),
             fix="Add the source again with a share below 1 as --holdout.",
         )
-    data = load(home, split, (*trainer.task.fields, *entity), fault=trainer.task.fault if plan.private else None)
-    encoded = trainer.task.encode({field: data.column(field) for field in trainer.task.fields})
-    units: dict[object, list[int]] = {}
-    for row, owner in enumerate(data.column(entity[0]) if entity else range(len(data))):
-        units.setdefault(owner, []).append(row)
-    return Rows(encoded, list(units.values()), data.declared_size)
+    data = load(home, split, (*trainer.task.fields, *([entity] if entity else [])), fault=trainer.task.fault if plan.private else None)
+    columns = {field: data.column(field) for field in data.fields}
+    encoded = trainer.task.encode({field: columns[field] for field in trainer.task.fields})
+    owners: dict[object, list[int]] = {}
+    for row, owner in enumerate(columns[entity] if entity else range(len(data))):
+        owners.setdefault(owner, []).append(row)
+    units = list(owners.values())
+    if not plan.private:
+        return Rows(encoded, units, [], data.declared_size)
+    # A row is known by what it says: with another label, or another entity's name on it, it is the same row.
+    says = [columns[field] for field in trainer.task.fields if field != plan.task.label_field]
+    with open_ledger(home, own=simulated) as ledger:
+        found = fingerprints(ledger.fingerprint_key, "row", says)
+        if entity:
+            found += fingerprints(ledger.fingerprint_key, f"entity:{entity}", [list(owners)])
+        of = ledger.assign(split, found, home_key(home))
+    together = {
+        unit: frozenset([*(of[row] for row in rows), *([of[len(data) + unit]] if entity else [])]) for unit, rows in enumerate(units)
+    }
+    shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
+    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], data.declared_size)
 
 
 def _with_canaries(node: Node, plan: Plan, run: str, trainer: Trainer, rows: Rows) -> Rows:
@@ -197,7 +236,8 @@ def _with_canaries(node: Node, plan: Plan, run: str, trainer: Trainer, rows: Row
     made = trainer.task.made_up(kept.count, canaries.key(plan, node.name)).select(kept.included)
     first = len(rows.encoded)
     added = [[first + index] for index in range(len(made))]
-    return replace(rows, encoded=trainer.task.join(rows.encoded, made), units=[*rows.units, *added])
+    read_from = [*rows.read_from, *(frozenset[int]() for _ in added)] if plan.private else []  # canaries are nobody's records
+    return replace(rows, encoded=trainer.task.join(rows.encoded, made), units=[*rows.units, *added], read_from=read_from)
 
 
 @lru_cache(maxsize=1)

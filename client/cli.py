@@ -11,16 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from lichen.common.errors import Code, LichenError
-
-if TYPE_CHECKING:
-    from lichen.client.ledger import Entry
 
 app = typer.Typer(help="The agent that data owners run.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 data_app = typer.Typer(help="Which files this node trains on.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -193,24 +190,54 @@ def policy(
 
 
 @app.command()
-def ledger(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
-    """Show the privacy spent so far, and what is left. Example: lichen client ledger --json."""
+def ledger(
+    write_off: Annotated[
+        bool, typer.Option("--write-off", help="Take all records that are known or there now as spent for life, after a ledger was lost.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Verify the ledger; show the privacy spent, by which run, when, and what is left. Example: lichen client ledger --json."""
+    from lichen.client.ledger import FILE, ledger_folder, open_ledger
+    from lichen.client.ledger_book import Limit
     from lichen.client.policy import load_policy
+    from lichen.client.spending import spending
 
-    limits = load_policy(home).privacy
-    runs, splits = _spent(home, limits.max_delta)
-    for split in splits:
-        split["left"] = max(0.0, limits.max_epsilon - split["epsilon"])
+    _need(home)
+    if write_off:
+        from lichen.client.witness import write_off as take_as_spent
+
+        if not yes:
+            typer.confirm("No record that is there now will ever be trained on again. Go on?", abort=True)
+        typer.echo(f"{take_as_spent(home)} data segments are written off; rows that come later can train")
+        return
+    permitted = load_policy(home).privacy
+    limit = Limit(permitted.max_epsilon, permitted.max_delta)
+    if not ((ledger_folder(home) / FILE).exists() or (home / FILE).exists()):
+        if as_json:
+            _print_json({"delta": limit.delta, "max_epsilon": limit.epsilon, "runs": [], "splits": [], "segments": []})
+        else:
+            typer.echo(f"nothing was spent yet; ε = {limit.epsilon:g} at δ = {limit.delta:g} is left")
+        return
+    with open_ledger(home) as book:
+        facts = spending(book, limit)
     if as_json:
-        _print_json({"delta": limits.max_delta, "max_epsilon": limits.max_epsilon, "runs": runs, "splits": splits})
+        _print_json(facts)
         return
-    if not runs:
-        typer.echo(f"nothing was spent yet; ε = {limits.max_epsilon:g} at δ = {limits.max_delta:g} is left")
-        return
-    headings = {"noise_multiplier": "σ", "sample_rate": "q", "epsilon": "ε of the run"}
-    _print_table(runs, {key: headings.get(key, key) for key in runs[0]})
-    for split in splits:
-        typer.echo(f"{split['split']}: ε = {split['epsilon']:.3f} at δ = {limits.max_delta:g} over all runs; {split['left']:.3f} is left")
+    typer.echo(f"{facts['ledger']}: {facts['entries']} entries, whose chain of hashes holds")
+    if facts["runs"]:
+        headings = {"noise_multiplier": "σ", "sample_rate": "q", "epsilon": "ε of the run (PLD)"}
+        shown = [row | {key: _when(row[key]) for key in ("first", "last")} for row in facts["runs"]]
+        _print_table(shown, {key: headings.get(key, key) for key in shown[0]})
+    for row in facts["segments"]:
+        of = f"data segment {row['segment']} ({row['split']}, {row['records']} records first read {_when(row['opened'])})"
+        if row["written_off"]:
+            typer.echo(f"{of}: written off; nothing is left")
+        else:
+            by = "PLD: one run, its parameters fixed" if row["bound"] == "pld" else f"RDP filter, {row['runs']} runs"
+            typer.echo(f"{of}: ε = {row['epsilon']:.3f} ({by}); {row['left']:.3f} is left")
+    typer.echo(f"at δ = {limit.delta:g}: ε ≤ {facts['record']:.3f} for a record, {facts['person']:.3f} for a person with records in all")
 
 
 @app.command()
@@ -329,37 +356,6 @@ def _field(given: str) -> tuple[str, str]:
 def _power_of_two(count: int) -> int:
     """The nearest one, on the logarithmic scale."""
     return int(2 ** round(math.log2(max(count, 1))))
-
-
-def _spent(home: Path, delta: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The ledger by split, run and mechanism; and by split, over all runs. ε of both at ``delta``."""
-    from lichen.client.ledger import Ledger
-
-    if not (home / "ledger.sqlite").exists():
-        return [], []
-    with Ledger(home) as book:
-        entries = book.entries()
-        groups: dict[tuple[str, str, float, float], list[Entry]] = {}
-        for entry in entries:
-            key = (entry.split, entry.run, entry.segment.noise_multiplier, entry.segment.sample_rate)
-            groups.setdefault(key, []).append(entry)
-        runs = [
-            {
-                "split": own[0].split,
-                "run": own[0].run,
-                "unit": own[0].unit,
-                "rounds": len({entry.round for entry in own}),
-                "steps": sum(entry.segment.steps for entry in own),
-                "noise_multiplier": own[0].segment.noise_multiplier,
-                "sample_rate": own[0].segment.sample_rate,
-                "epsilon": book.spent(own[0].split, delta, own[0].run),
-            }
-            for own in groups.values()
-        ]
-        splits: list[dict[str, Any]] = [
-            {"split": split, "epsilon": book.spent(split, delta)} for split in dict.fromkeys(entry.split for entry in entries)
-        ]
-    return runs, splits
 
 
 def _when(seconds: float) -> str:

@@ -22,7 +22,7 @@ import grpc.aio
 
 from lichen.client.mailbox import Mailbox
 from lichen.common.channel import framing
-from lichen.common.channel.fleet_pb2 import Ack, AgentFrame, Bye, Envelope, Hello, Welcome
+from lichen.common.channel.fleet_pb2 import Ack, AgentFrame, Bye, Envelope, Hello, LedgerState, Welcome
 from lichen.common.channel.refusal import told
 from lichen.common.channel.spool import Spool
 from lichen.common.channel.transfer import Link, Locks, PayloadMissingError, next_frame
@@ -31,6 +31,8 @@ from lichen.common.records import PayloadRef, error_reply, message_from_bytes, m
 
 if TYPE_CHECKING:
     from flwr.app import Message
+
+    from lichen.client.witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +111,7 @@ class Connection:
         spool: where payloads lie.
         timing: heartbeats; tests shorten them.
         on_status: told of each change.
+        witness: signs where the ledger stands for the coordinator to keep, and is told what it kept.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Connection:
         *,
         timing: framing.Timing | None = None,
         on_status: Callable[[Status], None] | None = None,
+        witness: Witness | None = None,
     ) -> None:
         self.address = address
         self.mailbox = mailbox
@@ -128,6 +132,7 @@ class Connection:
         self._credentials = credentials
         self._timing = timing or framing.Timing()
         self._on_status = on_status
+        self._witness = witness
         self._locks: Locks = WeakValueDictionary()
         self._items: dict[str, _Item] = {}
         self._changed = asyncio.Event()
@@ -246,6 +251,8 @@ class Connection:
             kind, frame = framing.decode_coordinator_frame(data or b"")
         if kind != "welcome":
             raise framing.frame_invalid(f"{kind} before welcome")
+        if self._witness is not None and frame.welcome.HasField("ledger"):
+            await asyncio.to_thread(self._witness.remember, frame.welcome.ledger)  # before any message is wanted
         stream.welcome = frame.welcome
         self._stream = stream
         self._tell("connected")
@@ -357,8 +364,10 @@ class Connection:
         data = await asyncio.to_thread(self.mailbox.reply, message_id)
         if data is None:
             return None
+        kept = await asyncio.to_thread(self.mailbox.ledger, message_id)
         link.offer(message_id, payload_refs(message_from_bytes(data)))
-        return AgentFrame(envelope=Envelope(message_id=message_id, message=data))
+        ledger = LedgerState.FromString(kept) if kept else None
+        return AgentFrame(envelope=Envelope(message_id=message_id, message=data, ledger=ledger))
 
     def _collect(self) -> None:
         """Now and then free the spool of payloads that no message needs."""
@@ -382,7 +391,9 @@ class Connection:
             message_id, item = ready
             item.started = True
             reply = await self._answer(handler, item)
-            await asyncio.to_thread(self.mailbox.put_reply, message_id, message_to_bytes(reply))
+            state = await asyncio.to_thread(self._witness.sign) if self._witness else None
+            kept = state.SerializeToString() if state else None
+            await asyncio.to_thread(self.mailbox.put_reply, message_id, message_to_bytes(reply), kept)
             del self._items[message_id]
             if self._stream is not None:
                 self._send_reply(self._stream, message_id)

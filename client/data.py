@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
+from unicodedata import normalize
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -275,6 +276,35 @@ def load(home: Path, split: Split, fields: Sequence[str], *, fault: Callable[[Ro
     sizes = [source.declared_size for source in manifest.sources]
     known = [size for size in sizes if size is not None]
     return LocalData(table, sum(known) if split == "train" and len(known) == len(sizes) else None)
+
+
+def home_key(home: Path) -> str:
+    """A name for a home's data that tells nothing and stays when the home is moved; empty for one without data."""
+    if not (home / MANIFEST).exists():
+        return ""
+    return hashlib.blake2b(read_manifest(home).holdout_key.encode(), digest_size=8, person=b"lichen-home").hexdigest()
+
+
+def fingerprints(key: bytes, kind: str, columns: Sequence[Sequence[Any]]) -> list[int]:
+    """64 keyed bits of each record's content, for the ledger: the same wherever and however the record is stored.
+
+    Texts count by their words: other white space or another Unicode form of the same text is no other record. Two records that are taken
+    for one share a history, which is on the safe side.
+
+    Args:
+        key: the ledger's secret.
+        kind: of record, ``row`` or ``entity:FIELD``: a row that reads like an entity's name is not it.
+        columns: one or more, of equal length; a record is what stands at one place of all of them.
+    """
+    start = hashlib.blake2b(key=key, digest_size=8, person=hashlib.blake2b(kind.encode(), digest_size=16).digest())
+    found = []
+    for values in zip(*columns, strict=True):
+        digest = start.copy()
+        for value in values:
+            data = (" ".join(normalize("NFC", value).split()) if isinstance(value, str) else repr(value)).encode()
+            digest.update(len(data).to_bytes(8, "big") + data)
+        found.append(int.from_bytes(digest.digest(), "big", signed=True))
+    return found
 
 
 def stamp(home: Path) -> tuple[tuple[str, int, int], ...]:

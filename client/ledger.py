@@ -1,99 +1,116 @@
-"""What a node's data has paid in privacy: every reservation of steps, on disk before the first of them is taken."""
+"""What this node's records have paid in privacy: every reservation of steps, on disk before the first of them is taken.
+
+A *record* is a row (or, under `unit: entity`, an entity), known by a keyed fingerprint of its content wherever it lies. For life it
+belongs to the *data segment* in which it was first read: what was new then. A reservation charges every segment that it reads, so a
+record's ε is that of its segment's history. All is in one log (client/ledger_log.py), but for the fingerprints themselves.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+from lichen.client import ledger_log
+from lichen.client.ledger_book import Book, DataSegment, Entry, Grant, Limit, Limits, Spent, Split, bound
 from lichen.common.database import Database
 from lichen.common.errors import Code, LichenError
-from lichen.common.privacy.accounting import Segment, affordable_steps, epsilon
+from lichen.common.privacy.accounting import Segment, affordable_steps, epsilon, least_noise
+from lichen.common.privacy.schedule import MOST_NOISE
 
-FORMAT = 1
-Split = Literal["train", "holdout"]
-"""Training rows and hold-out rows are disjoint, so each has a history of its own (parallel composition)."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One reservation."""
-
-    split: Split
-    run: str
-    message_id: str
-    round: int
-    segment: Segment
-    unit: str
-    """Whom the steps were noised for: `example`, or `entity:FIELD`."""
-    reserved_at: float
-    """Unix time."""
+FORMAT = 2
+FILE = "ledger.sqlite"
+FOLDER = "LICHEN_LEDGER"
+"""The environment's word for the ledger's folder; a relative one starts at the node's home, so that `.` keeps it there."""
+_AT_ONCE = 500  # fingerprints looked up: SQLite takes 999 parameters and more
 
 
-@dataclass(frozen=True)
-class Limit:
-    """A bound on ε."""
-
-    epsilon: float
-    delta: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a reservation must stay under."""
-
-    unit: str
-    """Whom the bounds protect: `example`, or `entity:FIELD`."""
-    run: Limit
-    """For one run: the plan's."""
-    life: Limit | None = None
-    """For all runs on this data together: the policy's."""
-    repeats: bool = False
-    """Whether doing a message again gives the same result bit for bit (a seeded simulation), which costs nothing."""
-
-
-_SCHEMA = """
-CREATE TABLE spent (
-    id INTEGER PRIMARY KEY,
-    split TEXT NOT NULL,
-    run TEXT NOT NULL,
-    message_id TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    unit TEXT NOT NULL,
-    noise_multiplier REAL NOT NULL,
-    sample_rate REAL NOT NULL,
-    steps INTEGER NOT NULL,
-    reserved_at REAL NOT NULL,
-    released_at REAL
-)
+_SCHEMA = f"""
+CREATE TABLE about (key BLOB NOT NULL) STRICT;
+CREATE TABLE records (fingerprint INTEGER PRIMARY KEY, segment INTEGER NOT NULL) STRICT;
+{ledger_log.SCHEMA}
 """
 
 
 class Ledger(Database):
-    """The privacy ledger of one node home (SQLite, write-ahead log, full synchronisation).
+    """The privacy ledger (SQLite, write-ahead log, full synchronisation); several processes may use it at once.
+
+    Args:
+        folder: where it lies; see `open_ledger`.
 
     Raises:
-        LichenError: PRIVACY_HISTORY, if the file is damaged or from a newer lichen.
+        LichenError: PRIVACY_HISTORY, if the file is damaged or from a newer lichen; LEDGER_BROKEN, if its chain of hashes does not hold.
     """
 
-    def __init__(self, home: Path) -> None:
-        path = home / "ledger.sqlite"
+    def __init__(self, folder: Path) -> None:
+        self._book = Book()
+        self.path = folder / FILE
         try:
-            super().__init__(path, _SCHEMA, FORMAT)
-        except sqlite3.DatabaseError as error:
-            raise _unusable(path, str(error)) from None
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it as open as the umask allows
+            super().__init__(self.path, _SCHEMA, FORMAT)
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise _unusable(self.path, str(error)) from None
         except LichenError as error:
-            raise _unusable(path, error.what) from None
+            raise error if error.code is Code.LEDGER_BROKEN else _unusable(self.path, error.what) from None
+        with self._transaction() as db:
+            if not self._book.sequence:
+                self._begin(db)
+            row = db.execute("SELECT key FROM about").fetchone()
+        if row is None:
+            raise _unusable(self.path, "the key of its fingerprints is gone")
+        self.fingerprint_key = bytes(row[0])
 
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def id(self) -> str:
+        """What no other ledger is called: the hash of its first entry."""
+        return self._book.hashes[min(self._book.hashes)].hex()
+
+    # --- records ---
+
+    def assign(self, split: Split, fingerprints: Sequence[int], home: str = "") -> list[int]:
+        """The data segment of each record that was read; those that are new make up a segment, on disk when this returns.
+
+        Args:
+            split: as which they were read.
+            fingerprints: 64-bit ones, under `fingerprint_key`; equal ones are one record.
+            home: which home reads; see `DataSegment.home`.
+
+        Raises:
+            LichenError: LEDGER_BROKEN, if there are not as many fingerprints as the log says.
+        """
+        distinct = sorted(set(fingerprints))
+        with self._transaction() as db:
+            counted = dict(db.execute("SELECT segment, count(*) FROM records GROUP BY segment").fetchall())
+            if counted != {number: segment.records for number, segment in self._book.segments.items() if segment.records}:
+                raise _broken(self.path, "fingerprints are missing, or too many")
+            known: dict[int, int] = {}
+            for start in range(0, len(distinct), _AT_ONCE):
+                part = distinct[start : start + _AT_ONCE]
+                marks = ",".join("?" * len(part))
+                known.update(db.execute(f"SELECT fingerprint, segment FROM records WHERE fingerprint IN ({marks})", part))  # noqa: S608
+            if new := [one for one in distinct if one not in known]:
+                number = self._book.waiting(split, home) or 1 + len(self._book.segments)
+                db.executemany("INSERT INTO records (fingerprint, segment) VALUES (?, ?)", ((one, number) for one in new))
+                known.update(dict.fromkeys(new, number))
+                home_of = self._book.segments[number].home if number in self._book.segments else None
+                self._segment(db, number, split, len(new), _digest(new), home_of)
+        return [known[one] for one in fingerprints]
+
+    # --- reservations ---
 
     def reserve(
         self,
@@ -103,39 +120,40 @@ class Ledger(Database):
         round: int,
         planned: Segment,
         limits: Limits,
-    ) -> int:
-        """Charge the steps of one message, all or as many as fit, before any is taken.
+        reads: AbstractSet[int],
+        *,
+        ahead: int = 0,
+    ) -> Grant:
+        """Charge the steps of one message to every data segment that it reads, before any step is taken.
 
         A message that comes again after a crash uses the reservation it has, as long as nothing of it was released; afterwards it
-        pays again, and so does one that asks for other steps under the same id.
+        pays again, and so does one that asks for other steps under the same id. Segments with nothing left may not be read: the
+        others go on without their records. Where the bound for life asks for more noise than the plan, that much is granted.
 
         Args:
-            split: which rows are read.
+            split: as which the rows are read.
             run: the run's name.
             message_id: of the message that asks for the steps.
             round: of the run.
             planned: the steps it asks for.
             limits: what must hold afterwards.
-
-        Returns:
-            Steps granted, at least 1.
+            reads: the data segments of the records that are there.
+            ahead: steps that the run plans after these, for which there should be budget too.
 
         Raises:
-            LichenError: PRIVACY_BUDGET, if not one step fits, or if other steps on this data protected another unit.
+            LichenError: PRIVACY_BUDGET, if nothing that was read has enough left, or if other steps on it protected another unit.
         """
-        with self._transaction():
-            row = self._db.execute(
-                "SELECT steps, released_at FROM spent WHERE split = ? AND run = ? AND message_id = ? AND unit = ? "
-                "AND noise_multiplier = ? AND sample_rate = ? ORDER BY id DESC LIMIT 1",
-                (split, run, message_id, limits.unit, planned.noise_multiplier, planned.sample_rate),
-            ).fetchone()
-            if row is not None and (row[1] is None or limits.repeats):
-                return min(int(row[0]), planned.steps)
-            steps = affordable_steps(self.history(split, run), planned, limits.run.epsilon, limits.run.delta)
-            if limits.life is not None:
-                self._same_unit(split, limits.unit)
-                steps = affordable_steps(self.history(split), planned._replace(steps=steps), limits.life.epsilon, limits.life.delta)
-            if steps == 0:
+        with self._transaction() as db:
+            for entry in reversed(self._book.history(run=run)):
+                same = (entry.split, entry.message_id, entry.unit, entry.planned_noise, entry.segment.sample_rate)
+                if same == (split, message_id, limits.unit, *planned[:2]):
+                    readable = frozenset(number for number in entry.charged & reads if not self._book.segments[number].written_off)
+                    if (entry.released_at is None or limits.repeats) and (readable or not reads):
+                        return Grant(entry.segment._replace(steps=min(entry.segment.steps, planned.steps)), readable)
+                    break
+            grants = {number: self._affordable(number, run, planned, limits, ahead) for number in reads}
+            usable = {number: granted for number, granted in grants.items() if granted is not None}
+            if reads and not usable:
                 raise LichenError(
                     Code.PRIVACY_BUDGET,
                     f"not one more step fits: this run may spend ε = {limits.run.epsilon:g}"
@@ -143,62 +161,304 @@ class Ledger(Database):
                     where=str(self.path),
                     fix="`lichen client ledger` shows what was spent, and by which run.",
                 )
-            self._db.execute(
-                "INSERT INTO spent (split, run, message_id, round, unit, noise_multiplier, sample_rate, steps, reserved_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (split, run, message_id, round, limits.unit, planned.noise_multiplier, planned.sample_rate, steps, time.time()),
-            )
-            return steps
+            noise = max((granted.noise_multiplier for granted in usable.values()), default=planned.noise_multiplier)
+            steps = min((granted.steps for granted in usable.values()), default=planned.steps)
+            segment = Segment(noise, planned.sample_rate, steps)
+            self._reserve(db, split, run, message_id, round, segment, planned.noise_multiplier, limits.unit, usable, time.time())
+            return Grant(segment, frozenset(usable))
+
+    def _affordable(self, number: int, run: str, planned: Segment, limits: Limits, ahead: int) -> Segment | None:
+        """What one data segment can still pay of ``planned``: with the least noise that does, or fewer steps; None for nothing."""
+        if self._book.segments[number].written_off:
+            return None
+        history = self._book.history(number)
+        own = [entry.segment for entry in history if entry.run == run]
+        steps = affordable_steps(own, planned, limits.run.epsilon, limits.run.delta)
+        if steps == 0 or limits.life is None:
+            return planned._replace(steps=steps) if steps else None
+        self._same_unit(history, limits.unit)
+        life, rest = limits.life, steps + (ahead if steps == planned.steps else 0)
+
+        def fits(noise: float, total: int = rest) -> bool:
+            more = Segment(noise, planned.sample_rate, total)
+            return bound(history, life, (run, more)).epsilon <= life.epsilon
+
+        # a run keeps the noise that it was given, unless more was spent meanwhile than was foreseen
+        least = max([planned.noise_multiplier, *(segment.noise_multiplier for segment in own)])
+        if fits(least):
+            return Segment(least, planned.sample_rate, steps)
+        if (noise := least_noise(fits, least, MOST_NOISE * planned.noise_multiplier)) is not None:
+            return Segment(noise, planned.sample_rate, steps)
+        return None
 
     def released(self, split: Split, run: str, message_id: str) -> None:
         """Note that the result of a reservation may leave from now on."""
-        with self._transaction():
-            self._db.execute(
-                "UPDATE spent SET released_at = ? WHERE split = ? AND run = ? AND message_id = ? AND released_at IS NULL",
-                (time.time(), split, run, message_id),
-            )
+        with self._transaction() as db:
+            own = [e for e in self._book.history(run=run) if (e.split, e.message_id, e.released_at) == (split, message_id, None)]
+            if own:
+                self._append(db, {"kind": "release", "entries": [entry.sequence for entry in own], "at": time.time()})
 
-    def history(self, split: Split, run: str | None = None) -> list[Segment]:
-        """All that was reserved on a split, of one run or of all."""
-        return [entry.segment for entry in self.entries() if entry.split == split and run in {None, entry.run}]
-
-    def spent(self, split: Split, delta: float, run: str | None = None) -> float:
-        """ε of `history` at ``delta``."""
-        return epsilon(self.history(split, run), delta)
+    # --- what was spent ---
 
     def entries(self) -> list[Entry]:
         """Every reservation, the oldest first."""
-        query = "SELECT split, run, message_id, round, noise_multiplier, sample_rate, steps, unit, reserved_at FROM spent ORDER BY id"
-        try:
-            rows = self._rows(query)
-        except sqlite3.DatabaseError as error:
-            raise _unusable(self.path, str(error)) from None
-        return [
-            Entry(split, run, message_id, number, Segment(noise, rate, steps), unit, at)
-            for split, run, message_id, number, noise, rate, steps, unit, at in rows
-        ]
+        self._refresh()
+        return list(self._book.entries.values())
 
-    def _same_unit(self, split: Split, unit: str) -> None:
+    def segments(self) -> list[DataSegment]:
+        """Every data segment, the oldest first."""
+        self._refresh()
+        return list(self._book.segments.values())
+
+    def spent(self, segment: int, limit: Limit) -> Spent:
+        """What a data segment has paid in all runs; ``limit`` is the bound for life, from which the filter's order follows."""
+        self._refresh()
+        return bound(self._book.history(segment), limit, None)
+
+    def run_epsilon(self, run: str, split: Split, delta: float) -> float:
+        """ε of a run on a split: the largest of its data segments', by the parameters that its plan fixed (PLD)."""
+        self._refresh()
+        own = [entry for entry in self._book.history(run=run) if entry.split == split]
+        numbers = set[int]().union(*(entry.charged for entry in own))
+        return max((epsilon([entry.segment for entry in own if number in entry.charged], delta) for number in numbers), default=0.0)
+
+    def verify(self) -> int:
+        """Check the whole chain of hashes from the first entry on, and every fingerprint; returns the number of entries.
+
+        Raises:
+            LichenError: LEDGER_BROKEN, with the entry.
+        """
+        with self._transaction():
+            self._book = Book()
+            self._catch_up()
+            found: dict[int, list[int]] = {}
+            for one, number in self._rows("SELECT fingerprint, segment FROM records ORDER BY fingerprint"):
+                found.setdefault(number, []).append(one)
+            for segment in self._book.segments.values():
+                if segment.digest != _digest(found.pop(segment.number, [])):
+                    raise _broken(self.path, f"the fingerprints of data segment {segment.number} are not those that were read")
+            if found:
+                raise _broken(self.path, "it holds fingerprints that were never read")
+            return len(self._book.hashes)
+
+    # --- where it stands ---
+
+    def state(self) -> tuple[int, bytes]:
+        """Sequence number and hash of the last entry."""
+        self._refresh()
+        return self._book.sequence, self._book.head
+
+    def hash_at(self, sequence: int) -> bytes | None:
+        """The hash of an entry; None if there is none."""
+        self._refresh()
+        return self._book.hashes.get(sequence)
+
+    def written_off_at(self) -> int:
+        """The sequence number of the last write-off; 0 if there is none."""
+        self._refresh()
+        return self._book.written_off_at
+
+    def write_off(self, after: int = 0) -> int:
+        """Take all that was ever read as spent for life, so that only new records can be read from now on.
+
+        Args:
+            after: the sequence number that a lost ledger had reached: this one goes on behind it.
+
+        Returns:
+            How many data segments were written off.
+        """
+        with self._transaction() as db:
+            numbers = sorted(self._book.segments)
+            self._append(db, {"kind": "write-off", "segments": numbers, "at": time.time()}, max(after, self._book.sequence) + 1)
+        return len(numbers)
+
+    def take_over(self, path: Path, home: str) -> None:
+        """Take over all that a ledger of format 1 has spent, once: its entries become the history of a data segment a split.
+
+        It knows no records, so these segments wait: what ``home`` next reads as new on their split belongs to them.
+
+        Args:
+            path: the other ledger's file, which stays as it is.
+            home: as in `assign`.
+
+        Raises:
+            LichenError: PRIVACY_HISTORY, if that file is damaged.
+        """
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as other:
+                entries = _entries_of_format_1(other)
+        except sqlite3.DatabaseError as error:
+            raise _unusable(path, str(error)) from None
+        told = hashlib.sha256(f"{home} {entries}".encode()).hexdigest()
+        with self._transaction() as db:
+            if told not in self._book.taken_over:
+                self._append(db, {"kind": "taken-over", "ledger": told, "at": time.time()})
+                self._import(db, entries, home)
+
+    # --- parts ---
+
+    def _begin(self, db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO about (key) SELECT ? WHERE NOT EXISTS (SELECT 1 FROM about)", (secrets.token_bytes(32),))
+        self._append(db, {"kind": "opened", "id": secrets.token_hex(16), "at": time.time()})
+
+    def _upgrade(self, db: sqlite3.Connection, found: int, statements: str) -> None:
+        """From format 1, a table ``spent`` without records: all that this home next reads as new belongs to its history."""
+        entries = _entries_of_format_1(db)
+        for statement in _SCHEMA.split(";"):
+            db.execute(statement)
+        self._begin(db)
+        self._import(db, entries, "")
+        db.execute("DROP TABLE spent")
+
+    def _import(self, db: sqlite3.Connection, entries: Sequence[Entry], home: str) -> None:
+        """Write another ledger's entries behind this one's."""
+        numbers: dict[Split, int] = {}
+        for entry in entries:
+            if entry.split not in numbers:
+                numbers[entry.split] = 1 + len(self._book.segments)
+                self._segment(db, numbers[entry.split], entry.split, 0, _digest([]), home)
+            steps, noise, own = entry.segment, entry.planned_noise, (numbers[entry.split],)
+            self._reserve(db, entry.split, entry.run, entry.message_id, entry.round, steps, noise, entry.unit, own, entry.reserved_at)
+            if entry.released_at is not None:
+                self._append(db, {"kind": "release", "entries": [self._book.sequence], "at": entry.released_at})
+
+    def _segment(self, db: sqlite3.Connection, number: int, split: Split, records: int, digest: str, home: str | None) -> None:
+        body = {"kind": "segment", "segment": number, "split": split, "records": records, "digest": digest, "home": home}
+        self._append(db, body | {"at": time.time()})
+
+    def _reserve(
+        self,
+        db: sqlite3.Connection,
+        split: Split,
+        run: str,
+        message_id: str,
+        round: int,
+        segment: Segment,
+        planned_noise: float,
+        unit: str,
+        charged: Iterable[int],
+        at: float,
+    ) -> None:
+        body = {"split": split, "run": run, "message_id": message_id, "round": round, "unit": unit, "charged": sorted(charged), "at": at}
+        self._append(db, {"kind": "reserve", **body, **segment._asdict(), "planned_noise": planned_noise})
+
+    def _append(self, db: sqlite3.Connection, body: dict[str, Any], sequence: int | None = None) -> None:
+        self._book.add(ledger_log.append(db, self._book.sequence, self._book.head, body, sequence))
+
+    def _catch_up(self) -> None:
+        """Read what the log holds beyond what this object knows."""
+        try:
+            for logged in ledger_log.read(self._db, self._book.sequence, self._book.head):
+                self._book.add(logged)
+        except (ledger_log.BrokenChainError, KeyError, TypeError) as error:
+            raise _broken(self.path, str(error)) from None
+
+    def _refresh(self) -> None:
+        with self._transaction(durable=False):
+            pass
+
+    @staticmethod
+    def _same_unit(history: Sequence[Entry], unit: str) -> None:
         """What was spent for rows bounds nothing for the entities they belong to, nor the other way round."""
-        for entry in self.entries():
-            if entry.split == split and entry.unit != unit:
+        for entry in history:
+            if entry.unit != unit:
                 raise LichenError(
                     Code.PRIVACY_BUDGET,
                     f"run {entry.run} spent ε for each {entry.unit}, which can't be added to ε for each {unit}",
-                    where=str(self.path),
                     fix="Permit one unit only (policy.yaml, privacy.require), and keep to the one that was used.",
                 )
 
     @contextmanager
     def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """One transaction on what the log holds now; if it fails, what it wrote is forgotten here too."""
         try:
             with super()._transaction(durable=durable) as db:
+                if db.execute("PRAGMA user_version").fetchone()[0] == FORMAT:  # not while the file is being made or upgraded
+                    self._catch_up()
                 yield db
-        except sqlite3.DatabaseError as error:
-            raise _unusable(self.path, str(error)) from None
+        except BaseException as error:
+            self._book = Book()
+            if isinstance(error, sqlite3.DatabaseError):
+                raise _unusable(self.path, str(error)) from None
+            raise
+
+
+def open_ledger(home: Path, *, own: bool = False) -> Ledger:
+    """The ledger that a node home's data is charged in, made if it is not there; see `ledger_folder`.
+
+    One of format 1 that an older lichen kept in the home is taken over, and put aside as `ledger.format-1.sqlite`.
+
+    Args:
+        home: the node's home.
+        own: whether it has a ledger of its own in any case: a simulated node.
+
+    Raises:
+        LichenError: PRIVACY_HISTORY, LEDGER_BROKEN.
+    """
+    from lichen.client.data import home_key
+
+    folder = ledger_folder(home, own=own)
+    ledger = Ledger(folder)
+    old = home / FILE
+    if folder.resolve() != home.resolve() and old.exists():
+        ledger.take_over(old, home_key(home))
+        for end in ("", "-wal", "-shm"):
+            if (home / f"{FILE}{end}").exists():
+                (home / f"{FILE}{end}").replace(home / f"ledger.format-1.sqlite{end}")
+    return ledger
+
+
+def ledger_folder(home: Path, *, own: bool = False) -> Path:
+    """Where the ledger of a home lies: `~/.lichen`, one for all homes of this user, or the folder that `LICHEN_LEDGER` names.
+
+    A home that was made with a ledger of its own keeps it, whatever the environment says later.
+    """
+    if own or _format(home / FILE) not in {None, 1}:
+        return home
+    folder = Path(os.environ.get(FOLDER, "~/.lichen")).expanduser()
+    if folder.is_absolute():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return home / folder
+
+
+def _format(path: Path) -> int | None:
+    """A ledger's format; None if there is no such file, 0 for one that can't be read."""
+    if not path.exists():
+        return None
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            return int(db.execute("PRAGMA user_version").fetchone()[0])
+    except sqlite3.DatabaseError:
+        return 0
+
+
+def _entries_of_format_1(db: sqlite3.Connection) -> list[Entry]:
+    columns = "split, run, message_id, round, noise_multiplier, sample_rate, steps, unit, reserved_at, released_at"
+    rows = db.execute(f"SELECT {columns} FROM spent ORDER BY id").fetchall()  # noqa: S608
+    return [
+        Entry(0, split, run, message_id, number, Segment(noise, rate, steps), noise, unit, frozenset(), at, left)
+        for split, run, message_id, number, noise, rate, steps, unit, at, left in rows
+    ]
+
+
+def _digest(fingerprints: Sequence[int]) -> str:
+    """SHA-256 of sorted fingerprints."""
+    digest = hashlib.sha256()
+    for one in fingerprints:
+        digest.update(one.to_bytes(8, "big", signed=True))
+    return digest.hexdigest()
 
 
 def _unusable(path: Path, why: str) -> LichenError:
     return LichenError(
-        Code.PRIVACY_HISTORY, f"the ledger can't be used: {why}", where=str(path), fix="Restore the node's home from its backup."
+        Code.PRIVACY_HISTORY, f"the ledger can't be used: {why}", where=str(path), fix="Restore the file from its newest backup."
+    )
+
+
+def _broken(path: Path, why: str) -> LichenError:
+    return LichenError(
+        Code.LEDGER_BROKEN,
+        f"the ledger's chain of hashes is broken: {why}",
+        where=str(path),
+        fix="Restore the ledger as it was last, or, if that is lost: delete it, then lichen client ledger --write-off.",
     )

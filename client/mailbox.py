@@ -11,14 +11,16 @@ from pathlib import Path
 
 from lichen.common.database import Database
 
-VERSION = 1
+VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE inbox (message_id TEXT PRIMARY KEY, bytes BLOB NOT NULL, received_at REAL NOT NULL, cancelled_at REAL) STRICT;
-CREATE TABLE replies (message_id TEXT PRIMARY KEY, bytes BLOB NOT NULL, made_at REAL NOT NULL, receipted_at REAL) STRICT;
+CREATE TABLE replies (message_id TEXT PRIMARY KEY, bytes BLOB NOT NULL, made_at REAL NOT NULL, receipted_at REAL, ledger BLOB) STRICT;
 CREATE INDEX replies_owed ON replies (message_id) WHERE receipted_at IS NULL;
 CREATE TABLE syncs (number INTEGER PRIMARY KEY) STRICT;
 """
+
+_UPGRADES = {1: "ALTER TABLE replies ADD COLUMN ledger BLOB"}
 
 
 class Mailbox(Database):
@@ -32,7 +34,7 @@ class Mailbox(Database):
     """
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(path, _SCHEMA, VERSION)
+        super().__init__(path, _SCHEMA, VERSION, _UPGRADES)
 
     def put(self, message_id: str, data: bytes) -> None:
         """Keep a message, so that a restarted process finds it; only after `sync` or `put_reply` a power cut spares it too.
@@ -66,14 +68,20 @@ class Mailbox(Database):
                 "UPDATE inbox SET cancelled_at = ?, bytes = x'' WHERE message_id = ?", [(time.time(), item) for item in message_ids]
             )
 
-    def put_reply(self, message_id: str, data: bytes) -> None:
-        """Keep the reply to a message durably; the first one stays."""
+    def put_reply(self, message_id: str, data: bytes, ledger: bytes | None = None) -> None:
+        """Keep the reply to a message durably, and where the ledger stood when it was made; the first one stays."""
+        row = (message_id, data, time.time(), ledger)
         with self._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO replies (message_id, bytes, made_at) VALUES (?, ?, ?)", (message_id, data, time.time()))
+            db.execute("INSERT OR IGNORE INTO replies (message_id, bytes, made_at, ledger) VALUES (?, ?, ?, ?)", row)
 
     def reply(self, message_id: str) -> bytes | None:
         """The reply to a message, receipted or not; None if none was made."""
         rows = self._rows("SELECT bytes FROM replies WHERE message_id = ?", message_id)
+        return bytes(rows[0][0]) if rows else None
+
+    def ledger(self, message_id: str) -> bytes | None:
+        """Where the ledger stood when the reply to a message was made, if that was kept."""
+        rows = self._rows("SELECT ledger FROM replies WHERE message_id = ? AND ledger IS NOT NULL", message_id)
         return bytes(rows[0][0]) if rows else None
 
     def unreceipted(self) -> list[str]:

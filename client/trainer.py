@@ -17,6 +17,7 @@ from lichen.common.privacy.self_check import ROWS, self_check
 from lichen.common.tasks import workbench
 
 if TYPE_CHECKING:
+    from lichen.client.gate import Gate
     from lichen.common.model.adapter import State
     from lichen.common.plan import Plan
     from lichen.common.tasks.task import Encoded
@@ -81,7 +82,15 @@ class Trainer:
         return Trained(self._delta(start, steps), steps, loss_sum / max(seen, 1))
 
     def train_private(
-        self, start: State, data: Encoded, units: Sequence[Unit], segment: Segment, declared_size: int, round: int, source: RandomSource
+        self,
+        start: State,
+        data: Encoded,
+        units: Sequence[Unit],
+        segment: Segment,
+        declared_size: int,
+        round: int,
+        source: RandomSource,
+        gate: Gate,
     ) -> Trained:
         """Train with differential privacy: Poisson draws of units, clipped gradients, noise in each step.
 
@@ -93,9 +102,10 @@ class Trainer:
             declared_size: the denominator is ``sample_rate`` times this.
             round: from 1.
             source: of draws and noise.
+            gate: asked before each step.
 
         Raises:
-            LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED.
+            LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED; PRIVACY_BUDGET from the gate.
         """
         if self._gradients is None:
             raise LichenError(Code.INTERNAL, "the trainer was made for a plan without differential privacy")
@@ -109,6 +119,7 @@ class Trainer:
             source=source,
         )
         for _ in range(segment.steps):
+            gate.step(Segment(optimizer.noise_multiplier, segment.sample_rate, 1))
             drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
             self._gradients.step(optimizer, drawn, lambda rows: self.task.collate(data, rows))
         return Trained(self._delta(start, segment.steps), segment.steps, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ class Database:
         path: the file; made if it is not there.
         schema: statements that make the tables, separated by semicolons; a change raises the version.
         version: of the schema.
+        upgrades: for an older version the statements that make the next one of it.
 
     Raises:
         LichenError: STORE_VERSION if a newer lichen wrote the file.
     """
 
-    def __init__(self, path: str | Path, schema: str, version: int) -> None:
+    def __init__(self, path: str | Path, schema: str, version: int, upgrades: Mapping[int, str] | None = None) -> None:
         self.path = Path(path)
         self._lock = threading.RLock()
         self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=30)
@@ -41,7 +42,14 @@ class Database:
             if found == 0:
                 for statement in schema.split(";"):
                     db.execute(statement)
+            for older in range(found, version) if found else ():
+                self._upgrade(db, older, (upgrades or {}).get(older, ""))
             db.execute(f"PRAGMA user_version = {version}")
+
+    def _upgrade(self, db: sqlite3.Connection, found: int, statements: str) -> None:
+        """Make the next version of the tables of version ``found``, within the transaction that opens the file."""
+        for statement in statements.split(";"):
+            db.execute(statement)
 
     @contextmanager
     def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:

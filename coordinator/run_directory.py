@@ -41,6 +41,8 @@ class ServerState:
     """Training steps by client."""
     evaluated: dict[str, list[Segment]] = field(default_factory=dict)
     """Noised hold-out evaluations by client."""
+    exhausted: dict[str, list[str]] = field(default_factory=dict)
+    """By kind of message the clients that have no privacy budget left for it: they are not asked again."""
 
 
 class RunDirectory:
@@ -102,6 +104,7 @@ class RunDirectory:
             "plan_sha256": self.plan.sha256(),
             "spent": state.spent,
             "evaluated": state.evaluated,
+            "exhausted": state.exhausted,
         }
         final = self._checkpoint(state.round)
         temporary = final.with_suffix(".tmp")
@@ -139,7 +142,8 @@ class RunDirectory:
         def history(found: dict[str, list[list[float]]]) -> dict[str, list[Segment]]:
             return {name: [Segment(noise, rate, int(steps)) for noise, rate, steps in rows] for name, rows in found.items()}
 
-        return ServerState(about["round"], **parts, spent=history(about["spent"]), evaluated=history(about["evaluated"]))
+        spent, evaluated, exhausted = history(about["spent"]), history(about["evaluated"]), about.get("exhausted", {})
+        return ServerState(about["round"], **parts, spent=spent, evaluated=evaluated, exhausted=exhausted)
 
     def _checkpoint(self, round: int) -> Path:
         return self.path / "checkpoints" / f"round-{round:05d}.safetensors"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import grpc.aio
 
 from lichen.common.channel import framing
-from lichen.common.channel.fleet_pb2 import Cancel, CoordinatorFrame, Envelope, Receipt, Welcome
+from lichen.common.channel.fleet_pb2 import Cancel, CoordinatorFrame, Envelope, LedgerState, Receipt, Welcome
 from lichen.common.channel.transfer import Link, PayloadMissingError, next_frame
 from lichen.common.errors import Code, LichenError
 from lichen.common.records import message_from_bytes, payload_refs
@@ -41,13 +41,14 @@ class Session:
 
     async def serve(self, fingerprint: str) -> None:
         """Welcome the agent, send it what it owes replies to, and take its frames until the stream ends."""
-        outstanding = await asyncio.to_thread(self._load, fingerprint)
+        outstanding, ledger = await asyncio.to_thread(self._load, fingerprint)
         welcome = Welcome(
             protocol=framing.PROTOCOL,
             version=version("lichen"),
             node_id=self.node.node_id,
             name=self.node.name,
             outstanding=outstanding[: framing.MAX_IDS],
+            ledger=ledger,
         )
         self.link.send(CoordinatorFrame(welcome=welcome))
         self.welcomed = True
@@ -56,13 +57,15 @@ class Session:
         self._fleet.attached(self)
         await self.link.run(self._read, self._handle)
 
-    def _load(self, fingerprint: str) -> list[str]:
+    def _load(self, fingerprint: str) -> tuple[list[str], LedgerState | None]:
         store = self._fleet.store
         store.saw_node(self.node.node_id, fingerprint, time.time())
         node = store.node_by_id(self.node.node_id)
         if node is None or not node.active:  # revoked between the handshake and now
             raise revoked(self.node.name)
-        return store.outstanding(self.node.node_id)
+        kept = store.ledger_of(self.node.node_id)
+        ledger = LedgerState(sequence=kept[0], head=kept[1], signature=kept[2]) if kept else None
+        return store.outstanding(self.node.node_id), ledger
 
     def offer(self, message_id: str) -> None:
         """Send a message, once on this stream."""
@@ -102,7 +105,7 @@ class Session:
                 message_id = frame.envelope.message_id
                 if message_id not in self._replying:
                     self.link.bytes_received += len(data)
-                    self._replying[message_id] = self.link.spawn(self._reply(message_id, frame.envelope.message))
+                    self._replying[message_id] = self.link.spawn(self._reply(message_id, frame.envelope))
             case "ack":
                 await asyncio.to_thread(self._fleet.store.ack, frame.ack.message_id, self.node.node_id)
             case "bye":
@@ -111,10 +114,14 @@ class Session:
                 raise framing.frame_invalid(f"a second {field}")
         return True
 
-    async def _reply(self, message_id: str, data: bytes) -> None:
-        """Take a reply: its payload first, then the reply, then the receipt."""
+    async def _reply(self, message_id: str, envelope: Envelope) -> None:
+        """Take a reply: where its node's ledger stands first, whatever becomes of the rest; its payload, the reply, then the receipt."""
         try:
-            kept = await self._take(message_id, data)
+            if envelope.HasField("ledger"):
+                state = envelope.ledger
+                note = self._fleet.store.note_ledger
+                await asyncio.to_thread(note, self.node.node_id, state.sequence, state.head, state.signature)
+            kept = await self._take(message_id, envelope.message)
         finally:
             self._replying.pop(message_id, None)
         self._receipt(message_id, stored=kept)

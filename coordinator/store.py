@@ -17,7 +17,7 @@ from typing import Any
 from lichen.common.database import Database
 from lichen.common.errors import Code, LichenError
 
-VERSION = 1
+VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE invites (
@@ -26,7 +26,8 @@ CREATE TABLE invites (
 ) STRICT;
 CREATE TABLE nodes (
     node_id INTEGER PRIMARY KEY, name TEXT NOT NULL, fingerprint TEXT NOT NULL, previous_fingerprint TEXT,
-    enrolled_at REAL NOT NULL, revoked_at REAL, last_seen REAL, certificate_ends REAL
+    enrolled_at REAL NOT NULL, revoked_at REAL, last_seen REAL, certificate_ends REAL,
+    ledger_sequence INTEGER, ledger_head BLOB, ledger_signature BLOB
 ) STRICT;
 CREATE UNIQUE INDEX nodes_active_name ON nodes (name) WHERE revoked_at IS NULL;
 CREATE TABLE operators (
@@ -109,6 +110,10 @@ class Operator:
     revoked_at: float | None
 
 
+_UPGRADES = {
+    1: "ALTER TABLE nodes ADD COLUMN ledger_sequence INTEGER; ALTER TABLE nodes ADD COLUMN ledger_head BLOB;"
+    " ALTER TABLE nodes ADD COLUMN ledger_signature BLOB",
+}
 _OPERATOR = "fingerprint, name, added_at, certificate_ends, revoked_at"
 _INVITE = "name, expires_at, used_at, certificate"
 _NODE = "name, node_id, fingerprint, previous_fingerprint, enrolled_at, revoked_at, last_seen, certificate_ends"
@@ -132,7 +137,7 @@ class Store(Database):
     """
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(path, _SCHEMA, VERSION)
+        super().__init__(path, _SCHEMA, VERSION, _UPGRADES)
 
     def backup(self, target: str | Path) -> None:
         """Copy a consistent snapshot to ``target`` while the store is in use."""
@@ -248,6 +253,21 @@ class Store(Database):
         with self._transaction() as db:
             db.execute("UPDATE nodes SET last_seen = ? WHERE node_id = ?", (now, node_id))
             db.execute("UPDATE nodes SET previous_fingerprint = NULL WHERE node_id = ? AND fingerprint = ?", (node_id, fingerprint))
+
+    def note_ledger(self, node_id: int, sequence: int, head: bytes, signature: bytes) -> None:
+        """Keep where a node's ledger stands, unless it is known to have been as far already."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE nodes SET ledger_sequence = ?, ledger_head = ?, ledger_signature = ?"
+                " WHERE node_id = ? AND (ledger_sequence IS NULL OR ledger_sequence < ?)",
+                (sequence, head, signature, node_id, sequence),
+            )
+
+    def ledger_of(self, node_id: int) -> tuple[int, bytes, bytes] | None:
+        """Sequence, salted head and signature that a node has sent last; None if it has sent none."""
+        query = "SELECT ledger_sequence, ledger_head, ledger_signature FROM nodes WHERE node_id = ? AND ledger_sequence IS NOT NULL"
+        rows = self._rows(query, node_id)
+        return (int(rows[0][0]), bytes(rows[0][1]), bytes(rows[0][2])) if rows else None
 
     # Operators
 

@@ -18,7 +18,7 @@ from lichen.common import records
 from lichen.common.errors import Code, LichenError, name_of
 from lichen.common.model.adapter import State, check_state
 from lichen.common.privacy.accounting import Segment, epsilon
-from lichen.common.privacy.schedule import planned_evaluation, planned_steps
+from lichen.common.privacy.schedule import MOST_NOISE, planned_evaluation, planned_steps
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
 from lichen.coordinator.aggregation import RULES
 from lichen.coordinator.optimizers import apply_update
@@ -144,7 +144,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         every = self.plan.evaluation.federated_every
         if not every or server_round % every:
             return []
-        return self._messages(records.EVALUATE, server_round, arrays, sorted(self._used), grid)
+        return self._messages(records.EVALUATE, server_round, arrays, self._with_budget(records.EVALUATE, sorted(self._used)), grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Metrics over all hold-outs together."""
@@ -226,22 +226,31 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     def _choose(self, round: int, grid: Grid) -> list[int]:
         """A seeded draw of `cohort.size` of the connected nodes, waiting for them as long as the deadline.
 
-        Drawn from them in the order of their names, where the grid knows them: ids are random, and other in a simulation.
+        Drawn from them in the order of their names, where the grid knows them: ids are random, and other in a simulation. Nodes that
+        have said that their privacy budget is spent are not drawn.
         """
         until = time.monotonic() + self.plan.cohort.deadline_s
         if (here := len(list(grid.get_node_ids()))) < self.plan.cohort.size:
             log.info("round %d waits: %d nodes are connected, cohort.size is %d", round, here, self.plan.cohort.size)
         while len(nodes := sorted(grid.get_node_ids(), key=self._name)) < self.plan.cohort.size and time.monotonic() < until:
             time.sleep(POLL_S)
+        here = len(nodes)
+        nodes = self._with_budget(records.TRAIN, nodes)
         if len(nodes) < self.plan.cohort.minimum:
+            without = f", {here - len(nodes)} more without privacy budget" if here > len(nodes) else ""
             raise LichenError(
                 Code.COHORT_TOO_SMALL,
-                f"{len(nodes)} nodes are connected, cohort.minimum is {self.plan.cohort.minimum}",
+                f"{len(nodes)} nodes are connected{without}, cohort.minimum is {self.plan.cohort.minimum}",
                 where=f"round {round}",
                 fix="Connect more nodes, or submit a plan with a smaller minimum.",
             )
         generator = random.Random(f"{self.plan.seed}|cohort|{round}")  # noqa: S311 - who is asked is no secret here
         return sorted(generator.sample(nodes, min(self.plan.cohort.size, len(nodes))))
+
+    def _with_budget(self, kind: str, nodes: list[int]) -> list[int]:
+        """The nodes that have not answered, in this run, that they have nothing left for such a message."""
+        spent = self.state.exhausted.get(kind, [])
+        return [node for node in nodes if self._name(node) not in spent]
 
     def _messages(self, kind: str, round: int, arrays: ArrayRecord, nodes: list[int], grid: Grid) -> Iterator[Message]:
         assignment = records.Assignment(plan=self.plan.canonical_json(), plan_sha256=self.plan.sha256(), round=round)
@@ -252,12 +261,22 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
     def _ask(self, grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
         replies = list(grid.send_and_receive(messages, timeout=timeout))
+        kinds = {message.metadata.dst_node_id: message.metadata.message_type for message in messages}
+        for reply in replies:
+            if reply.has_error() and reply.error.code == Code.PRIVACY_BUDGET:
+                self._drop_out(kinds[reply.metadata.src_node_id], self._name(reply.metadata.src_node_id))
         answered = {reply.metadata.src_node_id for reply in replies}
         for message in messages:
             node = message.metadata.dst_node_id
             if node not in answered:
                 self._failed(self._name(node), None, "no answer within the deadline")
         return replies
+
+    def _drop_out(self, kind: str, client: str) -> None:
+        spent = self.state.exhausted.setdefault(kind, [])
+        if client not in spent:
+            log.warning("%s has no privacy budget left, and is not asked again in this run", client)
+            spent.append(client)
 
     def _reports(self, kind: type[R], round: int, replies: Iterable[Message]) -> Iterator[tuple[R, Message]]:
         """The replies that bear a report of this round and of their own node, at most one a client."""
@@ -371,10 +390,12 @@ def _errors(by_client: Mapping[str, int | None]) -> str:
 
 
 def _as_planned(told: Segment, planned: Segment) -> bool:
-    """Whether noise and sample rate are the plan's, and the steps not more; another machine's accountant may differ in the last places."""
-    if not math.isclose(told.noise_multiplier, planned.noise_multiplier, rel_tol=0.01):
-        return False
-    return math.isclose(told.sample_rate, planned.sample_rate) and 1 <= told.steps <= planned.steps
+    """Whether the sample rate is the plan's, and neither the noise less nor the steps more.
+
+    A client's own budget for life may have asked for more noise or fewer steps; another machine's accountant may differ in the last places.
+    """
+    noise = told.noise_multiplier / planned.noise_multiplier
+    return 0.99 <= noise <= 1.01 * MOST_NOISE and math.isclose(told.sample_rate, planned.sample_rate) and 1 <= told.steps <= planned.steps
 
 
 def privacy_of(plan: Plan, *, simulated: bool) -> Privacy:

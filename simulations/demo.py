@@ -132,7 +132,9 @@ def _processes() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
     def start(log: Path, *arguments: str | Path) -> subprocess.Popen[bytes]:
         # agents train side by side: more threads than cores would only wait for each other. The coordinator scores while they rest
-        environment = os.environ | ({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if "client" in arguments else {})
+        # and each has a ledger of its own: what a demo spends is not its user's
+        own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "LICHEN_LEDGER": "."}
+        environment = os.environ | (own if "client" in arguments else {})
         with log.open("wb") as out:
             command = [*LICHEN, *map(str, arguments)]
             started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment))

@@ -59,26 +59,40 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "version", "node_id", "name", "outstanding")
+    __slots__ = ("protocol", "version", "node_id", "name", "outstanding", "ledger")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     OUTSTANDING_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     node_id: int
     name: str
     outstanding: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., node_id: _Optional[int] = ..., name: _Optional[str] = ..., outstanding: _Optional[_Iterable[str]] = ...) -> None: ...
+    ledger: LedgerState
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., node_id: _Optional[int] = ..., name: _Optional[str] = ..., outstanding: _Optional[_Iterable[str]] = ..., ledger: _Optional[_Union[LedgerState, _Mapping]] = ...) -> None: ...
+
+class LedgerState(_message.Message):
+    __slots__ = ("sequence", "head", "signature")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    head: bytes
+    signature: bytes
+    def __init__(self, sequence: _Optional[int] = ..., head: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("message_id", "message")
+    __slots__ = ("message_id", "message", "ledger")
     MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
     message_id: str
     message: bytes
-    def __init__(self, message_id: _Optional[str] = ..., message: _Optional[bytes] = ...) -> None: ...
+    ledger: LedgerState
+    def __init__(self, message_id: _Optional[str] = ..., message: _Optional[bytes] = ..., ledger: _Optional[_Union[LedgerState, _Mapping]] = ...) -> None: ...
 
 class Ack(_message.Message):
     __slots__ = ("message_id",)

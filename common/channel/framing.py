@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from lichen.common.channel.fleet_pb2 import AgentFrame, CoordinatorFrame
 from lichen.common.errors import Code, LichenError
 
-PROTOCOL = 1
+PROTOCOL = 2
 SERVICE = "lichen.fleet.v1.Fleet"
 METHOD = f"/{SERVICE}/Attach"
 
@@ -24,6 +24,8 @@ MAX_IDS = 10_000  # message ids in one frame
 MAX_PAYLOAD = 1 << 40
 _MAX_FRAME = MAX_ENVELOPE + 4096
 _DIGEST_BYTES = 32
+_SIGNATURE_BYTES = 64
+_MAX_SEQUENCE = 1 << 62
 _MESSAGE_ID = re.compile(r"[0-9a-f]{32}")
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -101,8 +103,16 @@ def _chunk(frame: Any) -> None:
         raise frame_invalid(f"a chunk of {len(frame.data)} bytes")
 
 
+def _ledger(frame: Any) -> None:
+    if frame.HasField("ledger"):
+        state = frame.ledger
+        if len(state.head) != _DIGEST_BYTES or len(state.signature) != _SIGNATURE_BYTES or not 0 < state.sequence < _MAX_SEQUENCE:
+            raise frame_invalid("a ledger's state that is none")
+
+
 def _envelope(frame: Any) -> None:
     check_message_id(frame.message_id)
+    _ledger(frame)
     if not 0 < len(frame.message) <= MAX_ENVELOPE:
         raise frame_invalid(f"an envelope of {len(frame.message)} bytes")
 
@@ -122,6 +132,7 @@ def _greeting(frame: Any) -> None:
 def _welcome(frame: Any) -> None:
     _greeting(frame)
     _message_ids(frame.outstanding)
+    _ledger(frame)
     if frame.node_id <= 0 or not _NAME.fullmatch(frame.name):
         raise frame_invalid("a welcome without a node's id and name")
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from lichen.common.plan import Plan
 
 
+MOST_NOISE = 4.0
+"""Records that would need more than this many times the plan's noise have no budget left worth the name."""
+
+
 def planned_steps(plan: Plan, declared_size: int) -> Segment:
     """What one round of training costs a client.
 

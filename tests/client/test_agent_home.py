@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from lichen.client.cli import app
 from lichen.client.data import add_source, read_manifest
-from lichen.client.ledger import Ledger, Limit, Limits
+from lichen.client.ledger import Ledger
+from lichen.client.ledger_book import Limit, Limits
 from lichen.client.locks import HomeLocks, agent_runs
 from lichen.client.policy import pending, request
 from lichen.client.status import StatusFile, is_paused, read_status
@@ -192,18 +193,24 @@ def test_ledger_tells_what_is_left(home: Path) -> None:
     assert "nothing was spent" in client("ledger", home=home)
     limits = Limits("example", Limit(8.0, 1e-5))
     with Ledger(home) as ledger:
+        train, holdout = set(ledger.assign("train", [1, 2])), set(ledger.assign("holdout", [3]))
         for round in (1, 2):
-            ledger.reserve("train", "7", f"{round:032x}", round, Segment(2.0, 0.1, 5), limits)
-        ledger.reserve("train", "8", "8" * 32, 1, Segment(3.0, 0.1, 5), limits)
-        ledger.reserve("holdout", "7", "7" * 32, 1, Segment(9.0, 1.0, 1), limits)
-        spent = ledger.spent("train", 1e-5)
+            ledger.reserve("train", "7", f"{round:032x}", round, Segment(2.0, 0.1, 5), limits, train)
+        ledger.reserve("train", "8", "8" * 32, 1, Segment(3.0, 0.1, 5), limits, train)
+        ledger.reserve("holdout", "7", "7" * 32, 1, Segment(9.0, 1.0, 1), limits, holdout)
+        spent, held_out = (ledger.spent(number, Limit(8.0, 1e-5)).epsilon for number in (1, 2))
     found = json.loads(client("ledger", "--json", home=home))
     assert [(run["split"], run["run"], run["rounds"], run["steps"]) for run in found["runs"]] == [
         ("train", "7", 2, 10),
         ("train", "8", 1, 5),
         ("holdout", "7", 1, 1),
     ]
-    assert found["splits"][0] == {"split": "train", "epsilon": spent, "left": 8.0 - spent}
+    assert found["splits"][0] == {"split": "train", "epsilon": spent, "bound": "rdp-filter", "left": 8.0 - spent}
+    assert [(row["segment"], row["records"], row["bound"], row["runs"]) for row in found["segments"]] == [
+        (1, 2, "rdp-filter", 2),
+        (2, 1, "pld", 1),
+    ]
+    assert (found["record"], found["person"]) == (spent, spent + held_out)
     assert found["runs"][0]["epsilon"] < spent
     assert "is left" in client("ledger", home=home)
 

@@ -18,15 +18,18 @@ from lichen.client import app as client_app
 from lichen.client.app import app
 from lichen.client.data import add_source, load
 from lichen.client.ledger import Ledger
+from lichen.client.ledger_book import Limit
 from lichen.common import records, tasks
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.privacy.accounting import epsilon
+from lichen.common.privacy.schedule import planned_steps
 from lichen.common.records import Rule
 from lichen.common.tasks import workbench
 
 Rows = Callable[..., list[dict[str, Any]]]
 DECLARED = 64
+LIFE = Limit(8.0, 1e-5)
 PRIVACY = {"unit": "example", "epsilon": 6.0, "delta": 1e-5, "sample_rate": 0.125, "clip": 0.5}
 # Texts and a name that must appear nowhere in a message.
 SECRET = "Mrs Pemberton"
@@ -399,27 +402,31 @@ def test_rounds_are_paid_and_the_budget_ends(home: Path, plan_of: Callable[..., 
         report_of(ask(home, plan, round))
     with Ledger(home) as ledger:
         assert [entry.segment.steps for entry in ledger.entries()] == [4, 4]
-        spent = ledger.spent("train", 1e-5)
-    assert 5.9 < spent <= 6.0
+        spent = ledger.spent(1, LIFE)
+    assert spent.bound == "pld"
+    assert 5.9 < spent.epsilon <= 6.0
     bare_number(ask(home, plan, 3), Code.PRIVACY_BUDGET)
-    # runs of other names have the life's budget against them, 8 by default
-    granted = []
-    while not (reply := ask(home, plan, 1, run=8 + len(granted))).has_error():
-        granted.append(report_of(reply)["steps"])
+    # runs of other names have the life's budget against them, 8 by default: they pay by more noise
+    noises = []
+    while not (reply := ask(home, plan, 1, run=8 + len(noises))).has_error():
+        noises.append(report_of(reply)["noise_multiplier"])
     bare_number(reply, Code.PRIVACY_BUDGET)
-    assert 1 <= granted[-1] <= 4
+    assert noises
+    assert min(noises) > planned_steps(plan, DECLARED).noise_multiplier
     with Ledger(home) as ledger:
-        assert 7.5 < ledger.spent("train", 1e-5) <= 8.0
+        spent = ledger.spent(1, LIFE)
+    assert spent.bound == "rdp-filter"
+    assert 6.5 < spent.epsilon <= 8.0
 
 
 def test_another_plan_under_the_same_message_id_pays(home: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """A message whose training was cut short; then the same id with a plan of less noise."""
-    monkeypatch.setattr(client_app.Ledger, "released", lambda *_: None)
+    monkeypatch.setattr(Ledger, "released", lambda *_: None)
     report_of(ask(home, plan_of(privacy={"epsilon": 0.5}), message_id="same"))
     weak = report_of(ask(home, plan_of(privacy={"epsilon": 8.0}), message_id="same"))
     with Ledger(home) as ledger:
         assert [entry.segment.noise_multiplier for entry in ledger.entries()][1:] == [weak["noise_multiplier"]]
-        assert ledger.spent("train", 1e-5) <= 8.0
+        assert ledger.spent(1, LIFE).epsilon <= 8.0
 
 
 def test_noise_is_fresh_in_earnest_and_repeats_in_a_simulation(home: Path, plan_of: Callable[..., Plan]) -> None:

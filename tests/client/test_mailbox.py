@@ -51,9 +51,31 @@ def test_a_withdrawn_message_is_not_handled_unless_it_comes_again(mailbox: Mailb
     assert mailbox.unhandled() == [(A, b"message a")]
 
 
+def test_where_the_ledger_stood_is_kept_with_the_reply(mailbox: Mailbox) -> None:
+    mailbox.put(A, b"message a")
+    mailbox.put_reply(A, b"reply a", b"state")
+    mailbox.put_reply(A, b"another", b"another")
+    mailbox.put_reply(B, b"reply b")
+    assert (mailbox.ledger(A), mailbox.ledger(B)) == (b"state", None)
+
+
+def test_a_mailbox_of_version_1_opens_with_all_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sqlite"
+    mailbox = Mailbox(path)
+    mailbox.put_reply(A, b"reply a")
+    mailbox.close()
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE replies DROP COLUMN ledger")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    mailbox = Mailbox(path)
+    assert (mailbox.reply(A), mailbox.ledger(A)) == (b"reply a", None)
+    mailbox.close()
+
+
 def test_a_mailbox_of_a_newer_lichen_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "agent.sqlite") as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
     with pytest.raises(LichenError) as caught:
         Mailbox(tmp_path / "agent.sqlite")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lichen.client import trainer as trainer_module
+from lichen.client.gate import Gate
 from lichen.client.trainer import Trainer
 from lichen.common import tasks
 from lichen.common.errors import Code, LichenError
@@ -49,7 +50,8 @@ def trained(trainer: Trainer, rows: Any, round: int = 1, key: object = "order") 
 
 def private(trainer: Trainer, rows: Any, segment: Segment, *, source: Any = None, units: Any = None, size: int = 48, round: int = 1) -> Any:
     units = [[row] for row in range(len(rows))] if units is None else units
-    return trainer.train_private(workbench(trainer.plan).start, rows, units, segment, size, round, source or SeededSource("noise"))
+    start = workbench(trainer.plan).start
+    return trainer.train_private(start, rows, units, segment, size, round, source or SeededSource("noise"), Gate(segment))
 
 
 def same(left: State, right: State) -> bool:
@@ -350,16 +352,18 @@ def test_an_evaluations_cost_fits_as_often_as_it_is_asked(tiny_plan: dict[str, A
 
 def test_training_stops_before_epsilon_would_pass(make: Callable[..., Trainer], tiny_rows: Rows, tmp_path: Path) -> None:
     """The ledger grants what fits, and exactly so many steps are taken."""
-    from lichen.client.ledger import Ledger, Limit, Limits
+    from lichen.client.ledger import Ledger
+    from lichen.client.ledger_book import Limit, Limits
 
     trainer = make(privacy=PRIVATE)
     rows = encoded(trainer, tiny_rows(24))
     planned = Segment(1.0, 0.25, 10)
     bound = epsilon([planned._replace(steps=7)], 1e-5)
     with Ledger(tmp_path) as ledger:
-        granted = ledger.reserve("train", "r", "m", 1, planned, Limits("example", Limit(bound, 1e-5)))
-        assert granted == private(trainer, rows, planned._replace(steps=granted)).steps == 7
-        refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "r", "n", 2, planned, Limits("example", Limit(bound, 1e-5))))
+        reads, limits = set(ledger.assign("train", [1])), Limits("example", Limit(bound, 1e-5))
+        granted = ledger.reserve("train", "r", "m", 1, planned, limits, reads).segment
+        assert granted.steps == private(trainer, rows, granted).steps == 7
+        refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "r", "n", 2, planned, limits, reads))
 
 
 @pytest.mark.parametrize("unit", ["example", "entity"])

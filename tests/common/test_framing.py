@@ -18,6 +18,7 @@ from lichen.common.channel.fleet_pb2 import (
     Envelope,
     Heartbeat,
     Hello,
+    LedgerState,
     Missing,
     Receipt,
     Stop,
@@ -58,6 +59,9 @@ BAD_AGENT = [
     AgentFrame(want=Want(digest=DIGEST, offset=framing.MAX_PAYLOAD + 1)),
     AgentFrame(stop=Stop(digest=b"")),
     AgentFrame(missing=Missing(digest=b"x")),
+    AgentFrame(envelope=Envelope(message_id=ID, message=b"m", ledger=LedgerState(sequence=1, head=bytes(31), signature=bytes(64)))),
+    AgentFrame(envelope=Envelope(message_id=ID, message=b"m", ledger=LedgerState(sequence=0, head=bytes(32), signature=bytes(64)))),
+    AgentFrame(envelope=Envelope(message_id=ID, message=b"m", ledger=LedgerState(sequence=1 << 63, head=bytes(32), signature=bytes(64)))),
 ]
 BAD_COORDINATOR = [
     CoordinatorFrame(),
@@ -66,6 +70,7 @@ BAD_COORDINATOR = [
     CoordinatorFrame(welcome=Welcome(version="1", node_id=1, name="a" * 64)),
     CoordinatorFrame(welcome=Welcome(version="1", node_id=1, name="a", outstanding=["x"])),
     CoordinatorFrame(welcome=Welcome(version="1", node_id=1, name="a", outstanding=[ID] * (framing.MAX_IDS + 1))),
+    CoordinatorFrame(welcome=Welcome(version="1", node_id=1, name="a", ledger=LedgerState(sequence=1, head=bytes(32)))),
     CoordinatorFrame(receipt=Receipt(message_id="")),
     CoordinatorFrame(cancel=Cancel(message_ids=[ID, "x"])),
 ]

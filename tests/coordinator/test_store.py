@@ -179,6 +179,32 @@ def test_all_is_there_after_closing_and_in_a_backup(store: Store, tmp_path: Path
         again.close()
 
 
+def test_where_a_ledger_stands_only_grows(store: Store) -> None:
+    node, other = store.add_node("clinic-a", "f"), store.add_node("clinic-b", "g")
+    assert store.ledger_of(node) is None
+    for sequence, head in ((5, b"five"), (9, b"nine"), (9, b"fork"), (7, b"seven")):
+        store.note_ledger(node, sequence, head, b"s" + head)
+    assert store.ledger_of(node) == (9, b"nine", b"snine")
+    assert store.ledger_of(other) is None
+
+
+def test_a_store_of_version_1_opens_with_all_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    store = Store(path)
+    node = store.add_node("clinic-a", "f")
+    store.close()
+    with sqlite3.connect(path) as db:
+        for column in ("ledger_sequence", "ledger_head", "ledger_signature"):
+            db.execute(f"ALTER TABLE nodes DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    store = Store(path)
+    assert store.nodes()[0].name == "clinic-a"
+    store.note_ledger(node, 1, b"h", b"s")
+    assert store.ledger_of(node) == (1, b"h", b"s")
+    store.close()
+
+
 def test_a_store_of_a_newer_lichen_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "store.sqlite"
     with sqlite3.connect(path) as db:

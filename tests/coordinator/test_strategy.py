@@ -18,7 +18,7 @@ from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
 from lichen.common.plan import Plan, parse_plan
-from lichen.common.privacy.accounting import epsilon
+from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import planned_evaluation, planned_steps
 from lichen.common.result import Result, read_result, schema
 from lichen.common.tasks import workbench
@@ -294,6 +294,67 @@ def test_under_privacy_weights_are_the_declared_sizes(tmp_path: Path, plan_of: C
     result = federation.run()
     close(federation.model(), expected(plan, 1, SIZES))
     assert result.rounds[0].train_loss is None
+
+
+# --- clients whose budget ends ---
+
+
+def test_who_has_nothing_left_is_not_asked_again_and_the_run_goes_on(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(rounds=4, privacy=PRIVATE, cohort={"size": 3, "minimum": 2, "deadline_s": 30})
+    spent = in_turn([honest, failing(Code.PRIVACY_BUDGET), honest, honest])
+    federation = Federation(tmp_path, plan, {"client-1": spent})
+    began = time.monotonic()
+    result = federation.run()
+    assert time.monotonic() - began < 30  # nobody waits for a third node, which is there
+    assert [(told.participants, told.failed) for told in result.rounds] == [(3, 0), (2, 1), (2, 0), (2, 0)]
+    assert [round for _, round, name in federation.asked if name == "client-1"] == [1, 2]
+    assert result.privacy.clients["client-1"].steps == planned_steps(plan, DECLARED).steps
+
+
+def test_who_has_nothing_left_is_known_after_a_crash(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(rounds=3, privacy=PRIVATE)
+
+    def killed(*_: Any) -> Message:
+        raise KeyboardInterrupt
+
+    actors = {"client-1": in_turn([failing(Code.PRIVACY_BUDGET), honest, honest]), "client-0": in_turn([honest, killed, honest])}
+    with pytest.raises(KeyboardInterrupt):
+        Federation(tmp_path, plan, actors).run()
+    again = Federation(tmp_path, plan)
+    assert [told.participants for told in again.run().rounds] == [2, 2, 2]
+    assert {name for _, _, name in again.asked} == {"client-0", "client-2"}
+
+
+def test_the_minimum_holds_when_budgets_end(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    ends = in_turn([failing(Code.PRIVACY_BUDGET)])
+    federation = Federation(tmp_path, plan_of(rounds=2, privacy=PRIVATE, cohort={"minimum": 1}), {"client-0": ends, "client-1": ends})
+    assert federation.run().rounds[1].participants == 1
+    every = Federation(tmp_path / "all", plan_of(rounds=2, privacy=PRIVATE, cohort={"minimum": 2}), {"client-0": ends, "client-1": ends})
+    every.fails(Code.COHORT_TOO_SMALL)
+
+
+def test_a_hold_out_without_budget_does_not_end_the_training(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    def act(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
+        evaluates = message.metadata.message_type == records.EVALUATE
+        return (failing(Code.PRIVACY_BUDGET) if evaluates else honest)(plan, assignment, message, name)
+
+    federation = Federation(tmp_path, plan_of(rounds=2, privacy=PRIVATE, evaluation={"federated_every": 1}), {"client-2": act})
+    assert [told.participants for told in federation.run().rounds] == [3, 3]
+    assert [(kind, round) for kind, round, name in federation.asked if name == "client-2"] == [("train", 1), ("evaluate", 1), ("train", 2)]
+
+
+@pytest.mark.parametrize(("noise", "steps", "used"), [(2.0, 0, 3), (1.0, -1, 3), (3.9, -1, 3), (0.98, 0, 2), (1.0, 1, 2), (4.2, 0, 2)])
+def test_more_noise_or_fewer_steps_are_as_good_as_the_plan(
+    tmp_path: Path, plan_of: Callable[..., Plan], noise: float, steps: int, used: int
+) -> None:
+    plan = plan_of(privacy=PRIVATE)
+    planned = planned_steps(plan, DECLARED)
+    told = {"noise_multiplier": noise * planned.noise_multiplier, "steps": planned.steps + steps}
+    result = Federation(tmp_path, plan, {"client-0": reporting(**told)}).run()
+    assert result.rounds[0].participants == used
+    if used == 3:
+        own = epsilon([Segment(told["noise_multiplier"], planned.sample_rate, told["steps"])], plan.privacy.delta)
+        assert result.privacy.clients["client-0"].epsilon == own < result.privacy.max_epsilon
 
 
 # --- hostile clients ---

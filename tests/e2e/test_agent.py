@@ -192,6 +192,12 @@ def answer(grid: GrpcGrid, message_id: str, seconds: float = 60.0) -> Message:
     return replies[0]
 
 
+def ask(federation: Federation, name: str, plan: Plan) -> Message:
+    """One node's answer to the first round of a run of its own."""
+    grid = federation.grid()
+    return answer(grid, assign(federation, grid, name, plan))
+
+
 def children(process: psutil.Popen) -> list[psutil.Process]:
     return list(psutil.Process(process.pid).children())
 
@@ -364,6 +370,50 @@ def test_killed_in_mid_round_it_rejoins_and_trains_once(
         end(process)
 
 
+def test_a_ledger_that_was_restored_or_deleted_refuses_until_it_is_written_off(
+    federation: Federation, tiny_rows: Callable[..., list[dict[str, str]]], private_plan: dict[str, Any]
+) -> None:
+    home = federation.node("forgetful", tiny_rows(40))
+    (home / "policy.yaml").write_text(GENEROUS)
+    plan = parse_plan({**private_plan, "local": {**private_plan["local"], "steps": 1}})
+    node = federation.store.node_by_name("forgetful")
+    assert node is not None
+    process = start(home)
+    try:
+        until(lambda: connected(federation, "forgetful"))
+        assert federation.store.ledger_of(node.node_id) is None
+        assert not ask(federation, "forgetful", plan).has_error()
+        kept = federation.store.ledger_of(node.node_id)
+        with Ledger(home) as ledger:
+            sequence, head = ledger.state()
+        assert kept is not None
+        assert kept[0] == sequence
+        assert kept[1] != head  # salted: the coordinator can't tell what is in the ledger
+        older = (home / "ledger.sqlite").read_bytes()
+        assert not ask(federation, "forgetful", plan).has_error()
+        for replaced in (older, None):
+            end(process)
+            for path in home.glob("ledger.sqlite*"):
+                path.unlink()
+            if replaced:
+                (home / "ledger.sqlite").write_bytes(replaced)
+            process = start(home)
+            until(lambda: connected(federation, "forgetful"))
+            reply = ask(federation, "forgetful", plan)
+            assert (reply.error.code, reply.error.reason or "") == (Code.LEDGER_BEHIND, "")
+        assert "ledger-behind" in (read_status(home).last_error or "")
+        assert "written off" in lichen("ledger", "--write-off", "--yes", home=home).stdout
+        reply = ask(federation, "forgetful", plan)
+        assert reply.error.code == Code.PRIVACY_BUDGET  # these records are spent
+        write_rows(federation.directory / "forgetful.jsonl", [*tiny_rows(40), *tiny_rows(40, seed=9)])
+        assert not ask(federation, "forgetful", plan).has_error()
+        newest = federation.store.ledger_of(node.node_id)
+        assert newest is not None
+        assert newest[0] > kept[0]
+    finally:
+        end(process)
+
+
 def reservations(home: Path) -> list[str]:
     if not (home / "ledger.sqlite").exists():
         return []
@@ -427,4 +477,4 @@ def test_a_node_from_its_invite_to_its_leave(
     assert lichen("run", home=home).returncode == Code.AGENT_HOME_MISSING
     assert (home / "ledger.sqlite").exists()
     assert (home / "data.yaml").exists()
-    assert os.listdir(home / "pki") == []
+    assert os.listdir(home / "pki") == ["ledger.key"]

@@ -596,7 +596,7 @@ def test_an_address_in_use_is_told_by_number(world: World) -> None:
 
 def test_an_agent_of_another_protocol_is_told_so(world: World) -> None:
     raw = world.raw(hello=False)
-    raw.send(AgentFrame(hello=Hello(protocol=2, version="9.0")))
+    raw.send(AgentFrame(hello=Hello(protocol=framing.PROTOCOL + 1, version="9.0")))
     assert raw.ends_with() == (grpc.StatusCode.PERMISSION_DENIED, Code.PROTOCOL_VERSION)
 
 
@@ -668,7 +668,7 @@ def test_a_chunk_that_was_not_asked_for_ends_the_stream(world: World, chunk: Chu
 FRAMES: dict[str, bytes | AgentFrame] = {
     "bytes that are no frame": b"\xff" * 50,
     "an empty frame": b"",
-    "a second hello": AgentFrame(hello=Hello(protocol=1, version="1")),
+    "a second hello": AgentFrame(hello=Hello(protocol=framing.PROTOCOL, version="1")),
     "a name too long": AgentFrame(ack=Ack(message_id="a" * 10_000)),
     "a path for a name": AgentFrame(ack=Ack(message_id="../../../etc/passwd")),
     "a reply that is no message": AgentFrame(envelope=Envelope(message_id="0" * 32, message=b"\xff\xff")),
@@ -794,7 +794,7 @@ class Script:
         await self._server.stop(0)
 
     async def _attach(self, frames: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        welcome = Welcome(protocol=1, version="1", node_id=self.node_id, name="a", outstanding=[ID])
+        welcome = Welcome(protocol=framing.PROTOCOL, version="1", node_id=self.node_id, name="a", outstanding=[ID])
         await context.write(CoordinatorFrame(welcome=welcome).SerializeToString())
         for frame in self.frames:
             await context.write(frame.SerializeToString())
@@ -840,7 +840,7 @@ def test_a_reply_that_was_not_receipted_is_sent_again_as_the_same_bytes(world: W
         envelope_to(1, content()),
         envelope_to(2, content(), message_id="cd" * 16),
         CoordinatorFrame(chunk=Chunk(digest=DIGEST, data=b"z")),
-        CoordinatorFrame(welcome=Welcome(protocol=1, version="1", node_id=5, name="a")),
+        CoordinatorFrame(welcome=Welcome(protocol=framing.PROTOCOL, version="1", node_id=5, name="a")),
         CoordinatorFrame(),
     ],
     ids=["a message to another node", "a message under another's id", "a chunk out of nothing", "a second welcome", "an empty frame"],

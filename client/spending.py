@@ -1,0 +1,80 @@
+"""What the ledger says, for its owner's eyes: by run, by split and by data segment, with the bound that each ε is from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lichen.client.ledger import Ledger
+from lichen.client.ledger_book import DataSegment, Entry, Limit
+from lichen.common.privacy.accounting import epsilon
+
+
+def spending(ledger: Ledger, limit: Limit) -> dict[str, Any]:
+    """The whole ledger, verified.
+
+    Args:
+        ledger: whose chain of hashes is checked first.
+        limit: the bound for life.
+
+    Returns:
+        ``runs`` (by split, run and mechanism), ``segments``, ``splits`` (the largest of their segments), ``record`` (ε of a record: the
+        largest of all segments), ``person`` (of someone with records in all of them: the sum), and what they are measured by.
+
+    Raises:
+        LichenError: LEDGER_BROKEN.
+    """
+    verified = ledger.verify()
+    entries, segments = ledger.entries(), ledger.segments()
+    told = [_segment(ledger, limit, segment, entries) for segment in segments]
+    splits = []
+    for split in dict.fromkeys(entry.split for entry in entries):
+        largest = max((row for row in told if row["split"] == split), key=lambda row: row["epsilon"], default=None)
+        if largest is not None:
+            splits.append({"split": split, **{key: largest[key] for key in ("epsilon", "bound", "left")}})
+    return {
+        "ledger": str(ledger.path),
+        "entries": verified,
+        "delta": limit.delta,
+        "max_epsilon": limit.epsilon,
+        "runs": _runs(entries, limit),
+        "splits": splits,
+        "segments": told,
+        "record": max((row["epsilon"] for row in told), default=0.0),
+        "person": sum(row["epsilon"] for row in told),
+    }
+
+
+def _segment(ledger: Ledger, limit: Limit, segment: DataSegment, entries: list[Entry]) -> dict[str, Any]:
+    spent = ledger.spent(segment.number, limit)
+    return {
+        "segment": segment.number,
+        "split": segment.split,
+        "records": segment.records,
+        "opened": segment.opened_at,
+        "runs": len({entry.run for entry in entries if segment.number in entry.charged}),
+        "epsilon": spent.epsilon,
+        "bound": spent.bound,
+        "left": 0.0 if segment.written_off else max(0.0, limit.epsilon - spent.epsilon),
+        "written_off": segment.written_off,
+    }
+
+
+def _runs(entries: list[Entry], limit: Limit) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, str, float, float], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.split, entry.run, entry.segment.noise_multiplier, entry.segment.sample_rate), []).append(entry)
+    return [
+        {
+            "split": split,
+            "run": run,
+            "unit": own[0].unit,
+            "rounds": len({entry.round for entry in own}),
+            "steps": sum(entry.segment.steps for entry in own),
+            "noise_multiplier": noise,
+            "sample_rate": rate,
+            "epsilon": epsilon([entry.segment for entry in entries if (entry.split, entry.run) == (split, run)], limit.delta),
+            "first": own[0].reserved_at,
+            "last": own[-1].reserved_at,
+        }
+        for (split, run, noise, rate), own in groups.items()
+    ]

@@ -1,0 +1,157 @@
+"""The rollback guard: what this node has told its coordinator of its ledger, and whether the ledger is still as far.
+
+With each reply the node sends where its ledger stands: the log's sequence number and a salted hash of its head, signed with a key that
+lies in the home and not in the ledger. The coordinator keeps the newest and gives it back when the node connects. A ledger that was
+restored from an older copy, deleted or left behind by a clone of this machine has not that entry, and nothing is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lichen.client.ledger import FILE, Ledger, ledger_folder, open_ledger
+from lichen.common.channel.fleet_pb2 import LedgerState
+from lichen.common.errors import Code, LichenError
+from lichen.common.private_files import read_private, write_private
+
+KEY = Path("pki/ledger.key")
+LOST = Path("pki/ledger.lost.json")
+FORMAT = 1
+_CONTEXT = b"lichen ledger state 1"
+
+
+class Witness:
+    """Signs where a home's ledger stands, and compares it with what was signed before; may be used from several threads.
+
+    Args:
+        home: the node's home; its key is made if it has none.
+
+    Raises:
+        LichenError: KEY_EXPOSED; CERTIFICATE_INVALID, if the key can't be read.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        path = home / KEY
+        if not path.exists():
+            pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            write_private(path, Ed25519PrivateKey.generate().private_bytes(*pem))
+        try:
+            key = serialization.load_pem_private_key(read_private(path), None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            key = None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise LichenError(Code.CERTIFICATE_INVALID, "the key that signs for the ledger can't be read", where=str(path))
+        self._key = key
+        self._salt = hashlib.sha256(_CONTEXT + key.private_bytes_raw()).digest()
+        self._newest: LedgerState | None = None
+
+    def remember(self, state: LedgerState) -> None:
+        """Take what the coordinator has kept, to be compared by `check`."""
+        if self._newest is None or state.sequence > self._newest.sequence or not self._own(self._newest):
+            self._newest = state
+
+    def sign(self) -> LedgerState | None:
+        """Where the ledger stands now; None if there is none yet, or if it is not as far as it was."""
+        try:
+            self.check()
+        except LichenError:
+            return None
+        if not self._exists():
+            return None
+        with open_ledger(self._home) as ledger:
+            sequence, head = ledger.state()
+        salted = self._salted(head)
+        state = LedgerState(sequence=sequence, head=salted, signature=self._key.sign(_bytes(sequence, salted)))
+        self._newest = state
+        return state
+
+    def check(self) -> None:
+        """Refuse a ledger that lacks what was signed last.
+
+        Raises:
+            LichenError: LEDGER_BEHIND; then how far the ledger was is kept in the home, for `write_off`.
+        """
+        state = self._newest
+        if state is None:
+            return
+        why = "it is not there"
+        if self._exists():
+            with open_ledger(self._home) as ledger:
+                if ledger.written_off_at() > state.sequence:
+                    return
+                found = ledger.hash_at(state.sequence)
+                if found is not None and self._own(state) and self._salted(found) == state.head:
+                    return
+                why = f"its last entry is number {ledger.state()[0]}" if found is None else f"its entry {state.sequence} is another one"
+            if not self._own(state):
+                why = "what the coordinator has kept was signed by another key than this home's"
+        write_private(self._home / LOST, json.dumps({"format": FORMAT, "sequence": state.sequence}).encode())
+        raise LichenError(
+            Code.LEDGER_BEHIND,
+            f"the ledger is not as far as entry {state.sequence}, of which this node has told the coordinator: {why}",
+            where=str(ledger_folder(self._home) / FILE),
+            fix="Restore the newest ledger. If it is lost: lichen client ledger --write-off lets only new records train.",
+        )
+
+    def _exists(self) -> bool:
+        return (ledger_folder(self._home) / FILE).exists() or (self._home / FILE).exists()
+
+    def _own(self, state: LedgerState) -> bool:
+        try:
+            self._key.public_key().verify(state.signature, _bytes(state.sequence, state.head))
+        except InvalidSignature:
+            return False
+        return True
+
+    def _salted(self, head: bytes) -> bytes:
+        return hashlib.sha256(self._salt + head).digest()
+
+
+def write_off(home: Path) -> int:
+    """Take every record that the ledger or this home's data has as spent for life, and go on behind what was lost.
+
+    Args:
+        home: the node's home.
+
+    Returns:
+        How many data segments were written off.
+
+    Raises:
+        LichenError: PRIVACY_HISTORY, LEDGER_BROKEN; DATA_… if the home's data can't be read.
+    """
+    after = 0
+    if (home / LOST).exists():
+        after = int(json.loads((home / LOST).read_text(encoding="utf-8"))["sequence"])
+    with open_ledger(home) as ledger:
+        _read_all(home, ledger)
+        count = ledger.write_off(after)
+    (home / LOST).unlink(missing_ok=True)
+    return count
+
+
+def _read_all(home: Path, ledger: Ledger) -> None:
+    """Have the ledger know every record of this home's data, under each field by which a plan may know it."""
+    from lichen.client.data import MANIFEST, fingerprints, home_key, load, read_manifest
+
+    if not (home / MANIFEST).exists() or not (sources := read_manifest(home).sources):
+        return
+    fields = [field for field in sources[0].fields if all(field in source.fields for source in sources)]
+    for split in ("train", "holdout"):
+        data = load(home, split, fields)
+        found: list[int] = []
+        for field in fields:
+            column = data.column(field)
+            found += fingerprints(ledger.fingerprint_key, "row", [column])
+            found += fingerprints(ledger.fingerprint_key, f"entity:{field}", [column])
+        ledger.assign(split, found, home_key(home))
+
+
+def _bytes(sequence: int, head: bytes) -> bytes:
+    return _CONTEXT + sequence.to_bytes(8, "big") + head

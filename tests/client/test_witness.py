@@ -1,0 +1,154 @@
+"""The rollback guard: a ledger that lacks what this node has signed is found, whoever put it there; and how one goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lichen.client.data import add_source
+from lichen.client.ledger import FILE, Ledger
+from lichen.client.ledger_book import Limit, Limits
+from lichen.client.witness import KEY, LOST, Witness, write_off
+from lichen.common.channel.fleet_pb2 import LedgerState
+from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.accounting import Segment
+
+LIMITS = Limits("example", Limit(100, 1e-5), Limit(100, 1e-5))
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    home = tmp_path / "home"
+    home.mkdir()
+    rows = [{"text": f"row {number}", "label": "a", "who": number % 4} for number in range(20)]
+    (home / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    add_source(home, home / "rows.jsonl", fields={"text": "text", "label": "label", "patient": "who"}, holdout=0.3)
+    return home
+
+
+def spend(home: Path, message: str, *records: int) -> None:
+    with Ledger(home) as ledger:
+        reads = set(ledger.assign("train", records or [1, 2, 3]))
+        ledger.reserve("train", "r", message, 1, Segment(2.0, 0.1, 5), LIMITS, reads)
+        ledger.released("train", "r", message)
+
+
+def behind(witness: Witness) -> str:
+    with pytest.raises(LichenError) as caught:
+        witness.check()
+    assert caught.value.code is Code.LEDGER_BEHIND
+    assert witness.sign() is None
+    return caught.value.what
+
+
+def signed(home: Path) -> LedgerState:
+    found = Witness(home).sign()
+    assert found is not None
+    return found
+
+
+def asked(home: Path, *states: LedgerState) -> Witness:
+    """A restarted agent, told by its coordinator."""
+    witness = Witness(home)
+    for state in states:
+        witness.remember(state)
+    return witness
+
+
+def test_a_ledger_that_goes_on_passes(home: Path) -> None:
+    assert Witness(home).sign() is None  # nothing was ever spent
+    Witness(home).check()
+    spend(home, "a")
+    state = signed(home)
+    asked(home, state).check()
+    spend(home, "b")
+    asked(home, state).check()
+    asked(home, signed(home), state).check()
+    assert signed(home).sequence > state.sequence
+    assert (home / KEY).stat().st_mode & 0o777 == 0o600
+    assert not (home / LOST).exists()
+
+
+@pytest.mark.parametrize("fate", ["restored", "deleted", "forked", "another's"])
+def test_a_ledger_that_is_behind_is_found(home: Path, fate: str) -> None:
+    spend(home, "a")
+    old = home.parent / "old.sqlite"
+    shutil.copy(home / FILE, old)
+    running = Witness(home)
+    spend(home, "b")
+    state = running.sign()
+    assert state is not None
+    for path in home.glob(f"{FILE}*"):
+        path.unlink()
+    if fate in {"restored", "forked"}:
+        shutil.copy(old, home / FILE)
+    if fate == "forked":  # a clone went on by itself
+        spend(home, "c")
+    if fate == "another's":
+        for number in range(9):
+            spend(home, str(number))
+    for witness in (running, asked(home, state)):  # while the agent runs, and after a restart
+        assert "entry" in behind(witness) or fate == "deleted"
+    assert json.loads((home / LOST).read_text())["sequence"] == state.sequence
+
+
+def test_a_state_that_this_home_has_not_signed_is_refused(home: Path) -> None:
+    spend(home, "a")
+    state = signed(home)
+    forged = LedgerState(sequence=state.sequence, head=state.head, signature=bytes(64))
+    assert "another key" in behind(asked(home, forged))
+    moved = LedgerState(sequence=state.sequence - 1, head=state.head, signature=state.signature)
+    behind(asked(home, moved))
+    (home / KEY).unlink()  # the key that could tell is lost
+    behind(asked(home, state))
+
+
+@pytest.mark.parametrize("lost", ["restored", "deleted"])
+def test_a_write_off_lets_new_records_train_only(home: Path, lost: str) -> None:
+    spend(home, "a")
+    shutil.copy(home / FILE, home.parent / "old.sqlite")
+    for message in "bcd":
+        spend(home, message)
+    state = signed(home)
+    for path in home.glob(f"{FILE}*"):
+        path.unlink()
+    if lost == "restored":
+        shutil.copy(home.parent / "old.sqlite", home / FILE)
+    behind(asked(home, state))
+    assert write_off(home) >= 2  # this home's data, which the lost ledger may have known
+    witness = asked(home, state)
+    witness.check()
+    newest = witness.sign()
+    assert newest is not None
+    assert newest.sequence > state.sequence
+    with Ledger(home) as ledger:
+        ledger.verify()
+        assert all(segment.written_off for segment in ledger.segments())
+        assert sum(segment.records for segment in ledger.segments()) >= 2 * 20 + 1 + 4 + 4  # by text; labels and patients, as both
+    spend(home, "e", 77)
+
+
+def test_the_write_off_knows_what_a_plan_would_read(home: Path) -> None:
+    """The same records, fingerprinted as the app does it."""
+    from lichen.client.data import fingerprints, load
+
+    write_off(home)
+    with Ledger(home) as ledger:
+        for split in ("train", "holdout"):
+            data = load(home, split, ("text", "patient"))
+            found = fingerprints(ledger.fingerprint_key, "row", [data.column("text")])
+            found += fingerprints(ledger.fingerprint_key, "entity:patient", [data.column("patient")])
+            before = ledger.state()
+            of = set(ledger.assign(split, found))
+            assert ledger.state() == before
+            _refused(lambda of=of, split=split: ledger.reserve(split, "r", "m", 1, Segment(2.0, 0.1, 5), LIMITS, of))
+
+
+def _refused(call: Callable[[], object]) -> None:
+    with pytest.raises(LichenError) as caught:
+        call()
+    assert caught.value.code is Code.PRIVACY_BUDGET
