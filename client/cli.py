@@ -209,6 +209,10 @@ def ledger(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         return
     headings = {"noise_multiplier": "σ", "sample_rate": "q", "epsilon": "ε of the run"}
     _print_table(runs, {key: headings.get(key, key) for key in runs[0]})
+    if any(run["unit"] == "client" for run in runs):
+        typer.echo(
+            "unit client: promised by the coordinator, which adds the noise; this node can't verify it. steps: all rounds of the run"
+        )
     for split in splits:
         typer.echo(f"{split['split']}: ε = {split['epsilon']:.3f} at δ = {limits.max_delta:g} over all runs; {split['left']:.3f} is left")
 
@@ -217,13 +221,24 @@ def ledger(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
 def pending(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """List the plans that wait for your decision. Example: lichen client pending."""
     from lichen.client.policy import pending as waiting
+    from lichen.client.policy import promise
+    from lichen.common.plan import load_plan
 
-    rows = [{"sha256": item.plan_sha256, "name": item.name, "asked": item.at, "plan": str(item.plan)} for item in waiting(home)]
+    rows = [
+        {
+            "sha256": item.plan_sha256,
+            "name": item.name,
+            "asked": item.at,
+            "privacy": promise(load_plan(item.plan)),
+            "plan": str(item.plan),
+        }
+        for item in waiting(home)
+    ]
     if as_json:
         _print_json(rows)
     elif rows:
         for row in rows:
-            typer.echo(f"{row['sha256'][:12]}  {row['name']}, asked {row['asked']}\n  {row['plan']}")
+            typer.echo(f"{row['sha256'][:12]}  {row['name']}, asked {row['asked']}\n  {row['privacy']}\n  {row['plan']}")
     else:
         typer.echo("no plan waits")
 

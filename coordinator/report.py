@@ -20,6 +20,7 @@ from rich.text import Text
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, load_plan
+from lichen.common.privacy.schedule import sample_rate
 from lichen.common.result import Result, Round, read_result, schema, write_atomically
 from lichen.coordinator import charts
 
@@ -74,6 +75,7 @@ def write_report(directory: Path) -> Path:
         charts=_charts(result, plan),
         size=charts,
         rounds=result.rounds[-ROWS:],
+        shows_cohort=not plan.central,
         metrics={kind: _keys(getattr(told, kind) for told in result.rounds) for kind in ("validation", "federated")},
         shows_loss=any(told.train_loss is not None for told in result.rounds),
         failures=_failures,
@@ -120,8 +122,10 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
     """Seconds in hours, minutes and seconds."""
+    if seconds is None:
+        return NONE
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -149,6 +153,14 @@ def privacy_in_words(result: Result, plan: Plan) -> list[str]:
     found = result.privacy
     if found.unit == "none":
         return ["No differential privacy: the updates and the model may reveal rows that they were trained on."]
+    if plan.central:
+        return [
+            f"δ = {delta(found.delta)}, unit: all that one client has, adjacency: {found.adjacency} of one client. Promised by the "
+            "coordinator: it draws a secret cohort in each round, clips each client's whole update and noises the sum. It sees un-noised "
+            "updates, and no client can verify what it does.",
+            "ε and δ bound what anyone but the coordinator, the other clients included, can learn from the models of whether a client took "
+            "part at all; smaller is safer. Who took part, how many, bytes and times are for the operator alone (operator.jsonl).",
+        ]
     unit = UNITS.get(found.unit, f"all rows with one value of {plan.privacy.unit_field}")
     return [
         f"δ = {delta(found.delta)}, unit: {unit}, adjacency: {found.adjacency} of {unit}. Each client adds noise in every training step, "
@@ -175,12 +187,15 @@ def _facts(result: Result, plan: Plan) -> dict[str, str]:
     sampled = plan.private and plan.privacy.sample_rate is not None
     batch = f"sample rate {plan.privacy.sample_rate:g}" if sampled else f"batch {plan.local.batch_size}"
     clients = f"{plan.cohort.size} asked in each round, at least {plan.cohort.minimum} needed"
+    if plan.central:
+        clients = f"each of {plan.cohort.population} in a round with chance {sample_rate(plan):g}, drawn in secret"
     if simulated:
         clients = f"{plan.simulation.clients} simulated ({plan.simulation.partition}); {clients}"
     return {
         "Name": plan.name,
         "Run": result.run_id,
-        "Status": f"{result.status}, {len(result.rounds):,} of {plan.rounds:,} rounds in {duration(result.seconds)}",
+        "Status": f"{result.status}, {len(result.rounds):,} of {plan.rounds:,} rounds"
+        + (f" in {duration(result.seconds)}" if result.seconds is not None else ""),
         "Engine": {"inprocess": "simulation in one process", "ray": "simulation on Ray", "flower": "stock Flower"}.get(
             result.engine, "coordinator and agents over mutual TLS"
         ),
@@ -218,14 +233,10 @@ def _charts(result: Result, plan: Plan) -> list[charts.Chart]:
         charts.chart("Clients' hold-outs: accuracy and macro-F1", rates("federated"), metric),
         charts.chart("Loss", {"training, mean over clients": told("train_loss"), "validation": of("validation", "loss")}, metric),
         charts.chart("ε so far", {"largest client": told("epsilon")}, epsilon, from_zero=True, limit=budget),
-        charts.chart(
-            "Bytes so far, all clients",
-            {"up, from clients": summed("uplink_bytes"), "down, to clients": summed("downlink_bytes")},
-            size,
-            tick=size,
-            from_zero=True,
-        ),
     ]
+    if not plan.central:
+        sums = {"up, from clients": summed("uplink_bytes"), "down, to clients": summed("downlink_bytes")}
+        drawn.append(charts.chart("Bytes so far, all clients", sums, size, tick=size, from_zero=True))
     return [found for found in drawn if found]
 
 
@@ -291,12 +302,13 @@ def _print(result: Result, plan: Plan) -> None:
     rows["Scores"] = where + "".join(f"{', ' if index else ': '}{title(key)} {metric(found[key])}" for index, key in enumerate(found))
     rows["Privacy"] = privacy_in_words(result, plan)[0]
     if plan.private:
-        rows["ε, largest client"] = epsilon(result.privacy.max_epsilon)
+        rows["ε, every client" if plan.central else "ε, largest client"] = epsilon(result.privacy.max_epsilon)
     if result.privacy.noise == "seeded: not private":
         rows["Not private"] = SEEDED
     transfer = result.transfer
     bits = "" if transfer.bits_per_parameter is None else f", {transfer.bits_per_parameter:.3g} bits a parameter up"
-    rows["Bytes"] = f"up {size(transfer.uplink_bytes)}, down {size(transfer.downlink_bytes)}{bits}"
+    if not plan.central:
+        rows["Bytes"] = f"up {size(transfer.uplink_bytes)}, down {size(transfer.downlink_bytes)}{bits}"
     if errors := _errors(result.rounds):
         rows["Failures"] = ", ".join(f"{what} × {times:,}" for what, times in errors)
     if result.error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.randomness import noised
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 Unit = Sequence[int]
 """The rows that share one clipped gradient: one row for `example`, all of an entity's rows for `entity`."""
-
-GRID = 2.0**-15
-"""Step of the noised gradients, over the noise's standard deviation (rounded down to a power of two)."""
 
 
 def _register_conv1d() -> None:
@@ -165,16 +162,10 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self._source = source
 
     def add_noise(self) -> None:
-        """Put the clipped sum plus noise of standard deviation σ·C into each ``p.grad``.
-
-        The sum is rounded to a grid: the low bits of a float tell which values were added (Mironov 2012), and a grid that is coarse
-        beside the noise's own and fine beside its size has no such bits.
-        """
+        """Put the clipped sum plus noise of standard deviation σ·C into each ``p.grad``."""
         std = self.noise_multiplier * self.max_grad_norm
-        grid = GRID * 2.0 ** math.floor(math.log2(std))
         for parameter in self.params:
-            noisy = self._source.normal(parameter.shape, std).add_(parameter.summed_grad.view_as(parameter))
-            parameter.grad = noisy.mul_(1 / grid).round_().mul_(grid).to(parameter.dtype)
+            parameter.grad = noised(parameter.summed_grad.view_as(parameter), std, self._source).to(parameter.dtype)
 
 
 @contextmanager

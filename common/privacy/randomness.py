@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+GRID = 2.0**-15
+"""Step of noised sums, over the noise's standard deviation (rounded down to a power of two)."""
+
 
 class RandomSource(Protocol):
     """Draws for sampling and noise."""
@@ -77,3 +80,18 @@ class SeededSource:
 def poisson_sample(units: int, rate: float, source: RandomSource) -> list[int]:
     """Indices of the units that are in a step: each is, with probability ``rate``, whatever the others are."""
     return torch.nonzero(source.uniform(units) < rate).flatten().tolist()
+
+
+def noised(total: torch.Tensor, std: float, source: RandomSource) -> torch.Tensor:
+    """A sum plus Gaussian noise, in 64-bit floats, rounded to a grid.
+
+    The low bits of a float tell which values were added (Mironov 2012); a grid that is coarse beside the sum's own rounding and fine
+    beside the noise has no such bits.
+
+    Args:
+        total: any shape.
+        std: the noise's standard deviation, above 0.
+        source: of the noise.
+    """
+    grid = GRID * 2.0 ** math.floor(math.log2(std))
+    return source.normal(tuple(total.shape), std).add_(total).mul_(1 / grid).round_().mul_(grid)
