@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lichen.common.errors import LichenError
-from lichen.common.result import Result, Round, read_result
+from lichen.common.result import Result, Round, metric_title, read_result
 
 POLL_S = 0.25
 _BORDER_LINES = 8
@@ -115,7 +115,7 @@ def line(round: Round, total: int | None = None) -> str:
     if round.participants is not None:  # under unit: client nothing that tells of the cohort is shown
         parts += [f"{round.participants} participants", f"{round.failed} failed"]
     scores = round.validation or {}
-    parts += [f"{name} {scores[key]:.4f}" for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")) if key in scores]
+    parts += [f"{metric_title(key)} {scores[key]:.4f}" for key in ("accuracy", "macro_f1") if key in scores]
     if round.epsilon is not None:
         parts.append(f"ε {round.epsilon:.2f}")
     if round.seconds is not None:
