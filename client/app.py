@@ -26,8 +26,9 @@ from lichen.client.policy import enforce, load_policy
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, plan_from_json
+from lichen.common.privacy.clipping import clipped
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
-from lichen.common.privacy.schedule import planned_evaluation, planned_steps
+from lichen.common.privacy.schedule import planned_central, planned_evaluation, planned_steps
 
 if TYPE_CHECKING:
     from lichen.client.trainer import Trained, Trainer
@@ -94,9 +95,11 @@ def _train(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
         report = records.TrainReport(
             client=node.name, round=round, steps=trained.steps, examples=len(rows.encoded), train_loss=trained.loss
         )
+    elif plan.central:
+        trained, report = _train_central(node, plan, round, message, trainer, start, rows)
     else:
         trained, report = _train_private(node, plan, round, message, trainer, start, rows)
-    records.check_release(report, private=plan.private)
+    records.check_release(report, private=plan.private, central=plan.central)
     content = RecordDict({"report": records.to_config(report)})
     records.put_tensors(content, trained.delta, node.spool)
     return content
@@ -133,6 +136,33 @@ def _train_private(
             sample_rate=segment.sample_rate,
         )
     return trained, report
+
+
+def _train_central(
+    node: Node, plan: Plan, round: int, message: Message, trainer: Trainer, start: State, rows: Rows
+) -> tuple[Trained, records.TrainReport]:
+    """Train without noise, and clip: the coordinator promises the noise, and the policy has permitted to believe it.
+
+    The first message of a run pays for the whole of it, since ε counts the rounds in which this node is not drawn as well.
+    """
+    run = str(message.metadata.run_id)
+    with open_ledger(node.home, own=node.simulated) as ledger:
+        planned = planned_central(plan).segment
+        grant = ledger.reserve("train", run, "all rounds", round, planned, _limits(node, plan), rows.segments, whole=True)
+    log.info("un-noised: unit client, ε ≤ %g, promised by the coordinator", plan.privacy.epsilon)
+    readable = [row for unit in rows.readable_units(grant.readable) for row in unit]
+    if not readable:
+        raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(node.home / "data.yaml"))
+    trained = trainer.train(start, rows.encoded.select(readable), round, SeededSource("order", plan.seed, node.name, round))
+    clip = records.from_config(records.Assignment, message.content.config_records["assignment"]).clip or plan.privacy.clip
+    delta, norm = clipped(trained.delta, clip)
+    report = records.TrainReport(
+        client=node.name,
+        round=round,
+        steps=plan.local.steps or 0,
+        within_clip=norm <= clip if plan.privacy.adaptive_clip else None,
+    )
+    return replace(trained, delta={name: tensor.float() for name, tensor in delta.items()}), report
 
 
 def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:

@@ -230,6 +230,10 @@ def ledger(
         headings = {"noise_multiplier": "σ", "sample_rate": "q", "epsilon": "ε of the run (PLD)"}
         shown = [row | {key: _when(row[key]) for key in ("first", "last")} for row in facts["runs"]]
         _print_table(shown, {key: headings.get(key, key) for key in shown[0]})
+    if any(row["unit"] == "client" for row in facts["runs"]):
+        typer.echo(
+            "unit client: promised by the coordinator, which adds the noise; this node can't verify it. steps: all rounds of the run"
+        )
     for row in facts["segments"]:
         of = f"data segment {row['segment']} ({row['split']}, {row['records']} records first read {_when(row['opened'])})"
         if row["written_off"]:
@@ -244,13 +248,24 @@ def ledger(
 def pending(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """List the plans that wait for your decision. Example: lichen client pending."""
     from lichen.client.policy import pending as waiting
+    from lichen.client.policy import promise
+    from lichen.common.plan import load_plan
 
-    rows = [{"sha256": item.plan_sha256, "name": item.name, "asked": item.at, "plan": str(item.plan)} for item in waiting(home)]
+    rows = [
+        {
+            "sha256": item.plan_sha256,
+            "name": item.name,
+            "asked": item.at,
+            "privacy": promise(load_plan(item.plan)),
+            "plan": str(item.plan),
+        }
+        for item in waiting(home)
+    ]
     if as_json:
         _print_json(rows)
     elif rows:
         for row in rows:
-            typer.echo(f"{row['sha256'][:12]}  {row['name']}, asked {row['asked']}\n  {row['plan']}")
+            typer.echo(f"{row['sha256'][:12]}  {row['name']}, asked {row['asked']}\n  {row['privacy']}\n  {row['plan']}")
     else:
         typer.echo("no plan waits")
 

@@ -123,6 +123,7 @@ class Ledger(Database):
         reads: AbstractSet[int],
         *,
         ahead: int = 0,
+        whole: bool = False,
     ) -> Grant:
         """Charge the steps of one message to every data segment that it reads, before any step is taken.
 
@@ -139,6 +140,7 @@ class Ledger(Database):
             limits: what must hold afterwards.
             reads: the data segments of the records that are there.
             ahead: steps that the run plans after these, for which there should be budget too.
+            whole: all steps with the noise that was planned, or none.
 
         Raises:
             LichenError: PRIVACY_BUDGET, if nothing that was read has enough left, or if other steps on it protected another unit.
@@ -152,7 +154,7 @@ class Ledger(Database):
                         return Grant(entry.segment._replace(steps=min(entry.segment.steps, planned.steps)), readable)
                     break
             grants = {number: self._affordable(number, run, planned, limits, ahead) for number in reads}
-            usable = {number: granted for number, granted in grants.items() if granted is not None}
+            usable = {number: granted for number, granted in grants.items() if granted and (granted == planned or not whole)}
             if reads and not usable:
                 raise LichenError(
                     Code.PRIVACY_BUDGET,

@@ -42,7 +42,7 @@ class PrivacyPolicy(_Section):
     """What privacy a plan must give."""
 
     require: tuple[Literal["example", "entity", "client"], ...] = Field(default=("example", "entity"), min_length=1)
-    """Units of privacy (the plan's privacy.unit) that are enough. No protection at all is governed by unnoised_updates_to_coordinator."""
+    """Units of privacy (privacy.unit) that are enough; client is promised by the coordinator. For none: unnoised_updates_to_coordinator."""
     max_epsilon: Number = Field(default=8.0, gt=0)
     """Largest ε over the life of this node's data: what earlier runs spent is added to what the plan asks."""
     max_delta: Number = Field(default=1e-5, gt=0, lt=1)
@@ -59,7 +59,7 @@ class Policy(_Section):
     tasks: tuple[str, ...] | None = None
     """Kinds of task (the plan's task.kind). Left out: any."""
     unnoised_updates_to_coordinator: Literal["never", "allow"] = "never"
-    """Whether updates without noise of this node's own may leave it (privacy.unit: none). An update can reveal rows."""
+    """Whether updates without noise of this node's own may leave it (privacy.unit: none or client). An update can reveal rows."""
     privacy: PrivacyPolicy = PrivacyPolicy()
     min_cohort: int = Field(default=1, ge=1)
     """Smallest cohort.minimum of a plan: an update is never averaged with fewer others than that."""
@@ -348,6 +348,15 @@ def _digest(path: Path, size: int, changed: int) -> str:
     """Cached by ``size`` and ``changed``, so that a round does not read the weights again."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def promise(plan: Plan) -> str:
+    """What privacy a plan gives this node's data, and by whom, in words for who decides."""
+    if not plan.private:
+        return "no differential privacy: un-noised updates leave this node"
+    if plan.central:
+        return f"ε ≤ {plan.privacy.epsilon:g} for all that this node has, promised by the coordinator: un-noised updates leave this node"
+    return f"ε ≤ {plan.privacy.epsilon:g} for each {plan.privacy.unit}, by noise that this node adds"
 
 
 def request(home: Path, plan: Plan) -> None:

@@ -45,7 +45,7 @@ class Trainer:
         self.plan = plan
         self.task, self.model, _ = workbench(plan)
         self._gradients: PerUnitGradients | None = None
-        if plan.private:
+        if plan.private and not plan.central:
             self._gradients = PerUnitGradients(self.model, self.task.losses, plan.local.max_physical_batch_size, plan.privacy.gradients)
             made_up = self.task.made_up(ROWS)
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -103,9 +103,12 @@ class Cohort(Section):
     """Who takes part in a round."""
 
     size: int = Field(default=4, ge=1)
-    """Clients asked in each round. It waits for so many until the deadline, then goes on with those that are connected."""
+    """Clients asked in each round. It waits for so many until the deadline, then goes on with those that are connected. Under
+    `privacy.unit: client` the expected number."""
+    population: int | None = Field(default=None, ge=1)
+    """Clients in the federation, a public constant, for `privacy.unit: client`: each is in a round with chance size / population."""
     minimum: int = Field(default=1, ge=1)
-    """A round with fewer usable updates fails."""
+    """A round with fewer usable updates fails. Under `privacy.unit: client` no round does, since that would tell who took part."""
     deadline_s: Number = Field(default=600.0, gt=0)
     """Seconds that a round may take; who is later is left out."""
     mode: Literal["synchronous"] = "synchronous"
@@ -160,11 +163,24 @@ class Audit(Section):
     """Permits canaries without privacy (`unit: none`), to see what the audit finds where nothing is protected."""
 
 
-class Privacy(Section):
-    """Differential privacy. Adjacency is add/remove of one unit; each client's ε holds against everyone, the coordinator included."""
+class AdaptiveClip(Section):
+    """A clip that follows a quantile of the updates' norms (Andrew et al. 2021), of which only a noised count is used."""
 
-    unit: Literal["none", "example", "entity"] = "none"
-    """What is protected: nothing, one row, or all rows with one value of `unit_field`."""
+    quantile: Number = Field(default=0.5, gt=0, lt=1)
+    """Share of the updates that the clip is to leave as they are."""
+    learning_rate: Number = Field(default=0.2, gt=0, le=2)
+    """η in C ← C·exp(−η(b − quantile))."""
+
+
+class Privacy(Section):
+    """Differential privacy. Adjacency is add/remove of one unit.
+
+    Under `noise: local` each client's ε holds against everyone, the coordinator included; under `noise: central` it is the coordinator
+    that promises it.
+    """
+
+    unit: Literal["none", "example", "entity", "client"] = "none"
+    """What is protected: nothing, one row, all rows with one value of `unit_field`, or all that one client has."""
     unit_field: str | None = None
     """The data field that names the entity (a patient, a customer)."""
     epsilon: Number = Field(default=8.0, gt=0)
@@ -172,9 +188,11 @@ class Privacy(Section):
     delta: Number = Field(default=1e-5, gt=0, lt=0.1)
     """δ; below 1 / (number of units)."""
     clip: Number = Field(default=1.0, gt=0)
-    """ℓ2 bound on each unit's gradient."""
-    noise: Literal["local"] = "local"
-    """`local`: each client adds the noise that its own guarantee needs."""
+    """ℓ2 bound on each unit's gradient; under `unit: client` on a client's whole update, of the first round if it adapts."""
+    adaptive_clip: AdaptiveClip | None = None
+    """Under `unit: client`: lets the clip follow the updates' norms; `{}` takes the defaults, left out it stays as it is."""
+    noise: Literal["local", "central"] = "local"
+    """`local`: each client adds the noise that its own guarantee needs. `central`: the coordinator does, for `unit: client`."""
     sample_rate: Number | None = Field(default=None, gt=0, le=1)
     """Poisson sampling rate of a step; by default `local.batch_size` / the declared size."""
     gradients: Literal["single-backward", "hooks"] = "single-backward"
@@ -192,7 +210,7 @@ class Aggregation(Section):
     """What the coordinator does with the updates."""
 
     rule: Literal["fedavg"] = "fedavg"
-    """`fedavg`: the weighted mean (McMahan et al. 2017); weights are true sizes without privacy, declared ones with it."""
+    """`fedavg`: the weighted mean (McMahan et al. 2017); by true size without privacy, by declared size with it, `unit: client` flat."""
     secure: Literal[False] = False
     """Secure aggregation."""
     optimizer: Literal["fedavg", "fedavgm"] = "fedavg"
@@ -295,6 +313,11 @@ class Plan(Section):
         """Whether differential privacy is on."""
         return self.privacy.unit != "none"
 
+    @property
+    def central(self) -> bool:
+        """Whether the unit is a client and the coordinator adds the noise: clients train without it."""
+        return self.privacy.unit == "client"
+
     def __hash__(self) -> int:
         """Equal plans hash alike; the mappings inside have no hash of their own."""
         return hash(self.canonical_json())
@@ -384,7 +407,8 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             f"aggregation.average_last ({plan.aggregation.average_last}) is above rounds ({plan.rounds})",
             f"Set it to at most {plan.rounds}.",
         )
-    if plan.private and plan.local.epochs is not None and plan.privacy.sample_rate is None:
+    _check_central(plan, refuse)
+    if plan.private and not plan.central and plan.local.epochs is not None and plan.privacy.sample_rate is None:
         refuse(
             "local.epochs under differential privacy needs privacy.sample_rate: the number of steps must not depend on true sizes",
             "Set privacy.sample_rate, or local.steps instead of local.epochs.",
@@ -401,6 +425,52 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
         refuse(
             "federated evaluation under unit: entity would read an entity on both sides: hold-outs are drawn by row",
             "Set evaluation.federated_every: 0.",
+        )
+
+
+def _check_central(plan: Plan, refuse: Callable[[str, str], None]) -> None:
+    """What client-level privacy needs, and what belongs to it alone."""
+    privacy, cohort = plan.privacy, plan.cohort
+    if plan.central != (privacy.noise == "central"):
+        nearest = "privacy.noise: central" if plan.central else "privacy.noise: local, or privacy.unit: client"
+        refuse(
+            f"privacy.unit: {privacy.unit} with noise: {privacy.noise}: unit: client goes with noise: central, and only with it",
+            f"Nearest valid: {nearest}.",
+        )
+    if not plan.central:
+        for key, value in (("privacy.adaptive_clip", privacy.adaptive_clip), ("cohort.population", cohort.population)):
+            if value is not None:
+                refuse(f"{key} goes with privacy.unit: client, and only with it", f"Leave {key} out.")
+        return
+    if privacy.sample_rate is not None:
+        refuse(
+            "privacy.sample_rate draws rows; under unit: client whole clients are drawn, with chance cohort.size / cohort.population",
+            "Leave privacy.sample_rate out, and set cohort.size and cohort.population.",
+        )
+    if cohort.population is None:
+        refuse(
+            "unit: client needs cohort.population, a public constant: how many clients there are may not be read off those that come",
+            f"Set cohort.population; nearest valid: {max(cohort.size, plan.simulation.clients)}.",
+        )
+    elif cohort.size > cohort.population:
+        refuse(
+            f"cohort.size ({cohort.size}) is above cohort.population ({cohort.population}): a chance above 1",
+            f"Nearest valid: cohort.size: {cohort.population}.",
+        )
+    elif privacy.delta * cohort.population > 1:
+        refuse(
+            f"δ = {privacy.delta:g} is above one in cohort.population, {cohort.population}: it would permit to publish a client's data",
+            f"Set privacy.delta below {1 / cohort.population:g}.",
+        )
+    if cohort.minimum > 1:
+        refuse(
+            f"cohort.minimum is {cohort.minimum}: a round that fails for want of clients tells how many were drawn, which is secret",
+            "Nearest valid: cohort.minimum: 1; a round of nobody releases noise alone.",
+        )
+    if plan.evaluation.federated_every:
+        refuse(
+            "federated evaluation under unit: client would release counts of the cohort that no noise is planned for",
+            "Set evaluation.federated_every: 0; the coordinator's own validation rows cost nothing.",
         )
 
 

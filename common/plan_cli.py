@@ -43,7 +43,7 @@ local:
   head_learning_rate: 120
 
 privacy:
-  unit: example        # none, example, or entity with unit_field
+  unit: example        # none, example, entity with unit_field, or client with noise: central
   epsilon: 8           # for each client, over all rounds
   delta: 1.0e-5        # below 1 / (number of units)
   clip: 0.1

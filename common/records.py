@@ -42,13 +42,15 @@ class Rule(Enum):
     DECLARED = "a constant that the plan or the owner declares, or a function of such constants; it does not depend on the data"
     NOISED = "depends on the data; carries calibrated noise and is charged to the accountant"
     PLAIN = "depends on the data; sent only where the plan has no differential privacy (unit: none)"
+    SUMMED = "depends on the data, un-noised; only where the plan has noise: central, whose coordinator releases a noised sum of it"
     ERROR = "an error number; under privacy without text"
     PROTOCOL = "the state of the connection: an id, a key, a version, an offset; it does not depend on the data"
     TIME = "when it was sent, which depends on how long the work took; neither noised nor hidden"
 
 
-# The payload (the update itself) is NOISED under privacy: it is made of noised steps only.
+# The payload (the update itself) is NOISED under privacy: it is made of noised steps only. Under `noise: central` it is SUMMED.
 PAYLOAD_RULE = Rule.NOISED
+CENTRAL_PAYLOAD_RULE = Rule.SUMMED
 
 
 class _Record(BaseModel):
@@ -65,6 +67,8 @@ class Assignment(_Record):
     plan: Annotated[str, Rule.DECLARED]
     plan_sha256: Annotated[str, Rule.DECLARED]
     round: Annotated[int, Rule.DECLARED]
+    clip: Annotated[float | None, Field(gt=0), Rule.DECLARED] = None
+    """Under `unit: client`: ℓ2 bound on the update; it follows from the plan and from what was released."""
 
 
 class TrainReport(_Record):
@@ -74,11 +78,14 @@ class TrainReport(_Record):
     client: Annotated[str, Rule.DECLARED]
     round: Annotated[int, Rule.DECLARED]
     steps: Annotated[int, Rule.DECLARED]
+    """Under `unit: client` the plan's, or 0 where it counts epochs: the number would tell the true size."""
     declared_size: Annotated[int | None, Field(ge=1, le=MOST), Rule.DECLARED] = None
     noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     sample_rate: Annotated[float | None, Rule.DECLARED] = None
     examples: Annotated[int | None, Field(ge=1, le=MOST), Rule.PLAIN] = None
     train_loss: Annotated[float | None, Rule.PLAIN] = None
+    within_clip: Annotated[bool | None, Rule.SUMMED] = None
+    """Whether the update was within an adaptive clip before it was clipped."""
 
 
 class EvaluateReport(_Record):
@@ -92,18 +99,20 @@ class EvaluateReport(_Record):
     loss_sum: Annotated[float | None, Rule.PLAIN] = None
 
 
-def check_release(report: TrainReport | EvaluateReport, *, private: bool) -> None:
+def check_release(report: TrainReport | EvaluateReport, *, private: bool, central: bool = False) -> None:
     """Refuse to let a field out that its rule keeps in.
 
     Raises:
-        LichenError: INTERNAL, if a PLAIN field is set under differential privacy, or a field has no rule.
+        LichenError: INTERNAL, if a PLAIN field is set under differential privacy, a SUMMED one where the coordinator adds no noise, or
+            a field has no rule.
     """
     for name, info in type(report).model_fields.items():
         rules = [item for item in info.metadata if isinstance(item, Rule)]
         if len(rules) != 1:
             raise LichenError(Code.INTERNAL, f"field {name!r} of {type(report).__name__} has no privacy rule")
-        if private and rules[0] is Rule.PLAIN and getattr(report, name) is not None:
-            raise LichenError(Code.INTERNAL, f"field {name!r} of {type(report).__name__} may not leave under differential privacy")
+        kept = (private and rules[0] is Rule.PLAIN) or (not central and rules[0] is Rule.SUMMED)
+        if kept and getattr(report, name) is not None:
+            raise LichenError(Code.INTERNAL, f"field {name!r} of {type(report).__name__} may not leave under this plan's privacy")
 
 
 # --- records -----------------------------------------------------------------------------------------------------------------

@@ -33,10 +33,10 @@ class Round(_Section):
 
     round: int
     """From 1."""
-    participants: int
-    """Clients whose update was used."""
-    failed: int
-    """Clients that were asked and gave no usable update."""
+    participants: int | None
+    """Clients whose update was used; null under `unit: client`, as all that tells of the cohort: that is in `operator.jsonl`."""
+    failed: int | None
+    """Clients that were asked and gave no usable update; null under `unit: client`."""
     errors: dict[str, int | None] = Field(default_factory=dict)
     """Error number of each failed client, also of one that failed in evaluation alone; null for one that did not answer in time."""
     train_loss: float | None = None
@@ -47,12 +47,17 @@ class Round(_Section):
     """Metrics on the clients' hold-outs, where the plan asks for them; noised under differential privacy."""
     epsilon: float | None = None
     """The largest client's ε so far."""
-    uplink_bytes: int
-    """Payload bytes from all clients."""
-    downlink_bytes: int
-    """Payload bytes to all clients."""
-    seconds: float
-    """The whole round."""
+    uplink_bytes: int | None
+    """Payload bytes from all clients; null under `unit: client`."""
+    downlink_bytes: int | None
+    """Payload bytes to all clients; null under `unit: client`."""
+    seconds: float | None
+    """The whole round; null under `unit: client`."""
+
+    def without_cohort(self) -> Round:
+        """The round without all that tells who, or how many, took part."""
+        secret = dict.fromkeys(("participants", "failed", "uplink_bytes", "downlink_bytes", "seconds", "train_loss", "federated"))
+        return self.model_copy(update={**secret, "errors": {}})
 
 
 class ClientPrivacy(_Section):
@@ -70,6 +75,25 @@ class ClientPrivacy(_Section):
     """ε of each segment: disjoint sets of records."""
 
 
+class CentralPrivacy(_Section):
+    """What every client paid under `unit: client`: one account for the federation, as the coordinator promises."""
+
+    epsilon: float
+    """By privacy loss distributions (dp-accounting): what is promised."""
+    epsilon_prv: float | None = None
+    """The same by privacy random variables (Opacus): a second, independent account, once the run has ended."""
+    releases: int
+    """Noised sums, one a round."""
+    noise_multiplier: float
+    """Of a whole round: σ over sensitivity."""
+    sample_rate: float
+    """Each client's chance to be in a round."""
+    update_noise_multiplier: float
+    """Of the sum of updates alone, over the clip."""
+    count_noise: float | None = None
+    """σ of the count that the adaptive clip follows, in clients; null with a fixed clip."""
+
+
 class Privacy(_Section):
     """The run's differential privacy."""
 
@@ -81,6 +105,9 @@ class Privacy(_Section):
     noise: Literal["secret", "seeded: not private"] | None = None
     """Where the noise came from. A simulation's repeats, so it protects nobody."""
     clients: dict[str, ClientPrivacy] = Field(default_factory=dict)
+    """Empty under `unit: client`: who was drawn is secret, and all pay the same."""
+    central: CentralPrivacy | None = None
+    """Under `unit: client`."""
     statement: Statement | None = None
     """What is protected, from whom, verified by whom, how far, and what is not; null in a result of an older lichen."""
 
@@ -88,8 +115,9 @@ class Privacy(_Section):
 class Transfer(_Section):
     """Bytes over the whole run."""
 
-    uplink_bytes: int
-    downlink_bytes: int
+    uplink_bytes: int | None
+    """Null under `unit: client`, as `downlink_bytes`."""
+    downlink_bytes: int | None
     bits_per_parameter: float | None = None
     """Uplink, of each update."""
     ratio_to_fp32: float | None = None
@@ -107,7 +135,8 @@ class Result(_Section):
     engine: Literal["inprocess", "ray", "deployed", "flower"]
     seed: int
     versions: dict[str, str]
-    seconds: float
+    seconds: float | None
+    """Of all rounds; null under `unit: client`."""
     parameters: int | None = None
     """Trained parameters."""
     rounds: list[Round] = Field(default_factory=list)

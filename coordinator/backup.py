@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from lichen.common.errors import Code, LichenError
 from lichen.coordinator.home import Home
 from lichen.coordinator.models import ARCHIVE
+from lichen.coordinator.run_directory import RESTORED
 from lichen.coordinator.store import Store
 
 FORMAT = 1
@@ -123,6 +124,8 @@ def restore_backup(file: Path, home: Path) -> Home:
     try:
         _extract(file, temporary)
         (temporary / "runs").mkdir(exist_ok=True)
+        for checkpoints in (temporary / "runs").glob("*/checkpoints"):
+            (checkpoints / RESTORED.name).touch()
         if home.exists():
             home.rmdir()
         temporary.replace(home)

@@ -77,8 +77,10 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
     """Seconds in hours, minutes and seconds."""
+    if seconds is None:
+        return NONE
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from lichen.common.errors import Code
 from lichen.common.plan import Plan, load_plan
+from lichen.common.privacy.schedule import sample_rate
 from lichen.common.privacy.statement import in_words, make_statement
 from lichen.common.result import Result, Round, metric_title, read_result, schema
 from lichen.coordinator import charts
@@ -65,6 +66,7 @@ def write_report(directory: Path) -> Path:
         facts=_facts(result, plan),
         charts=_charts(result, plan),
         rounds=result.rounds[-ROWS:],
+        shows_cohort=not plan.central,
         metrics={kind: _keys(getattr(told, kind) for told in result.rounds) for kind in ("validation", "federated")},
         shows_loss=any(told.train_loss is not None for told in result.rounds),
         failures=_failures,
@@ -104,12 +106,15 @@ def _facts(result: Result, plan: Plan) -> dict[str, str]:
     sampled = plan.private and plan.privacy.sample_rate is not None
     batch = f"sample rate {plan.privacy.sample_rate:g}" if sampled else f"batch {plan.local.batch_size}"
     clients = f"{plan.cohort.size} asked in each round, at least {plan.cohort.minimum} needed"
+    if plan.central:
+        clients = f"each of {plan.cohort.population} in a round with chance {sample_rate(plan):g}, drawn in secret"
     if simulated:
         clients = f"{plan.simulation.clients} simulated ({plan.simulation.partition}); {clients}"
     return {
         "Name": plan.name,
         "Run": result.run_id,
-        "Status": f"{result.status}, {len(result.rounds):,} of {plan.rounds:,} rounds in {duration(result.seconds)}",
+        "Status": f"{result.status}, {len(result.rounds):,} of {plan.rounds:,} rounds"
+        + (f" in {duration(result.seconds)}" if result.seconds is not None else ""),
         "Engine": {"inprocess": "simulation in one process", "ray": "simulation on Ray", "flower": "stock Flower"}.get(
             result.engine, "coordinator and agents over mutual TLS"
         ),
@@ -147,14 +152,10 @@ def _charts(result: Result, plan: Plan) -> list[charts.Chart]:
         charts.chart("Clients' hold-outs: accuracy and macro-F1", rates("federated"), metric),
         charts.chart("Loss", {"training, mean over clients": told("train_loss"), "validation": of("validation", "loss")}, metric),
         charts.chart("ε so far", {"largest client, by its reports": told("epsilon")}, epsilon, from_zero=True, limit=budget),
-        charts.chart(
-            "Bytes so far, all clients",
-            {"up, from clients": summed("uplink_bytes"), "down, to clients": summed("downlink_bytes")},
-            size,
-            tick=size,
-            from_zero=True,
-        ),
     ]
+    if not plan.central:
+        sums = {"up, from clients": summed("uplink_bytes"), "down, to clients": summed("downlink_bytes")}
+        drawn.append(charts.chart("Bytes so far, all clients", sums, size, tick=size, from_zero=True))
     return [found for found in drawn if found]
 
 
@@ -222,12 +223,13 @@ def _print(result: Result, plan: Plan) -> None:
     statement = make_statement(plan, result)
     rows["Privacy"] = statement.summary
     if statement.worst:
-        rows["ε, largest client"] = epsilon(statement.worst.epsilon)
+        rows["ε, every client" if plan.central else "ε, largest client"] = epsilon(statement.worst.epsilon)
     if result.privacy.noise == "seeded: not private":
         rows["Not private"] = SEEDED
     transfer = result.transfer
     bits = "" if transfer.bits_per_parameter is None else f", {transfer.bits_per_parameter:.3g} bits a parameter up"
-    rows["Bytes"] = f"up {size(transfer.uplink_bytes)}, down {size(transfer.downlink_bytes)}{bits}"
+    if not plan.central:
+        rows["Bytes"] = f"up {size(transfer.uplink_bytes)}, down {size(transfer.downlink_bytes)}{bits}"
     if errors := _errors(result.rounds):
         rows["Failures"] = ", ".join(f"{what} × {times:,}" for what, times in errors)
     if result.error:

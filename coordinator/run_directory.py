@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.statement import make_statement
+from lichen.common.private_files import write_private
 from lichen.common.result import Result, Round, write_atomically
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ FORMAT = 1
 KEPT = 2
 DIGEST = Path("checkpoints", "plan.sha256")
 COHORT = Path("checkpoints", "cohort.json")
+RELEASE = Path("checkpoints", "release.safetensors")
+RESTORED = Path("checkpoints", "restored")
+"""Marks a run that came back from a backup: rounds that it does not know of may have been released."""
+OPERATOR = "operator.jsonl"
+"""What under `unit: client` only the operator may see: rounds with all that tells of their cohorts."""
 
 
 @dataclass
@@ -43,6 +49,18 @@ class ServerState:
     """Noised hold-out evaluations by client."""
     exhausted: dict[str, list[str]] = field(default_factory=dict)
     """By kind of message the clients that have no privacy budget left for it: they are not asked again."""
+    clip: float | None = None
+    """Under `unit: client`: of the next round."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """What one round of client-level privacy lets out of its sum."""
+
+    update: State
+    """The noised mean."""
+    clip: float
+    """Of the next round."""
 
 
 class RunDirectory:
@@ -73,7 +91,7 @@ class RunDirectory:
 
     def save_cohort(self, round: int, nodes: Iterable[int]) -> None:
         """Keep who was asked in a round, before anyone is: after a crash the same nodes are asked the same."""
-        write_atomically(self.path / COHORT, json.dumps({"round": round, "nodes": list(nodes)}))
+        write_private(self.path / COHORT, json.dumps({"round": round, "nodes": list(nodes)}).encode())
 
     def load_cohort(self, round: int) -> list[int] | None:
         """Who was asked in ``round``, if it was begun before a crash."""
@@ -86,6 +104,49 @@ class RunDirectory:
     def forget_cohort(self) -> None:
         """Let the round that is under way draw its cohort again: for a simulation, which asks nobody twice."""
         (self.path / COHORT).unlink(missing_ok=True)
+
+    # --- the noised sum of the round that is under way ---
+
+    def check_not_restored(self) -> None:
+        """Refuse to go on where a round that was released already would be noised a second time.
+
+        Raises:
+            LichenError: OUTPUT_UNUSABLE.
+        """
+        if (self.path / RESTORED).exists():
+            raise LichenError(
+                Code.OUTPUT_UNUSABLE,
+                "restored from a backup: under unit: client rounds after it may have been released, and may not be again",
+                where=str(self.path),
+                fix="Submit the plan as a new run, which every node's ledger counts anew.",
+            )
+
+    def save_release(self, round: int, release: Release) -> None:
+        """Keep a round's noised sum, on the disk before anything that follows from it: after a crash none is drawn again."""
+        from safetensors.torch import save
+
+        about = {"format": FORMAT, "round": round, "clip": release.clip}
+        write_private(self.path / RELEASE, save(release.update, metadata={"lichen": json.dumps(about)}))
+
+    def load_release(self, round: int) -> Release | None:
+        """The noised sum of ``round``, if it was drawn before a crash.
+
+        Raises:
+            LichenError: OUTPUT_UNUSABLE, if it is damaged: another may not be drawn then.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path / RELEASE
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["lichen"])
+                if about["round"] != round:
+                    return None
+                return Release({name: file.get_tensor(name) for name in file.keys()}, float(about["clip"]))  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise LichenError(Code.OUTPUT_UNUSABLE, f"a damaged release: {error}", where=str(path)) from None
 
     # --- checkpoints ---
 
@@ -105,6 +166,7 @@ class RunDirectory:
             "spent": state.spent,
             "evaluated": state.evaluated,
             "exhausted": state.exhausted,
+            "clip": state.clip,
         }
         final = self._checkpoint(state.round)
         temporary = final.with_suffix(".tmp")
@@ -142,8 +204,14 @@ class RunDirectory:
         def history(found: dict[str, list[list[float]]]) -> dict[str, list[Segment]]:
             return {name: [Segment(noise, rate, int(steps)) for noise, rate, steps in rows] for name, rows in found.items()}
 
-        spent, evaluated, exhausted = history(about["spent"]), history(about["evaluated"]), about.get("exhausted", {})
-        return ServerState(about["round"], **parts, spent=spent, evaluated=evaluated, exhausted=exhausted)
+        return ServerState(
+            about["round"],
+            **parts,
+            spent=history(about["spent"]),
+            evaluated=history(about["evaluated"]),
+            exhausted=about.get("exhausted", {}),
+            clip=about.get("clip"),
+        )
 
     def _checkpoint(self, round: int) -> Path:
         return self.path / "checkpoints" / f"round-{round:05d}.safetensors"
@@ -158,6 +226,13 @@ class RunDirectory:
         result.privacy.statement = make_statement(self.plan, result)
         write_atomically(self.path / "metrics.jsonl", "".join(line.model_dump_json() + "\n" for line in result.rounds))
         write_atomically(self.path / "result.json", result.model_dump_json(indent=2) + "\n")
+
+    def save_for_operator(self, told: Round) -> None:
+        """Add a round, with its cohort's figures, to what only the operator may see; one that is done again replaces its line."""
+        path = self.path / OPERATOR
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if Round.model_validate_json(line).round < told.round]
+        write_private(path, "".join(f"{line}\n" for line in [*kept, told.model_dump_json()]).encode())
 
     def load_rounds(self, until: int) -> list[Round]:
         """The rounds up to ``until`` that were told already."""

@@ -21,8 +21,9 @@ from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import MOST_NOISE, planned_evaluation, planned_steps
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
 from lichen.coordinator.aggregation import RULES
+from lichen.coordinator.aggregation.central_dp import CentralDP
 from lichen.coordinator.optimizers import apply_update
-from lichen.coordinator.run_directory import RunDirectory, ServerState
+from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -80,6 +81,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._name_of = name_of
         self._told: Round
         self._used: list[int] = []
+        self._central = CentralDP(plan, secret=result.privacy.noise == "secret") if plan.central else None
 
     def summary(self) -> None:
         """Log what is run."""
@@ -88,7 +90,12 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     # --- training ---
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """One message with the assignment and the model for each node of the round's cohort."""
+        """One message with the assignment and the model for each node of the round's cohort.
+
+        Nobody is asked again whose answers are in a noised sum that a crash left behind.
+        """
+        if self._central and self.directory.load_release(server_round):
+            return []
         nodes = self.directory.load_cohort(server_round)
         if nodes is None:
             nodes = self._choose(server_round, grid)
@@ -96,30 +103,19 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         return self._messages(records.TRAIN, server_round, arrays, nodes, grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Add the usable updates, in the order of the clients' names so that sums repeat, and step the model.
+        """Add the usable updates, and step the model.
 
         Raises:
-            LichenError: COHORT_TOO_SMALL, if fewer than `cohort.minimum` are usable.
+            LichenError: COHORT_TOO_SMALL, if fewer than `cohort.minimum` are usable; never under `unit: client`.
         """
+        if self._central:
+            self._step(self._release(self._central, server_round, replies).update)
+            return self._arrays(), None
         total = RULES[self.plan.aggregation.rule]()
         usable: list[records.TrainReport] = []
-        uplink = 0
-        self._used = []
-        for report, message in sorted(self._reports(records.TrainReport, server_round, replies), key=lambda found: found[0].client):
-            try:
-                weight = self._weight(report)  # from here on the update has left its node, and is paid for, whether it is usable or not
-                update = records.get_tensors(message.content, self._spool)
-                check_state(update, self.state.model)
-            except LichenError as error:
-                self._failed(report.client, error.code, error.what)
-                continue
+        for report, update, weight in self._updates(server_round, replies):
             total.add(update, weight)
-            uplink += records.payload_bytes(message.content)
             usable.append(report)
-            self._used.append(message.metadata.src_node_id)
-        self._told.participants = len(usable)
-        self._told.failed = len(self._told.errors)
-        self._told.uplink_bytes = uplink
         if len(usable) < self.plan.cohort.minimum:
             self._tell_privacy()
             raise LichenError(
@@ -128,11 +124,44 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 where=f"round {server_round}",
                 fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )
-        self.state.model, self.state.velocity = apply_update(self.state.model, total.mean(), self.state.velocity, self.plan.aggregation)
+        self._step(total.mean())
         if not self.plan.private:
             weight = sum(report.examples or 0 for report in usable)
             self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in usable) / weight
         return self._arrays(), None
+
+    def _updates(self, round: int, replies: Iterable[Message]) -> Iterator[tuple[records.TrainReport, State, float]]:
+        """The usable updates and their weights, one at a time, in the order of the clients' names so that sums repeat."""
+        self._used = []
+        uplink = 0
+        for report, message in sorted(self._reports(records.TrainReport, round, replies), key=lambda found: found[0].client):
+            try:
+                weight = self._weight(report)  # from here on the update has left its node, and is paid for, whether it is usable or not
+                update = records.get_tensors(message.content, self._spool)
+                check_state(update, self.state.model)
+            except LichenError as error:
+                self._failed(report.client, error.code, error.what)
+                continue
+            uplink += records.payload_bytes(message.content)
+            self._used.append(message.metadata.src_node_id)
+            yield report, update, weight
+        self._told.participants, self._told.failed, self._told.uplink_bytes = len(self._used), len(self._told.errors), uplink
+
+    def _release(self, central: CentralDP, round: int, replies: Iterable[Message]) -> Release:
+        """The round's noised sum: the one that a crash left behind, or a new one, which is on the disk before anything follows from it."""
+        release = self.directory.load_release(round)
+        if release is None:
+            total = central.sum_of(self.state.model, self.state.clip or self.plan.privacy.clip)
+            for report, update, _ in self._updates(round, replies):
+                total.add(update, within=report.within_clip is not False)
+            release = central.release(total, round)
+            self.directory.save_release(round, release)
+        self.result.privacy.max_epsilon = central.spent(round)
+        self.state.clip = release.clip
+        return release
+
+    def _step(self, mean: State) -> None:
+        self.state.model, self.state.velocity = apply_update(self.state.model, mean, self.state.velocity, self.plan.aggregation)
 
     # --- federated evaluation ---
 
@@ -185,15 +214,17 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             evaluate_fn: not used; the evaluator scores.
 
         Raises:
-            LichenError: COHORT_TOO_SMALL, ROUND_FAILED, RUN_STOPPED.
+            LichenError: COHORT_TOO_SMALL, ROUND_FAILED, RUN_STOPPED; OUTPUT_UNUSABLE, if a backup took the run back behind a release.
         """
         self.summary()
         content = RecordDict({"payload": initial_arrays})
         self.state = self.directory.load_state() or ServerState(0, records.get_tensors(content, self._spool), {}, {})
         self.result.rounds = self.directory.load_rounds(self.state.round)
-        before = sum(told.seconds for told in self.result.rounds)
+        before = sum(told.seconds or 0.0 for told in self.result.rounds)
         if self.result.rounds:
             self._sum_up(before)
+        if self._central and self.state.round < num_rounds:
+            self.directory.check_not_restored()
         began = time.monotonic()
         for number in range(self.state.round + 1, num_rounds + 1):
             round_began = time.monotonic()
@@ -224,7 +255,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     # --- parts ---
 
     def _choose(self, round: int, grid: Grid) -> list[int]:
-        """A seeded draw of `cohort.size` of the connected nodes, waiting for them as long as the deadline.
+        """A seeded draw of `cohort.size` of the connected nodes, waiting for them as long as the deadline; a secret one by `CentralDP`.
 
         Drawn from them in the order of their names, where the grid knows them: ids are random, and other in a simulation. Nodes that
         have said that their privacy budget is spent are not drawn.
@@ -234,6 +265,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             log.info("round %d waits: %d nodes are connected, cohort.size is %d", round, here, self.plan.cohort.size)
         while len(nodes := sorted(grid.get_node_ids(), key=self._name)) < self.plan.cohort.size and time.monotonic() < until:
             time.sleep(POLL_S)
+        if self._central:
+            return sorted(self._central.draw(nodes, round))
         here = len(nodes)
         nodes = self._with_budget(records.TRAIN, nodes)
         if len(nodes) < self.plan.cohort.minimum:
@@ -253,10 +286,11 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         return [node for node in nodes if self._name(node) not in spent]
 
     def _messages(self, kind: str, round: int, arrays: ArrayRecord, nodes: list[int], grid: Grid) -> Iterator[Message]:
-        assignment = records.Assignment(plan=self.plan.canonical_json(), plan_sha256=self.plan.sha256(), round=round)
+        clip = (self.state.clip or self.plan.privacy.clip) if self._central else None
+        assignment = records.Assignment(plan=self.plan.canonical_json(), plan_sha256=self.plan.sha256(), round=round, clip=clip)
         for node in nodes:
             content = RecordDict({"assignment": records.to_config(assignment), "payload": arrays})
-            self._told.downlink_bytes += records.payload_bytes(content)
+            self._told.downlink_bytes = (self._told.downlink_bytes or 0) + records.payload_bytes(content)
             yield grid.create_message(content, kind, node, str(round))
 
     def _ask(self, grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
@@ -304,7 +338,9 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         return report
 
     def _weight(self, report: records.TrainReport) -> float:
-        """An update's weight in the mean; under privacy its steps are charged on the way."""
+        """An update's weight in the mean; under local privacy its steps are charged on the way."""
+        if self._central:
+            return 1.0
         if not self.plan.private:
             if report.examples is None:
                 raise LichenError(Code.FRAME_INVALID, "the report bears no weight")
@@ -340,27 +376,35 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         return content.array_records["payload"]
 
     def _tell(self, seconds: float) -> None:
-        """Add the round to `result.json`."""
-        self.result.rounds.append(self._told)
+        """Add the round to `result.json`; what tells of a secret cohort goes to the operator alone."""
+        if self._central:
+            self.directory.save_for_operator(self._told)
+        self.result.rounds.append(self._told.without_cohort() if self._central else self._told)
         self._sum_up(seconds)
 
     def _sum_up(self, seconds: float) -> None:
         """Bring `result.json` up to date with its rounds."""
         result = self.result
-        result.seconds = round(seconds, 3)
+        result.seconds = None if self._central else round(seconds, 3)
         result.parameters = sum(tensor.numel() for tensor in self.state.model.values())
         self._tell_privacy()
         result.rounds[-1].epsilon = result.privacy.max_epsilon
-        up, down = (sum(getattr(told, key) for told in result.rounds) for key in ("uplink_bytes", "downlink_bytes"))
-        updates = sum(told.participants for told in result.rounds)
-        bits = 8 * up / (updates * result.parameters) if updates else None
-        result.transfer = Transfer(
-            uplink_bytes=up, downlink_bytes=down, bits_per_parameter=bits, ratio_to_fp32=None if bits is None else bits / 32
-        )
+        if self._central:
+            result.transfer = Transfer(uplink_bytes=None, downlink_bytes=None)
+        else:
+            up, down = (sum(getattr(told, key) for told in result.rounds) for key in ("uplink_bytes", "downlink_bytes"))
+            updates = sum(told.participants or 0 for told in result.rounds)
+            bits = 8 * up / (updates * result.parameters) if updates else None
+            result.transfer = Transfer(
+                uplink_bytes=up, downlink_bytes=down, bits_per_parameter=bits, ratio_to_fp32=None if bits is None else bits / 32
+            )
         self.directory.save_result(result)
 
     def _tell_privacy(self) -> None:
-        if self.plan.private:
+        if self._central:
+            self.result.privacy.central = self._central.account(self.state.round, last=self.state.round == self.plan.rounds)
+            self.result.privacy.max_epsilon = self.result.privacy.central.epsilon
+        elif self.plan.private:
             clients = self._clients()
             self.result.privacy.clients = clients
             self.result.privacy.max_epsilon = max((client.epsilon for client in clients.values()), default=0.0)

@@ -96,27 +96,30 @@ def table(rounds: list[Round], total: int | None = None, *, title: str | None = 
         scores = round.validation or {}
         shown.add_row(
             f"{round.round}/{total}" if total else str(round.round),
-            str(round.participants),
-            Text(str(round.failed), style="red" if round.failed else ""),
+            "–" if round.participants is None else str(round.participants),
+            Text("–" if round.failed is None else str(round.failed), style="red" if round.failed else ""),
             _number(scores.get("accuracy"), ".4f"),
             _number(scores.get("macro_f1"), ".4f"),
             _number(scores.get("loss"), ".3f"),
             _number(round.epsilon, ".2f"),
             bytes_text(round.uplink_bytes),
             bytes_text(round.downlink_bytes),
-            f"{round.seconds:.1f}",
+            _number(round.seconds, ".1f"),
         )
     return shown
 
 
 def line(round: Round, total: int | None = None) -> str:
     """A round as one line of text."""
-    parts = [f"round {round.round}" + (f"/{total}" if total else ""), f"{round.participants} participants", f"{round.failed} failed"]
+    parts = [f"round {round.round}" + (f"/{total}" if total else "")]
+    if round.participants is not None:  # under unit: client nothing that tells of the cohort is shown
+        parts += [f"{round.participants} participants", f"{round.failed} failed"]
     scores = round.validation or {}
     parts += [f"{metric_title(key)} {scores[key]:.4f}" for key in ("accuracy", "macro_f1") if key in scores]
     if round.epsilon is not None:
         parts.append(f"ε {round.epsilon:.2f}")
-    parts += [f"up {bytes_text(round.uplink_bytes)}", f"down {bytes_text(round.downlink_bytes)}", f"{round.seconds:.1f} s"]
+    if round.seconds is not None:
+        parts += [f"up {bytes_text(round.uplink_bytes)}", f"down {bytes_text(round.downlink_bytes)}", f"{round.seconds:.1f} s"]
     return ", ".join(parts)
 
 
@@ -131,8 +134,10 @@ def conclusion(result: Result) -> str:
     return f"{told}: {result.error}" if result.error else told
 
 
-def bytes_text(count: int) -> str:
+def bytes_text(count: int | None) -> str:
     """Bytes for people: `512 B`, `1.4 MB`."""
+    if count is None:
+        return "–"
     size = float(count)
     for unit in ("B", "kB", "MB"):
         if size < 1000:

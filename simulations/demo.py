@@ -71,10 +71,12 @@ def federate(plan: Plan, out: Path, console: Console, observe: Observer | None =
     out.mkdir(parents=True, exist_ok=True)
     console.print(f"{plan.name}: {plan.simulation.clients} agents, {plan.rounds} rounds{privacy}", highlight=False)
     homes, splits = deal(plan, out / "nodes")
-    if not plan.private:
-        console.print("the plan has no privacy, which a node refuses by default; the demo's nodes permit it in their policy.yaml")
+    if not plan.private or plan.central:
+        what = "adds its noise at the coordinator" if plan.central else "has no privacy"
+        console.print(f"the plan {what}, which a node refuses by default; the demo's nodes permit it in their policy.yaml")
+        permits = "format: 1\nunnoised_updates_to_coordinator: allow\n" + ("privacy: {require: [client]}\n" if plan.central else "")
         for home in homes:
-            (home / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n", encoding="utf-8")
+            (home / "policy.yaml").write_text(permits, encoding="utf-8")
     write_atomically(out / "plan.yaml", plan.to_yaml())
     coordinator = out / "coordinator"
     _lichen("coordinator", "init", "--home", coordinator, "--host", "127.0.0.1", "--fleet-port", "0", "--enrol-port", "0")

@@ -91,6 +91,13 @@ def deal(plan: Plan, root: Path) -> tuple[list[Path], dict[str, str]]:
             where="simulation.clients",
             fix=f"Simulate more, or set cohort.size to at most {len(parts)} (and cohort.minimum).",
         )
+    if plan.cohort.population is not None and plan.cohort.population != len(parts):
+        raise LichenError(
+            Code.PARTITION_INVALID,
+            f"cohort.population is {plan.cohort.population}, but {len(parts)} clients are simulated",
+            where="simulation.clients",
+            fix=f"Set cohort.population to {len(parts)}, and cohort.size to the number expected in a round.",
+        )
     # without federated evaluation a hold-out would only take rows from training
     holdout = 0.1 if plan.evaluation.federated_every else 0.0
     homes = write_node_homes(parts, train, root, holdout=holdout, seed=plan.seed)

@@ -18,6 +18,8 @@ from lichen.common.errors import Code, LichenError
 # Discretisation of the privacy loss, by the ε below which the next one is used: at 1e-3 the bound lies within .2 % of that at 1e-4 from
 # ε = .5 on and takes a tenth of the time; a small ε asks for a finer one, and costs less.
 INTERVALS = ((math.inf, 1e-3), (0.5, 1e-4), (0.05, 1e-5))
+PRV_ERROR = 0.005
+"""What the second accountant's ε may lie above its own estimate."""
 # Below this noise multiplier a step has no privacy worth the name, and its distribution takes seconds to compute.
 LEAST_NOISE = 0.1
 # Candidates for a filter's order: whole ones, whose divergence is a finite sum (Mironov et al. 2019, section 3.3).
@@ -124,6 +126,31 @@ def filter_order(noise: float, sample_rate: float, target: float, delta: float) 
         middle = (low + high) // 2
         low, high = (middle, high) if best(middle)[0] <= target else (low, middle)
     return best(low)[1]
+
+
+@lru_cache(maxsize=64)
+def _epsilon_prv(history: tuple[Segment, ...], delta: float) -> float:
+    import numpy as np
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = [tuple(segment) for segment in history]
+    with np.errstate(divide="ignore"):  # it takes logarithms of both sides of a `where`
+        return float(accountant.get_epsilon(delta, eps_error=PRV_ERROR, delta_error=delta / 1000))
+
+
+def epsilon_prv(history: Sequence[Segment], delta: float) -> float:
+    """ε by a second accountant (Gopi et al. 2021, in Opacus), to hold the first against; `epsilon` is what is promised.
+
+    Returns:
+        An upper bound to `PRV_ERROR`; 0 for an empty history, infinity where a segment has no noise.
+    """
+    taken = tuple(segment for segment in history if segment.steps > 0)
+    if not taken:
+        return 0.0
+    if any(segment.noise_multiplier < LEAST_NOISE for segment in taken):
+        return math.inf
+    return _epsilon_prv(taken, delta)
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.privacy.randomness import SecretSource
+from lichen.common.privacy.randomness import SecretSource, noised
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
 Unit = Sequence[int]
 """The rows that share one clipped gradient: one row for `example`, all of an entity's rows for `entity`."""
-
-GRID = 2.0**-15
-"""Step of the noised gradients, over the noise's standard deviation (rounded down to a power of two)."""
-NOISED_AT_ONCE = 1 << 15
-"""Numbers that are noised together: they stay in the cache."""
 
 
 class Engine(Protocol):
@@ -193,20 +188,10 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self._clipped = None
 
     def add_noise(self) -> None:
-        """Put the clipped sum plus noise of standard deviation σ·C, over the expected batch size, into each ``p.grad``.
-
-        The noised sum is rounded to a grid: the low bits of a float tell which values were added (Mironov 2012), and a grid that is
-        coarse beside the noise's own steps and fine beside its size has no such bits.
-        """
+        """Put the clipped sum plus noise of standard deviation σ·C, over the expected batch size, into each ``p.grad``."""
         std = self.noise_multiplier * self.max_grad_norm
-        grid = GRID * 2.0 ** math.floor(math.log2(std))
         for parameter in self.params:
-            total = parameter.summed_grad.reshape(-1)
-            for part in total.split(NOISED_AT_ONCE):
-                # in 64 bits and in steps of the grid, which as a power of two changes no digit
-                noisy = self._source.normal(tuple(part.shape), std / grid).add_(part, alpha=1 / grid).round_()
-                part.copy_(noisy.mul_(grid / self.expected_batch_size))
-            parameter.grad = total.view_as(parameter).to(parameter.dtype)
+            parameter.grad = noised(parameter.summed_grad, std, self._source, over=self.expected_batch_size).to(parameter.dtype)
 
     def scale_grad(self) -> None:
         """Nothing: `add_noise` has divided already, on its way."""

@@ -14,6 +14,11 @@ import torch
 
 from lichen.common.privacy.gaussians import AHEAD_LIMIT, Ahead, Gaussians
 
+GRID = 2.0**-15
+"""Step of noised sums, over the noise's standard deviation (rounded down to a power of two)."""
+_NOISED_AT_ONCE = 1 << 15
+"""Numbers that are noised together: they stay in the cache."""
+
 
 class RandomSource(Protocol):
     """Draws for sampling and noise."""
@@ -121,3 +126,27 @@ class SeededSource:
 def poisson_sample(units: int, rate: float, source: RandomSource) -> list[int]:
     """Indices of the units that are in a step: each is, with probability ``rate``, whatever the others are."""
     return torch.nonzero(source.uniform(units) < rate).flatten().tolist()
+
+
+def noised(total: torch.Tensor, std: float, source: RandomSource, *, over: float = 1.0) -> torch.Tensor:
+    """A sum plus Gaussian noise, in 64-bit floats and rounded to a grid.
+
+    The low bits of a float tell which values were added (Mironov 2012); a grid that is coarse beside the sum's own rounding and fine
+    beside the noise has no such bits.
+
+    Args:
+        total: any shape.
+        std: the noise's standard deviation, above 0.
+        source: of the noise.
+        over: what the noised sum is divided by at the end.
+
+    Returns:
+        Of the shape and type of ``total``.
+    """
+    grid = GRID * 2.0 ** math.floor(math.log2(std))
+    found = torch.empty(total.numel(), dtype=total.dtype, device=total.device)
+    for part, given in zip(torch.split(found, _NOISED_AT_ONCE), torch.split(total.reshape(-1), _NOISED_AT_ONCE), strict=True):
+        # in steps of the grid, which as a power of two changes no digit
+        noisy = source.normal(tuple(part.shape), std / grid).add_(given, alpha=1 / grid).round_()
+        part.copy_(noisy.mul_(grid / over))
+    return found.view_as(total)

@@ -5,6 +5,8 @@ The client reserves by them, and the coordinator holds a report against them.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lichen.common.errors import Code, LichenError
@@ -52,3 +54,45 @@ def planned_evaluation(plan: Plan) -> Segment:
     """
     times = plan.rounds // plan.evaluation.federated_every
     return Segment(noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, 1.0, times), 1.0, 1)
+
+
+@dataclass(frozen=True)
+class CentralNoise:
+    """The noise of one round under `unit: client`. Together its two releases cost what one Gaussian of multiplier `z` does."""
+
+    z: float
+    """σ over sensitivity of the round as a whole: what is accounted."""
+    update: float
+    """Of the sum of updates, over the clip."""
+    count: float | None
+    """Standard deviation of the noise on the adaptive clip's count, in clients; None where the clip is fixed."""
+    segment: Segment
+    """All rounds."""
+
+
+def planned_central(plan: Plan) -> CentralNoise:
+    """What client-level privacy costs: the whole run, for every client alike, whether it is ever drawn or not.
+
+    With an adaptive clip a round also releases how many updates lay within it (Andrew et al. 2021, theorem 1): a client moves
+    Σ(b − quantile) by at most s = max(quantile, 1 − quantile), so z⁻² = z_update⁻² + (σ_b / s)⁻². σ_b is a twentieth of the expected
+    cohort, as there, but at least 2·s·z: in a small cohort the count would else take most of the budget.
+
+    Args:
+        plan: one with `unit: client`.
+
+    Raises:
+        LichenError: PRIVACY_TARGET.
+    """
+    rate = sample_rate(plan)
+    z = noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, rate, plan.rounds)
+    segment = Segment(z, rate, plan.rounds)
+    if (adaptive := plan.privacy.adaptive_clip) is None:
+        return CentralNoise(z, z, None, segment)
+    moved = max(adaptive.quantile, 1 - adaptive.quantile)
+    count = max(plan.cohort.size / 20, 2 * moved * z)
+    return CentralNoise(z, 1 / math.sqrt(z**-2 - (count / moved) ** -2), count, segment)
+
+
+def sample_rate(plan: Plan) -> float:
+    """Each client's chance to be in a round, under `unit: client`."""
+    return plan.cohort.size / (plan.cohort.population or plan.cohort.size)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lichen.common.channel.rules import RULES
-from lichen.common.records import PAYLOAD_RULE, EvaluateReport, Rule, TrainReport
+from lichen.common.records import CENTRAL_PAYLOAD_RULE, PAYLOAD_RULE, EvaluateReport, Rule, TrainReport
 
 if TYPE_CHECKING:
     from lichen.common.plan import Plan
@@ -104,10 +104,6 @@ def unit_in_words(plan: Plan) -> str:
     return units.get(plan.privacy.unit, "nothing")
 
 
-def _central(plan: Plan) -> bool:
-    return str(plan.privacy.unit) == "client"
-
-
 def make_statement(plan: Plan, result: Result) -> Statement:
     """The statement of a run, so far as it has come.
 
@@ -133,7 +129,7 @@ def make_statement(plan: Plan, result: Result) -> Statement:
     told = "no client has taken a step"
     if worst is not None:
         told = f"ε ≤ {_up(worst.epsilon)} at δ = {worst.delta:g} for {unit} ({adjacency})"
-    central = _central(plan)
+    central = plan.central
     against = "everyone who sees updates or the model, the coordinator included"
     if central:
         against = "whoever sees the model, but not against the coordinator"
@@ -168,7 +164,7 @@ def make_statement(plan: Plan, result: Result) -> Statement:
 def _bounds(plan: Plan, result: Result) -> dict[str, Bound]:
     """Each client's bound: by its reports where these tell all, else the plan's ε, which its ledger does not let it pass."""
     privacy = plan.privacy
-    if _central(plan):  # one for all, that no name tells who took part
+    if plan.central:  # one for all, that no name tells who took part
         spent = (result.privacy.max_epsilon or 0.0) if result.status == "finished" else privacy.epsilon
         how = "rounds, noise and cohorts as the coordinator accounts for them"
         bound = Bound(epsilon=spent, delta=privacy.delta, epsilon_sum=spent, delta_sum=privacy.delta, how=how)
@@ -199,7 +195,7 @@ def _bounds(plan: Plan, result: Result) -> dict[str, Bound]:
 
 
 def _claims(plan: Plan, result: Result, unit: str) -> Iterator[Claim]:
-    if _central(plan):
+    if plan.central:
         for what, by in (
             (f"{unit}: whether a client's data were used at all", "the coordinator clips each update and adds noise to their sum"),
             ("who takes part in a round", "the coordinator's secret draw"),
@@ -267,18 +263,19 @@ def _leaving(plan: Plan) -> Iterator[Leaving]:
     def told(field: str, rule: Rule) -> Leaving:
         return Leaving(field=field, rule=rule.name.lower(), why=rule.value)
 
-    if plan.private and not _central(plan):
-        yield told("update (every trained tensor)", PAYLOAD_RULE)
-    else:
-        yield Leaving(field="update (every trained tensor)", rule="plain", why="depends on the data; the node adds no noise to it")
+    def leaves(rule: Rule) -> bool:
+        return not (plan.private and rule is Rule.PLAIN) and (plan.central or rule is not Rule.SUMMED)
+
+    payload = CENTRAL_PAYLOAD_RULE if plan.central else PAYLOAD_RULE if plan.private else Rule.PLAIN
+    yield told("update (every trained tensor)", payload)
     kinds: list[type[TrainReport | EvaluateReport]] = [TrainReport, *([EvaluateReport] if plan.evaluation.federated_every else [])]
     for kind in kinds:
         for name, info in kind.model_fields.items():
             for rule in info.metadata:
-                if isinstance(rule, Rule) and not (plan.private and rule is Rule.PLAIN):
+                if isinstance(rule, Rule) and leaves(rule):
                     yield told(f"{kind.__name__}.{name}", rule)
     for field, rule in RULES.items():
-        if not (plan.private and rule is Rule.PLAIN):
+        if leaves(rule):
             yield told(field, rule)
 
 

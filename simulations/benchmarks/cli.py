@@ -107,3 +107,26 @@ def r8(
         figures = (f"{row['epsilon']:g}", str(row["seeds"]), f"{row['accuracy']:.4f}", f"{row['macro_f1']:.4f}", f"{row['seconds']:.0f}")
         table.add_row(row["adapter"], *figures)
     console.print(table)
+
+
+@app.command()
+def clients(
+    seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0",
+    epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf,8",
+    keep: Annotated[Path | None, typer.Option(help="Keep the run directories here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Test accuracy on R8 dealt to 200 clients, client-level privacy, by seed. Example: lichen bench clients --epsilon inf,8."""
+    from lichen.simulations.benchmarks.clients import bench_clients
+
+    console = Console(stderr=as_json)
+    runs: list[dict[str, Any]] = []
+    for found in bench_clients([int(seed) for seed in seeds.split(",")], [float(value) for value in epsilon.split(",")], keep):
+        runs.append(found)
+        spent = "" if found["spent"] is None else f", ε by PLD {found['spent']:.3f}, by PRV {found['spent_prv']:.3f}"
+        console.print(
+            f"ε {found['epsilon']:g}, seed {found['seed']}: accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}{spent}",
+            highlight=False,
+        )
+    if as_json:
+        typer.echo(json.dumps({"runs": runs}, indent=2))

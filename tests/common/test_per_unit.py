@@ -16,8 +16,8 @@ from torch import nn
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel
 from lichen.common.plan import Plan, parse_plan
-from lichen.common.privacy.per_unit import GRID, NoisyOptimizer, PerUnitGradients
-from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
+from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients
+from lichen.common.privacy.randomness import GRID, RandomSource, SecretSource, SeededSource
 from lichen.common.tasks import make_task
 
 Engine = Literal["single-backward", "hooks"]

@@ -112,7 +112,7 @@ def test_a_data_source_is_told_as_one() -> None:
         ("evaluation__validation_fraction", 0.5, "just below 0.5"),
         ("local__optimizer", "adam", "adamw"),
         ("privacy__unit", "examples", "example"),
-        ("privacy__noise", "central", "local"),
+        ("privacy__noise", "centrl", "central"),
         ("cohort__mode", "buffered", "synchronous"),
         ("aggregation__secure", True, "False"),
         ("task__kind", "text", "text-classification"),

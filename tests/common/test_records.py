@@ -21,7 +21,7 @@ from lichen.common.records import Assignment, EvaluateReport, Rule, TrainReport
 
 KINDS = records._Record.__subclasses__()
 FULL: dict[type, dict[str, Any]] = {
-    Assignment: {"format": 1, "plan": "{}", "plan_sha256": "0" * 64, "round": 1},
+    Assignment: {"format": 1, "plan": "{}", "plan_sha256": "0" * 64, "round": 1, "clip": 0.5},
     TrainReport: {
         "format": 1,
         "client": "clinic-a",
@@ -32,6 +32,7 @@ FULL: dict[type, dict[str, Any]] = {
         "sample_rate": 0.25,
         "examples": 7,
         "train_loss": 0.5,
+        "within_clip": True,
     },
     EvaluateReport: {"format": 1, "client": "clinic-a", "round": 1, "counts": [1.0, -2.0], "noise_multiplier": 1.5, "loss_sum": 2.0},
 }
@@ -51,22 +52,25 @@ def test_what_depends_on_the_data_is_known() -> None:
         for kind in KINDS
         for name, info in kind.model_fields.items()
         for rule in info.metadata
-        if rule in {Rule.NOISED, Rule.PLAIN}
+        if rule in {Rule.NOISED, Rule.PLAIN, Rule.SUMMED}
     }
     assert by_data == {
         "TrainReport.examples": Rule.PLAIN,
         "TrainReport.train_loss": Rule.PLAIN,
+        "TrainReport.within_clip": Rule.SUMMED,
         "EvaluateReport.counts": Rule.NOISED,
         "EvaluateReport.loss_sum": Rule.PLAIN,
     }
     assert records.PAYLOAD_RULE is Rule.NOISED
+    assert records.CENTRAL_PAYLOAD_RULE is Rule.SUMMED
 
 
 @pytest.mark.parametrize("kind", [TrainReport, EvaluateReport], ids=lambda kind: kind.__name__)
 def test_plain_fields_stay_in_under_privacy(kind: Any) -> None:
     plain = {name for name, info in kind.model_fields.items() if Rule.PLAIN in info.metadata}
-    public = {name: value for name, value in FULL[kind].items() if name not in plain}
-    records.check_release(kind(**FULL[kind]), private=False)
+    summed = {name for name, info in kind.model_fields.items() if Rule.SUMMED in info.metadata}
+    public = {name: value for name, value in FULL[kind].items() if name not in plain | summed}
+    records.check_release(kind(**{name: value for name, value in FULL[kind].items() if name not in summed}), private=False)
     records.check_release(kind(**public), private=True)
     for name in plain:
         for value in (FULL[kind][name], 0):  # zero is as telling as any number
@@ -74,6 +78,19 @@ def test_plain_fields_stay_in_under_privacy(kind: Any) -> None:
                 records.check_release(kind.model_construct(**public, **{name: value}), private=True)
             assert caught.value.code is Code.INTERNAL
             assert name in caught.value.what
+
+
+def test_summed_fields_go_only_to_a_coordinator_that_adds_noise() -> None:
+    public: dict[str, Any] = {"client": "clinic-a", "round": 1, "steps": 1}
+    for within in (True, False):
+        report = TrainReport(**public, within_clip=within)
+        records.check_release(report, private=True, central=True)
+        for private in (True, False):
+            with pytest.raises(LichenError) as caught:
+                records.check_release(report, private=private)
+            assert caught.value.code is Code.INTERNAL
+    with pytest.raises(LichenError):  # the loss and the size stay in, whoever adds the noise
+        records.check_release(TrainReport(**public, examples=7), private=True, central=True)
 
 
 def test_a_field_without_a_rule_is_not_released() -> None:
