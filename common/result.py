@@ -18,6 +18,11 @@ Metrics = dict[str, float | None]
 """Metrics by name; null where a value is not finite, which JSON can't hold."""
 
 
+def metric_title(key: str) -> str:
+    """What a metric is called before people."""
+    return {"macro_f1": "macro-F1"}.get(key, key.replace("_", " "))
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, load_plan
-from lichen.common.result import Result, Round, read_result, schema, write_atomically
+from lichen.common.result import Result, Round, metric_title, read_result, schema, write_atomically
 from lichen.coordinator import charts
 
 ROWS = 100
@@ -60,7 +60,7 @@ def write_report(directory: Path) -> Path:
         "delta": delta,
         "bytes": size,
         "duration": duration,
-        "title": title,
+        "title": metric_title,
     }
     page = environment.from_string(files("lichen.coordinator").joinpath("report_template.html").read_text(encoding="utf-8")).render(
         result=result,
@@ -127,11 +127,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def title(key: str) -> str:
-    """A metric's name."""
-    return {"macro_f1": "macro-F1"}.get(key, key.replace("_", " "))
 
 
 def scores(result: Result) -> tuple[str, dict[str, Any]]:
@@ -210,7 +205,7 @@ def _charts(result: Result, plan: Plan) -> list[charts.Chart]:
         return list(zip((told.round for told in rounds), accumulate(getattr(told, key) for told in rounds), strict=True))
 
     def rates(kind: str) -> dict[str, list[tuple[int, float]]]:
-        return {title(key): of(kind, key) for key in ("accuracy", "macro_f1")}
+        return {metric_title(key): of(kind, key) for key in ("accuracy", "macro_f1")}
 
     budget = (plan.privacy.epsilon, f"the plan's ε = {plan.privacy.epsilon:g}") if plan.private else None
     drawn = [
@@ -288,7 +283,8 @@ def _print(result: Result, plan: Plan) -> None:
     where, found = scores(result)
     table = Table.grid(padding=(0, 2))
     rows = {key: facts[key] for key in ("Name", "Status", "Engine", "Base model", "Adapter", "Clients", "Plan (SHA-256)")}
-    rows["Scores"] = where + "".join(f"{', ' if index else ': '}{title(key)} {metric(found[key])}" for index, key in enumerate(found))
+    told = ", ".join(f"{metric_title(key)} {metric(value)}" for key, value in found.items())
+    rows["Scores"] = f"{where}: {told}" if told else where
     rows["Privacy"] = privacy_in_words(result, plan)[0]
     if plan.private:
         rows["ε, largest client"] = epsilon(result.privacy.max_epsilon)
