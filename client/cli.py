@@ -156,7 +156,7 @@ def data_check(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     else:
         for source in report.sources:
             declared = source.declared_size or "none: plans with differential privacy are refused"
-            typer.echo(f"{source.path}: {source.files} files ({', '.join(source.kinds)}), declared size {declared}")
+            typer.echo(f"{source.path}: {', '.join(source.kinds)}, files {source.files}, declared size {declared}")
             typer.echo(f"  {source.train} rows to train on, {source.holdout} held out, {source.repeated} repeated, {source.bad_rows} bad")
             if source.labels:
                 typer.echo("  labels: " + ", ".join(f"{label} {count}" for label, count in source.labels.items()))

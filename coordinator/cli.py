@@ -266,7 +266,7 @@ def backup(
     if as_json:
         print_json(told)
     else:
-        typer.echo(f"wrote {told['file']}: {told['files']} files, {told['bytes']} bytes")
+        typer.echo(f"wrote {told['file']}: files {told['files']}, bytes {told['bytes']}")
 
 
 @app.command()

@@ -127,7 +127,8 @@ class FleetServer:
             await session.serve(fingerprint)
             log.info("node %s has left", node.name)
         except LichenError as error:
-            log.warning("ended the stream of node %s: %s", node.name, error)
+            level = logging.INFO if error.code is Code.SERVICE_UNREACHABLE else logging.WARNING  # our own shutdown is no trouble
+            log.log(level, "ended the stream of node %s: %s", node.name, error)
             await refuse(context, error)
         except (TimeoutError, OSError, grpc.aio.BaseError) as error:
             log.warning("the stream of node %s broke: %s", node.name, error)

@@ -124,7 +124,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             self._tell_privacy()
             raise LichenError(
                 Code.COHORT_TOO_SMALL,
-                f"{len(usable)} usable updates, cohort.minimum is {self.plan.cohort.minimum}",
+                f"usable updates: {len(usable)}, cohort.minimum is {self.plan.cohort.minimum}",
                 where=f"round {server_round}",
                 fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lichen.common.errors import LichenError
-from lichen.common.result import Result, Round, read_result
+from lichen.common.result import Result, Round, metric_title, read_result
 
 POLL_S = 0.25
 _BORDER_LINES = 8
@@ -113,7 +113,7 @@ def line(round: Round, total: int | None = None) -> str:
     """A round as one line of text."""
     parts = [f"round {round.round}" + (f"/{total}" if total else ""), f"{round.participants} participants", f"{round.failed} failed"]
     scores = round.validation or {}
-    parts += [f"{name} {scores[key]:.4f}" for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")) if key in scores]
+    parts += [f"{metric_title(key)} {scores[key]:.4f}" for key in ("accuracy", "macro_f1") if key in scores]
     if round.epsilon is not None:
         parts.append(f"ε {round.epsilon:.2f}")
     parts += [f"up {bytes_text(round.uplink_bytes)}", f"down {bytes_text(round.downlink_bytes)}", f"{round.seconds:.1f} s"]

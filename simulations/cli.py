@@ -40,6 +40,7 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print result.json at the end.")] = False,
 ) -> None:
     """Run a plan on this machine. Example: lichen simulate r8 --out runs/r8 --set privacy.epsilon=2."""
+    from lichen.common.result import metric_title
     from lichen.coordinator.run_directory import open_for
 
     overrides = list(settings or ())
@@ -54,7 +55,7 @@ def simulate(
         typer.echo(result.model_dump_json(indent=2))
         return
     final: dict[str, Any] = result.final or {}
-    told = ", ".join(f"{name} {value:.4f}" for name, value in final.items() if isinstance(value, float))
+    told = ", ".join(f"{metric_title(name)} {value:.4f}" for name, value in final.items() if isinstance(value, float))
     typer.echo(f"{final.get('split', 'no split')}: {told}" if final else "no evaluation data, so no score")
     if result.privacy.max_epsilon is not None:
         typer.echo(f"ε ≤ {result.privacy.max_epsilon:.3f} for each client at δ = {result.privacy.delta:g}, noise {result.privacy.noise}")

@@ -408,7 +408,7 @@ def test_too_few_usable_updates_fail_the_run_by_number(tmp_path: Path, plan_of: 
     result = federation.fails(Code.COHORT_TOO_SMALL)
     assert result.status == "failed"
     assert result.error is not None
-    assert "1 usable updates, cohort.minimum is 2" in result.error
+    assert "usable updates: 1, cohort.minimum is 2" in result.error
     assert str(int(Code.DATA_ROW)) in result.error
     assert QUOTE not in federation.texts()
     assert (result.final, result.rounds) == (None, [])
