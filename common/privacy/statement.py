@@ -200,9 +200,7 @@ def _claims(plan: Plan, result: Result, unit: str) -> Iterator[Claim]:
             (f"{unit}: whether a client's data were used at all", "the coordinator clips each update and adds noise to their sum"),
             ("who takes part in a round", "the coordinator's secret draw"),
         ):
-            yield Claim(
-                what=what, against="whoever sees the models, other clients included", by=by, verified_by="the coordinator (promised)"
-            )
+            yield Claim(what=what, against="whoever sees the models, clients too", by=by, verified_by="the coordinator (promised)")
         return
     everyone = "everyone, the coordinator included"
     agent: Verified = "the agent"

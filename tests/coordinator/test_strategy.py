@@ -238,6 +238,9 @@ def test_rounds_of_honest_clients_give_the_weighted_mean_and_a_whole_result(tmp_
     assert {"unit", "adjacency", "delta", "max_epsilon", "clients"} <= document["privacy"].keys()
     assert document["transfer"].keys() == {"uplink_bytes", "downlink_bytes", "bits_per_parameter", "ratio_to_fp32"}
     assert (document["final"], document["continual"], lines[0]["validation"]) == (None, None, None)
+    statement = document["privacy"].pop("statement")
+    assert (statement["private"], statement["clients"]) == (False, {})
+    assert statement["summary"].startswith("No differential privacy")
     assert document["privacy"] == {
         "unit": "none",
         "adjacency": None,
