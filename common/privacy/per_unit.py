@@ -1,16 +1,12 @@
-"""The private step: one gradient a unit, clipped, summed, noised (Abadi et al. 2016), by Opacus' hooks and optimizer."""
+"""The private step: one gradient a unit, clipped, summed, noised (Abadi et al. 2016), on Opacus' optimizer."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from opacus import GradSampleModule
-from opacus.grad_sample import register_grad_sampler
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
@@ -28,18 +24,32 @@ GRID = 2.0**-15
 """Step of the noised gradients, over the noise's standard deviation (rounded down to a power of two)."""
 
 
-def _register_conv1d() -> None:
-    # GPT-2's Conv1D is a linear layer with its weight transposed, which Opacus does not know
-    from transformers.pytorch_utils import Conv1D
+class Engine(Protocol):
+    """Computes the clipped sum of one batch."""
 
-    @register_grad_sampler(Conv1D)  # type: ignore[untyped-decorator]
-    def conv1d(layer: Any, activations: list[torch.Tensor], backprops: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
-        gradients: dict[nn.Parameter, torch.Tensor] = {}
-        if layer.weight.requires_grad:
-            gradients[layer.weight] = torch.einsum("n...i,n...j->nij", activations[0], backprops)
-        if layer.bias.requires_grad:
-            gradients[layer.bias] = torch.einsum("n...k->nk", backprops)
-        return gradients
+    def clipped_sum(self, sizes: Sequence[int], loss: Callable[[nn.Module], torch.Tensor], clip: float) -> dict[nn.Parameter, torch.Tensor]:
+        """The sum over units of their gradients, each scaled to a norm of at most ``clip``; what is not finite counts as zero.
+
+        Args:
+            sizes: rows of each unit, in the order of the batch.
+            loss: the batch's scalar loss by a network; a sum of terms of single rows.
+            clip: the bound; ``inf`` leaves the gradients as they are.
+        """
+        ...
+
+    def remove_hooks(self) -> None:
+        """Leave the network as it was."""
+        ...
+
+
+def _engine(name: str, network: nn.Module) -> Engine:
+    if name == "hooks":
+        from lichen.common.privacy.hooks import HooksModule
+
+        return HooksModule(network)
+    from lichen.common.privacy.single_backward import SingleBackwardModule
+
+    return SingleBackwardModule(network)
 
 
 class PerUnitGradients:
@@ -49,6 +59,7 @@ class PerUnitGradients:
         model: what is trained.
         losses: the loss of each row of a batch, shape (B,); see `Task.losses`.
         max_rows: rows that pass through the model at once.
+        engine: ``single-backward``, our own, or ``hooks``, Opacus'.
 
     Raises:
         LichenError: MODEL_DP_UNSUPPORTED, if a trainable module has no per-example gradient rule.
@@ -59,51 +70,25 @@ class PerUnitGradients:
         model: TunedModel,
         losses: Callable[[nn.Module, Batch], torch.Tensor],
         max_rows: int,
+        engine: Literal["single-backward", "hooks"] = "single-backward",
     ) -> None:
-        _register_conv1d()
         self.model = model
         self._losses = losses
         self._max_rows = max_rows
-        self._parameters = list(model.trainable.values())
-        self._refuse_unsupported()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                self._network = GradSampleModule(model.network, loss_reduction="sum")
-            except NotImplementedError as error:
-                raise LichenError(Code.MODEL_DP_UNSUPPORTED, str(error), where="model.base") from None
-        for module in model.network.modules():
-            if isinstance(module, nn.Embedding) and module.weight.requires_grad:
-                module.register_forward_pre_hook(_one_row_an_example(model.network))
-
-    def _refuse_unsupported(self) -> None:
-        owners: dict[int, str] = {}
-        for name, module in self.model.network.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):  # frozen or not: its statistics are the batch's
-                raise LichenError(Code.MODEL_DP_UNSUPPORTED, f"{name} is a batch norm, which couples examples", where="model.base")
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    continue
-                if id(parameter) in owners and owners[id(parameter)] != name:
-                    raise LichenError(Code.MODEL_DP_UNSUPPORTED, f"{name} and {owners[id(parameter)]} share a weight", where="model.base")
-                owners[id(parameter)] = name
-                if type(module) not in GradSampleModule.GRAD_SAMPLERS:
-                    raise LichenError(
-                        Code.MODEL_DP_UNSUPPORTED,
-                        f"{name} is a {type(module).__name__}, for which there is no per-example gradient",
-                        where="model.base",
-                        fix="Use adapter kind lora on linear modules.",
-                    )
+        self._engine = _engine(engine, model.network)
 
     def step(self, optimizer: NoisyOptimizer, units: Sequence[Unit], collate: Callable[[Sequence[int]], Batch]) -> None:
         """Clip each unit's gradient, sum, and let the optimizer add its noise and step.
 
         An empty draw takes a step of noise alone: leaving it out would tell that the draw was empty.
+
+        Raises:
+            LichenError: MODEL_DP_UNSUPPORTED, if the forward pass does what the engine can't follow.
         """
         packs = self._packs(units)
         for number, pack in enumerate(packs):
             optimizer.zero_grad(set_to_none=True)
-            self._gradients_of(pack, collate)
+            optimizer.take(self._clipped_sum(pack, collate, optimizer.max_grad_norm))
             optimizer.signal_skip_step(do_skip=number + 1 < len(packs))
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -120,32 +105,40 @@ class PerUnitGradients:
             rows += len(unit)
         return packs
 
-    def _gradients_of(self, units: Sequence[Unit], collate: Callable[[Sequence[int]], Batch]) -> None:
-        """Leave in each parameter's ``grad_sample`` one gradient a unit: the mean over the unit's rows."""
-        owners = torch.tensor([number for number, unit in enumerate(units) for _ in unit], dtype=torch.int64)
-        weights = torch.tensor([1 / len(unit) for unit in units for _ in unit])
+    def _clipped_sum(
+        self, units: Sequence[Unit], collate: Callable[[Sequence[int]], Batch], clip: float
+    ) -> dict[nn.Parameter, torch.Tensor]:
+        """The clipped sum of a pack's gradients, where a unit's gradient is the mean over its rows."""
         rows = [row for unit in units for row in unit]
-        sums = [torch.zeros((len(units), *parameter.shape)) for parameter in self._parameters]
+        weights = torch.tensor([1 / len(unit) for unit in units for _ in unit])
+        sizes = [len(unit) for unit in units]
+        if not rows:
+            return {}
+
+        def loss_of(part: slice) -> Callable[[nn.Module], torch.Tensor]:
+            return lambda network: (self._losses(network, collate(rows[part])) * weights[part]).sum()
+
+        if len(rows) <= self._max_rows:
+            return self._engine.clipped_sum(sizes, loss_of(slice(None)), clip)
+        # one unit in several passes: it is summed whole, then clipped once
+        total: dict[nn.Parameter, torch.Tensor] = {}
         for start in range(0, len(rows), self._max_rows):
-            part = slice(start, start + self._max_rows)
-            for parameter in self._parameters:
-                parameter.grad_sample = None  # type: ignore[attr-defined]
-            with expected_hooks():
-                torch.autograd.backward((self._losses(self._network, collate(rows[part])) * weights[part]).sum())
-            for total, parameter in zip(sums, self._parameters, strict=True):
-                gradient: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
-                total.index_add_(0, owners[part], gradient)
-        for total, parameter in zip(sums, self._parameters, strict=True):
-            # a gradient that is not finite would end the sum's bound on each unit's influence
-            parameter.grad_sample = total.nan_to_num_(0.0, 0.0, 0.0)  # type: ignore[attr-defined]
+            part = slice(start, min(start + self._max_rows, len(rows)))
+            for parameter, gradient in self._engine.clipped_sum([part.stop - start], loss_of(part), math.inf).items():
+                total[parameter] = total[parameter].add_(gradient) if parameter in total else gradient
+        norm = torch.stack([gradient.norm() for gradient in total.values()]).norm()
+        if not torch.isfinite(norm):
+            return {}
+        factor = (clip / norm).clamp(max=1.0)
+        return {parameter: gradient.mul_(factor) for parameter, gradient in total.items()}
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
-        self._network.remove_hooks()
+        """Leave the model as it was."""
+        self._engine.remove_hooks()
 
 
 class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' DPOptimizer with noise from a `RandomSource`."""
+    """Opacus' DPOptimizer over sums that were clipped already, with noise from a `RandomSource`."""
 
     def __init__(
         self,
@@ -163,6 +156,36 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
             expected_batch_size=expected_batch_size,
         )
         self._source = source
+        self._clipped: dict[nn.Parameter, torch.Tensor] | None = None
+
+    def take(self, clipped: dict[nn.Parameter, torch.Tensor]) -> None:
+        """Give the clipped sum of a physical batch for the next `step`; a parameter that it lacks has a sum of zero."""
+        self._clipped = clipped
+
+    @property
+    def grad_samples(self) -> list[torch.Tensor]:
+        """The parameters: Opacus asks only whether there are any."""
+        return list(self.params)
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """The denominator is the expected batch, in however many physical batches it came."""
+        return 1
+
+    def clip_and_accumulate(self) -> None:
+        """Add the clipped sum that was given to what earlier physical batches of this step left; each is added once.
+
+        Raises:
+            LichenError: INTERNAL, if none was given: a gradient that nobody clipped must not pass.
+        """
+        if self._clipped is None:
+            raise LichenError(Code.INTERNAL, "a private step was asked for without clipped gradients")
+        for parameter in self.params:
+            clipped = self._clipped.get(parameter)
+            if clipped is None:
+                clipped = torch.zeros(parameter.shape, device=parameter.device)
+            parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad.add_(clipped)
+        self._clipped = None
 
     def add_noise(self) -> None:
         """Put the clipped sum plus noise of standard deviation σ·C into each ``p.grad``.
@@ -175,30 +198,3 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         for parameter in self.params:
             noisy = self._source.normal(parameter.shape, std).add_(parameter.summed_grad.view_as(parameter))
             parameter.grad = noisy.mul_(1 / grid).round_().mul_(grid).to(parameter.dtype)
-
-
-@contextmanager
-def expected_hooks() -> Iterator[None]:
-    """Without torch's warning of hooks on layers whose input needs no gradient: the base is frozen, so they are what we want."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        yield
-
-
-def _one_row_an_example(network: nn.Module) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-    """A hook that repeats ids which arrive once for a whole batch, as BERT's position ids do: Opacus counts examples by rows."""
-    size = 1
-
-    def remember(_: nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:
-        nonlocal size
-        ids = named.get("input_ids", arguments[0] if arguments else None)
-        size = ids.shape[0] if isinstance(ids, torch.Tensor) else 1
-
-    def repeat(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        ids = arguments[0]
-        if ids.shape[0] == 1 and size > 1:
-            ids = ids.expand(size, *ids.shape[1:])
-        return (ids.contiguous(), *arguments[1:])
-
-    network.register_forward_pre_hook(remember, with_kwargs=True)
-    return repeat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,22 @@ from torch import nn
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel
 from lichen.common.plan import parse_plan
-from lichen.common.privacy import per_unit
-from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients
+from lichen.common.privacy import hooks
+from lichen.common.privacy.per_unit import PerUnitGradients
 from lichen.common.privacy.self_check import ROWS, self_check
+from lichen.common.privacy.single_backward.book import Book
 from lichen.common.tasks import make_task
 
 Batch = dict[str, torch.Tensor]
 
 
-def check(base: Path, *, losses: Callable[[Any], Callable[[nn.Module, Batch], torch.Tensor]] | None = None, **adapter: Any) -> TunedModel:
+def check(
+    base: Path,
+    *,
+    losses: Callable[[Any], Callable[[nn.Module, Batch], torch.Tensor]] | None = None,
+    engine: Any = "single-backward",
+    **adapter: Any,
+) -> TunedModel:
     """Check a plan's model, perhaps with losses made from its task's."""
     plan = parse_plan(
         {
@@ -35,7 +43,7 @@ def check(base: Path, *, losses: Callable[[Any], Callable[[nn.Module, Batch], to
     model = task.build()
     own = losses(task) if losses else task.losses
     before, modes = model.state(), [module.training for module in model.network.modules()]
-    gradients = PerUnitGradients(model, own, max_rows=8)
+    gradients = PerUnitGradients(model, own, 8, engine)
     rows = task.made_up(ROWS)
     try:
         self_check(gradients, own, lambda indices: task.collate(rows, indices))
@@ -53,6 +61,7 @@ def refused(base: Path, what: str = "differs from the loop", **arguments: Any) -
     assert what in caught.value.what
 
 
+@pytest.mark.parametrize("engine", ["single-backward", "hooks"])
 @pytest.mark.parametrize(
     ("kind", "adapter"),
     [
@@ -68,8 +77,8 @@ def refused(base: Path, what: str = "differs from the loop", **arguments: Any) -
         ("llama", {"kind": "lora", "targets": ["all-linear"]}),
     ],
 )
-def test_sound_models_pass(tiny_models: Callable[[str], Path], kind: str, adapter: dict[str, Any]) -> None:
-    check(tiny_models(kind), **adapter)
+def test_sound_models_pass(tiny_models: Callable[[str], Path], kind: str, adapter: dict[str, Any], engine: str) -> None:
+    check(tiny_models(kind), engine=engine, **adapter)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -102,37 +111,38 @@ def test_the_mean_over_the_batchs_tokens_is_caught(tiny_models: Callable[[str], 
 
 def test_a_clip_that_does_not_clip_is_caught(tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Hole 1: ghost mode's way."""
-
-    def accumulate(self: NoisyOptimizer) -> None:
-        for parameter in self.params:
-            parameter.summed_grad = parameter.grad_sample.sum(0)
-
-    monkeypatch.setattr(NoisyOptimizer, "clip_and_accumulate", accumulate)
+    original = Book.clipped_sum
+    monkeypatch.setattr(Book, "clipped_sum", lambda self, parameters, clip: original(self, parameters, math.inf))
     refused(tiny_models("bert"))
 
 
 def test_clipping_each_tensor_apart_is_caught(tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def accumulate(self: NoisyOptimizer) -> None:
-        for parameter in self.params:
-            norms = parameter.grad_sample.flatten(1).norm(dim=1)
-            factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-            parameter.summed_grad = torch.einsum("i,i...", factors, parameter.grad_sample)
-
-    monkeypatch.setattr(NoisyOptimizer, "clip_and_accumulate", accumulate)
+    original = Book.clipped_sum
+    monkeypatch.setattr(Book, "clipped_sum", lambda self, parameters, clip: [original(self, [one], clip)[0] for one in parameters])
     refused(tiny_models("bert"))
 
 
 def test_a_wrong_rule_for_a_layer_is_caught(tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    samplers = dict(per_unit.GradSampleModule.GRAD_SAMPLERS)
+    right = Book.add_linear
+
+    def wrong(self: Book, parameter: nn.Parameter, inputs: torch.Tensor, backprops: torch.Tensor, **named: Any) -> None:
+        neighbours = parameter.shape[0] == 2  # LoRA's A gets the gradients of neighbours: the plain sum is right, the clipped one is not
+        right(self, parameter, *((t.roll(1, 0) if neighbours else t) for t in (inputs, backprops)), **named)
+
+    monkeypatch.setattr(Book, "add_linear", wrong)
+    refused(tiny_models("bert"))
+
+
+def test_a_wrong_rule_of_the_fallback_is_caught(tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    samplers = dict(hooks.GradSampleModule.GRAD_SAMPLERS)
     right = samplers[nn.Linear]
 
     def wrong(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> Any:
         found = right(layer, activations, backprops)
         return {parameter: gradient.roll(1, 0) if layer.out_features == 2 else gradient for parameter, gradient in found.items()}
 
-    # LoRA's A gets the gradients of neighbours: the plain sum is right, the clipped one is not
-    monkeypatch.setitem(per_unit.GradSampleModule.GRAD_SAMPLERS, nn.Linear, wrong)
-    refused(tiny_models("bert"))
+    monkeypatch.setitem(hooks.GradSampleModule.GRAD_SAMPLERS, nn.Linear, wrong)
+    refused(tiny_models("bert"), engine="hooks")
 
 
 def test_a_sum_of_nothing_is_caught(tiny_models: Callable[[str], Path]) -> None:

@@ -1,0 +1,139 @@
+"""The book of one backward pass: layers write what they saw, and at its end the clipped sum is made, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.single_backward.records import Looked, Outer, Record, Units, Whole, squared_norms, wide
+
+WHOLE_BELOW = 1.5
+"""A unit's gradient is made at once where it has at most so many times the numbers that would have to be kept to make it later."""
+
+
+class Book:
+    """Open while a private step is in flight; while it is closed the layers behave as they always did."""
+
+    def __init__(self) -> None:
+        self.units: Units | None = None
+        self.anchor = torch.zeros(())
+        """An input that wants a gradient, so that a layer's backward runs though its own input wants none."""
+        self._records: dict[int, list[Record]] = {}
+
+    @property
+    def open(self) -> bool:
+        """Whether a private step is in flight. So it is in a checkpoint's first pass, which has no gradients and must equal its second."""
+        return self.units is not None
+
+    @contextmanager
+    def of(self, sizes: Sequence[int], device: torch.device) -> Iterator[None]:
+        """Open the book for units of so many rows; whatever happens it is closed and empty afterwards."""
+        self.units = Units(sizes, device)
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        try:
+            yield
+        finally:
+            self.units = None
+            self._records = {}
+
+    def rows_first(self, values: torch.Tensor, layer: str) -> torch.Tensor:
+        """Values whose first axis is the batch's rows; what comes once for all rows is repeated.
+
+        Raises:
+            LichenError: MODEL_DP_UNSUPPORTED, if it is something else: then a unit's part can't be told apart.
+        """
+        rows = self.rows
+        if values.dim() > 1 and values.shape[0] == rows:
+            return values
+        if values.dim() > 1 and values.shape[0] == 1:
+            return values.expand(rows, *values.shape[1:])
+        raise LichenError(
+            Code.MODEL_DP_UNSUPPORTED, f"{layer} gets a tensor of {tuple(values.shape)} in a batch of {rows} rows", where="model.base"
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch in flight."""
+        return self._in_flight.rows
+
+    @property
+    def _in_flight(self) -> Units:
+        if self.units is None:
+            raise LichenError(Code.INTERNAL, "a layer's backward ran after its private step had ended")
+        return self.units
+
+    def add(self, parameter: nn.Parameter, gradients: torch.Tensor) -> None:
+        """Book each row's gradient, (B, …parameter)."""
+        if parameter.requires_grad:
+            self._write(parameter, Whole(self._in_flight.of_rows(gradients)))
+
+    def add_tokens(self, parameter: nn.Parameter, gradients: torch.Tensor) -> None:
+        """Book the gradient of a vector, given for each token: (B, …, k)."""
+        if parameter.requires_grad:
+            self.add(parameter, wide(gradients.reshape(self.rows, -1, gradients.shape[-1])).sum(1))
+
+    def add_linear(self, parameter: nn.Parameter, inputs: torch.Tensor, backprops: torch.Tensor, *, transposed: bool = False) -> None:
+        """Book a matrix's use: its inputs (B, …, d) and its outputs' gradients (B, …, p), of one type."""
+        if not parameter.requires_grad:
+            return
+        rows = self.rows
+        x, g = (tensor.detach().reshape(rows, -1, tensor.shape[-1]) for tensor in (inputs, backprops))
+        (tokens, d), p = x.shape[1:], g.shape[2]
+        if d * p <= WHOLE_BELOW * tokens * (d + p):
+            self.add(parameter, torch.bmm(x.mT, g) if transposed else torch.bmm(g.mT, x))
+        else:
+            self._write(parameter, Outer(x, g, transposed))
+
+    def add_looked(self, parameter: nn.Parameter, ids: torch.Tensor, backprops: torch.Tensor, padding: int | None) -> None:
+        """Book an embedding's use: ids (B, …) and the gradients of what was looked up (B, …, d)."""
+        if not parameter.requires_grad:
+            return
+        ids = ids.reshape(self.rows, -1)
+        g = backprops.reshape(*ids.shape, backprops.shape[-1])
+        if padding is not None:
+            g = g.masked_fill((ids == padding).unsqueeze(2), 0)
+        self._write(parameter, Looked(ids, g, parameter.shape[0]))
+
+    def _write(self, parameter: nn.Parameter, record: Record) -> None:
+        self._records.setdefault(id(parameter), []).append(record)
+
+    @torch.no_grad()
+    def clipped_sum(self, parameters: Sequence[nn.Parameter], clip: float) -> list[torch.Tensor]:
+        """The sum of all units' gradients over all parameters, each unit's scaled to a norm of at most ``clip``.
+
+        A unit whose gradient is not finite counts as zero: it would end the bound on every other unit's influence.
+
+        Returns:
+            One tensor a parameter, in at least 32 bits.
+        """
+        units = self._in_flight
+        booked = [self._merged(self._records.pop(id(parameter), [])) for parameter in parameters]
+        squares = torch.zeros(units.count, device=units.owners.device)
+        for records in booked:
+            if records:
+                squares = squares + squared_norms(records, units)
+        bad = ~torch.isfinite(squares)
+        if bool(bad.any()):
+            for records in booked:
+                for record in records:
+                    record.drop(units, bad)
+            squares = squares.masked_fill(bad, 0)
+        factors = (clip / squares.clamp(min=0).sqrt()).clamp(max=1.0)  # a unit whose gradient is zero: its infinity becomes 1
+        sums = []
+        for parameter, records in zip(parameters, booked, strict=True):
+            total = torch.zeros(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
+            for record in records:
+                record.add_to(total, units, factors)
+            records.clear()  # the next parameter's sum can have its memory
+            sums.append(total)
+        return sums
+
+    @staticmethod
+    def _merged(records: list[Record]) -> list[Record]:
+        looked = [record for record in records if isinstance(record, Looked)]
+        rest: list[Record] = [record for record in records if not isinstance(record, Looked)]
+        return [*rest, Looked.merged(looked)] if looked else rest
