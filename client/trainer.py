@@ -45,12 +45,12 @@ class Trainer:
         self.task, self.model, _ = workbench(plan)
         self._gradients: PerUnitGradients | None = None
         if plan.private:
-            self._gradients = PerUnitGradients(self.model, self.task.losses, plan.local.max_physical_batch_size)
+            self._gradients = PerUnitGradients(self.model, self.task.losses, plan.local.max_physical_batch_size, plan.privacy.gradients)
             made_up = self.task.made_up(ROWS)
             try:
                 self_check(self._gradients, self.task.losses, lambda rows: self.task.collate(made_up, rows))
             except LichenError:
-                self._gradients.remove()  # another attempt on this model puts its own on
+                self._gradients.remove()  # another attempt on this model starts from the model as it was
                 raise
 
     def train(self, start: State, data: Encoded, round: int, source: RandomSource) -> Trained:

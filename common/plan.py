@@ -168,6 +168,8 @@ class Privacy(Section):
     """`local`: each client adds the noise that its own guarantee needs."""
     sample_rate: Number | None = Field(default=None, gt=0, le=1)
     """Poisson sampling rate of a step; by default `local.batch_size` / the declared size."""
+    gradients: Literal["single-backward", "hooks"] = "single-backward"
+    """How units' gradients are clipped: in one ordinary backward pass, or by Opacus' hooks, which are slower. The sums are the same."""
 
     @model_validator(mode="after")
     def _entity_is_named(self) -> Self:

@@ -362,6 +362,25 @@ def test_training_stops_before_epsilon_would_pass(make: Callable[..., Trainer], 
         refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "r", "n", 2, planned, Limits("example", Limit(bound, 1e-5))))
 
 
+@pytest.mark.parametrize("unit", ["example", "entity"])
+def test_both_ways_to_clip_train_the_same_model(make: Callable[..., Trainer], tiny_rows: Rows, unit: str) -> None:
+    deltas = []
+    for gradients in ("single-backward", "hooks"):
+        trainer = make(
+            privacy={**PRIVATE, "gradients": gradients},
+            model={"adapter": {"kind": "lora", "rank": 2, "dropout": 0.3}},
+            local={"optimizer": "sgd", "max_physical_batch_size": 5},
+        )
+        rows = encoded(trainer, tiny_rows(24))
+        units = [[row] for row in range(24)] if unit == "example" else [list(range(9)), [9, 10], [11], [12, 13, 14], list(range(15, 24))]
+        deltas.append(private(trainer, rows, Segment(1e-3, 0.5, 4), units=units, size=12).delta)
+    gap, size = (
+        torch.cat([part.flatten() for part in parts]).norm()
+        for parts in ([deltas[0][name] - deltas[1][name] for name in deltas[0]], list(deltas[1].values()))
+    )
+    assert float(gap) <= 1e-3 * float(size)
+
+
 def test_shuffles_come_from_the_source_not_from_the_global_seed(make: Callable[..., Trainer]) -> None:
     trainer = make()
     orders = []
