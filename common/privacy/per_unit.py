@@ -11,6 +11,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.randomness import SecretSource
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
@@ -22,6 +23,8 @@ Unit = Sequence[int]
 
 GRID = 2.0**-15
 """Step of the noised gradients, over the noise's standard deviation (rounded down to a power of two)."""
+NOISED_AT_ONCE = 1 << 15
+"""Numbers that are noised together: they stay in the cache."""
 
 
 class Engine(Protocol):
@@ -157,6 +160,8 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         )
         self._source = source
         self._clipped: dict[nn.Parameter, torch.Tensor] | None = None
+        if isinstance(source, SecretSource):
+            source.draw_ahead(sum(parameter.numel() for parameter in self.params))
 
     def take(self, clipped: dict[nn.Parameter, torch.Tensor]) -> None:
         """Give the clipped sum of a physical batch for the next `step`; a parameter that it lacks has a sum of zero."""
@@ -188,13 +193,20 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self._clipped = None
 
     def add_noise(self) -> None:
-        """Put the clipped sum plus noise of standard deviation σ·C into each ``p.grad``.
+        """Put the clipped sum plus noise of standard deviation σ·C, over the expected batch size, into each ``p.grad``.
 
-        The sum is rounded to a grid: the low bits of a float tell which values were added (Mironov 2012), and a grid that is coarse
-        beside the noise's own and fine beside its size has no such bits.
+        The noised sum is rounded to a grid: the low bits of a float tell which values were added (Mironov 2012), and a grid that is
+        coarse beside the noise's own steps and fine beside its size has no such bits.
         """
         std = self.noise_multiplier * self.max_grad_norm
         grid = GRID * 2.0 ** math.floor(math.log2(std))
         for parameter in self.params:
-            noisy = self._source.normal(parameter.shape, std).add_(parameter.summed_grad.view_as(parameter))
-            parameter.grad = noisy.mul_(1 / grid).round_().mul_(grid).to(parameter.dtype)
+            total = parameter.summed_grad.reshape(-1)
+            for part in total.split(NOISED_AT_ONCE):
+                # in 64 bits and in steps of the grid, which as a power of two changes no digit
+                noisy = self._source.normal(tuple(part.shape), std / grid).add_(part, alpha=1 / grid).round_()
+                part.copy_(noisy.mul_(grid / self.expected_batch_size))
+            parameter.grad = total.view_as(parameter).to(parameter.dtype)
+
+    def scale_grad(self) -> None:
+        """Nothing: `add_noise` has divided already, on its way."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
+import weakref
 from typing import Protocol
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from lichen.common.privacy.gaussians import AHEAD_LIMIT, Ahead, Gaussians
 
 
 class RandomSource(Protocol):
@@ -28,31 +31,72 @@ class RandomSource(Protocol):
 
 
 class SecretSource:
-    """An AES-256-CTR keystream under a key from the operating system; Gaussians by Box and Muller (1958) in 64-bit floats.
+    """An AES-256-CTR keystream under a key from the operating system; Gaussians of it, drawn ahead on another core where one is free.
 
-    torch's own generators are not used for noise: their CPU engine keeps 32 bits of its seed, which can be searched.
+    torch's own generators are not used for noise: their CPU engine keeps 32 bits of its seed, which can be searched. Every number is
+    handed out once: to one caller, in one process. A fork has keys of its own.
     """
 
     secret = True
 
     def __init__(self) -> None:
-        self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
+        self._start()
+        _alive.add(self)
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._own = Gaussians()
+        self._ahead: Ahead | None = None
+        self._finalizer: weakref.finalize[..., SecretSource] | None = None
 
     def uniform(self, count: int) -> torch.Tensor:
         """Shape (count,), float64, uniform on [0, 1): 53 random bits each."""
-        bits = np.frombuffer(self._stream.update(bytes(8 * count)), dtype=np.uint64)
+        with self._lock:
+            bits = np.frombuffer(self._own.keystream(8 * count), dtype=np.uint64)
         return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
     def normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
         """Gaussian with mean 0, float64."""
-        count = math.prod(shape)
-        pairs = (count + 1) // 2
-        draws = self.uniform(2 * pairs)
-        # 1 - u lies in (0, 1], so the logarithm is finite
-        radius = torch.sqrt(-2.0 * torch.log1p(-draws[:pairs])) * std
-        angle = 2 * math.pi * draws[pairs:]
-        values = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
-        return values[:count].reshape(shape)
+        values = torch.empty(math.prod(shape), dtype=torch.float64)
+        with self._lock:
+            ready = self._ahead.take(values, std) if self._ahead else 0
+            self._own.fill(values[ready:], std)
+        return values.view(shape)
+
+    def draw_ahead(self, count: int) -> None:
+        """Keep so many Gaussians ready, at most `AHEAD_LIMIT`, if there is a core that torch does not use."""
+        count = min(count, AHEAD_LIMIT)
+        if _cores() <= torch.get_num_threads() or (self._ahead and len(self._ahead) >= count):
+            return
+        self.close()
+        with self._lock:
+            self._ahead = Ahead(count)
+            self._finalizer = weakref.finalize(self, self._ahead.close)  # at exit at the latest
+
+    def close(self) -> None:
+        """End the thread that draws ahead; what it had ready is dropped. Draws go on without it."""
+        with self._lock:
+            if self._finalizer:
+                self._finalizer()
+            self._ahead = self._finalizer = None
+
+
+_alive: weakref.WeakSet[SecretSource] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # parent and child would hand out the same numbers, and the child has no thread
+    for source in list(_alive):
+        if source._finalizer:
+            source._finalizer.detach()  # it would wait for a lock that the parent's thread may hold
+        source._start()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class SeededSource:

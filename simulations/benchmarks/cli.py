@@ -37,6 +37,32 @@ def agent(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def privacy(
+    repeats: Annotated[int, typer.Option(min=1, help="Steps of each kind.")] = 7,
+    lengths: Annotated[str, typer.Option(help="64, 256; commas between them.")] = "64,256",
+    adapter: Annotated[str, typer.Option(help="lora, full; commas between them.")] = "lora,full",
+    hooks: Annotated[bool, typer.Option(help="Run Opacus' hooks too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """A private step beside the same step without privacy: time and memory. Example: lichen bench privacy --adapter lora."""
+    from lichen.simulations.benchmarks.privacy import bench_privacy
+
+    table = Table(title="a private step over the same step without privacy (at most)")
+    for column in ("model", "adapter", "batch", "plain ms", "CPU time", "wall time", "peak memory", "Opacus' hooks, CPU"):
+        table.add_column(column, justify="left" if column in {"model", "adapter"} else "right")
+    found: list[dict[str, Any]] = []
+    for row in bench_privacy(repeats, [int(length) for length in lengths.split(",")], adapter.split(","), hooks):
+        found.append(row)
+        ratios = [f"{row[key]:.3f} ({row['targets'][key]:g})" for key in ("cpu", "wall", "memory")]
+        other = "no rule" if row["hooks_cpu"] is None else f"{row['hooks_cpu']:.3f}"
+        table.add_row(row["family"], row["adapter"], f"{row['rows']} × {row['length']}", f"{row['plain_ms']:.0f}", *ratios, other)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(table)
+
+
+@app.command()
 def reload(
     directory: Annotated[Path, typer.Argument(help="A finished simulation or demo.", show_default=False)],
     as_json: AsJson = False,

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from lichen.common.privacy import randomness
+from lichen.common.privacy.gaussians import AHEAD_LIMIT, PAIRS, Ahead, Gaussians
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource, poisson_sample
 
-SOURCES = [SecretSource, lambda: SeededSource("test", 1)]
+
+def ahead() -> SecretSource:
+    """A secret source whose first numbers come from the ring, and later ones from both."""
+    source = SecretSource()
+    source.draw_ahead(3 * PAIRS)
+    return source
+
+
+SOURCES = [SecretSource, ahead, lambda: SeededSource("test", 1)]
 # Each statistical test fails by chance about once in 10,000 runs where the draws are secret.
 P = 1e-4
 
 
-@pytest.fixture(params=SOURCES, ids=["secret", "seeded"])
-def source(request: pytest.FixtureRequest) -> RandomSource:
+@pytest.fixture(autouse=True)
+def _a_core_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(randomness, "_cores", lambda: torch.get_num_threads() + 1)
+
+
+@pytest.fixture(params=SOURCES, ids=["secret", "ahead", "seeded"])
+def source(request: pytest.FixtureRequest) -> Iterator[RandomSource]:
     made: RandomSource = request.param()
-    return made
+    yield made
+    if isinstance(made, SecretSource):
+        made.close()
 
 
 def test_normal_has_its_distribution(source: RandomSource) -> None:
@@ -122,3 +145,118 @@ def test_poisson_sampling_at_its_edges(source: RandomSource) -> None:
     assert poisson_sample(5, 1.0, source) == [0, 1, 2, 3, 4]
     assert poisson_sample(0, 0.5, source) == []
     assert poisson_sample(1000, 1e-12, source) == []
+
+
+# --- drawn ahead ---------------------------------------------------------------------------------------------------------------------
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def noise_threads() -> int:
+    return sum(thread.name == "lichen-noise" for thread in threading.enumerate())
+
+
+class Counting(Gaussians):
+    """Makes 1, 2, 3, …: what is handed out twice or left out shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 1
+
+    def fill(self, values: torch.Tensor, std: float) -> None:
+        values.copy_(torch.arange(self._next, self._next + len(values)))
+        self._next += len(values)
+
+
+def test_every_number_drawn_ahead_is_handed_out_once_and_none_is_made_beyond_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lichen.common.privacy.gaussians.Gaussians", Counting)
+    ring = Ahead(5 * PAIRS)
+    assert len(ring) == 6 * PAIRS
+    wait_for(lambda: ring._made == len(ring))
+    generator, seen = np.random.default_rng(0), []
+    while sum(map(len, seen)) < 40 * PAIRS:
+        assert ring._made - ring._taken <= len(ring)
+        values = torch.zeros(int(generator.integers(1, 3 * PAIRS)), dtype=torch.float64)
+        filled = ring.take(values, 1.0)
+        assert not values[filled:].any()
+        seen.append(values[:filled])
+    everything = torch.cat(seen)
+    assert torch.equal(everything, torch.arange(1, len(everything) + 1).double())
+    ring.close()
+    assert ring.take(values, 1.0) == 0
+
+
+def test_what_is_ready_is_bounded_and_a_larger_wish_is_met() -> None:
+    source = SecretSource()
+    source.draw_ahead(10)
+    first = source._ahead
+    source.draw_ahead(5)
+    assert source._ahead is first
+    source.draw_ahead(10**9)
+    assert source._ahead is not None
+    assert len(source._ahead) == AHEAD_LIMIT
+    assert noise_threads() == 1
+    source.close()
+    assert noise_threads() == 0
+    assert torch.isfinite(source.normal((9,), 1.0)).all(), "draws go on"
+
+
+def test_no_thread_where_torch_has_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(randomness, "_cores", torch.get_num_threads)
+    source = SecretSource()
+    source.draw_ahead(100)
+    assert noise_threads() == 0
+
+
+def test_a_source_that_is_forgotten_ends_its_thread() -> None:
+    source = SecretSource()
+    source.draw_ahead(100)
+    assert noise_threads() == 1
+    del source
+    gc.collect()
+    wait_for(lambda: noise_threads() == 0)
+
+
+def test_a_fork_draws_other_numbers() -> None:
+    """Parent and child with one key would add the same noise to two releases: their difference would be bare."""
+    source = SecretSource()
+    source.draw_ahead(4 * PAIRS)
+    wait_for(lambda: source._ahead is not None and source._ahead._made > 0)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        values = np.concatenate([source.normal((500,), 1.0).numpy(), source.uniform(500).numpy()])
+        os.write(writer, values.tobytes())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        theirs = np.frombuffer(stream.read(), dtype=np.float64)
+    assert os.waitpid(child, 0)[1] == 0
+    ours = np.concatenate([source.normal((500,), 1.0).numpy(), source.uniform(500).numpy()])
+    assert len(theirs) == 1000
+    assert not np.isin(theirs, ours).any()
+    source.close()
+
+
+def test_threads_that_share_a_source_share_no_number() -> None:
+    source = SecretSource()
+    source.draw_ahead(4 * PAIRS)
+    found: list[np.ndarray] = []
+
+    def draw() -> None:
+        for _ in range(50):
+            found.append(source.normal((1000,), 1.0).numpy())
+
+    threads = [threading.Thread(target=draw) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    everything = np.concatenate(found)
+    assert len(np.unique(everything)) == len(everything) == 200_000
+    source.close()

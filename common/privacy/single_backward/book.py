@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -125,11 +126,11 @@ class Book:
         factors = (clip / squares.clamp(min=0).sqrt()).clamp(max=1.0)  # a unit whose gradient is zero: its infinity becomes 1
         sums = []
         for parameter, records in zip(parameters, booked, strict=True):
-            total = torch.zeros(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
-            for record in records:
-                record.add_to(total, units, factors)
+            parts = [record.summed(units, factors) for record in records]
             records.clear()  # the next parameter's sum can have its memory
-            sums.append(total)
+            if not parts:
+                parts = [torch.zeros(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)]
+            sums.append(functools.reduce(torch.Tensor.add_, parts))
         return sums
 
     @staticmethod

@@ -72,17 +72,17 @@ class Whole:
 
     def squares(self) -> torch.Tensor:
         """Squared norms, shape (U,)."""
-        flat = wide(self.gradients.flatten(1))
-        return dot(flat, flat)
+        norms: torch.Tensor = torch.linalg.vector_norm(wide(self.gradients.flatten(1)), dim=1)
+        return norms.square()
 
     def drop(self, units: Units, bad: torch.Tensor) -> None:
         """Make the gradients of some units, shape (U,), zero, whatever they were."""
         self.gradients = self.gradients.masked_fill(bad.view(-1, *[1] * (self.gradients.dim() - 1)), 0)
 
-    def add_to(self, total: torch.Tensor, units: Units, factors: torch.Tensor) -> None:
-        """Add the sum of the units' gradients times their factors, shape (U,)."""
+    def summed(self, units: Units, factors: torch.Tensor) -> torch.Tensor:
+        """The sum of the units' gradients times their factors, shape (U,)."""
         flat = wide(self.gradients.flatten(1))
-        total.view(-1).addmv_(flat.t(), factors.to(flat.dtype))
+        return torch.mv(flat.t(), factors.to(flat.dtype)).view(self.gradients.shape[1:])
 
 
 class Outer:
@@ -108,8 +108,8 @@ class Outer:
         rows = units.to_rows(bad).view(-1, 1, 1)
         self.inputs, self.backprops = self.inputs.masked_fill(rows, 0), self.backprops.masked_fill(rows, 0)
 
-    def add_to(self, total: torch.Tensor, units: Units, factors: torch.Tensor) -> None:
-        """Add the sum of the units' gradients times their factors, shape (U,): one product of matrices."""
+    def summed(self, units: Units, factors: torch.Tensor) -> torch.Tensor:
+        """The sum of the units' gradients times their factors, shape (U,): one product of matrices."""
         inputs, backprops = wide(self.inputs), wide(self.backprops)
         # the narrower side is the cheaper one to scale
         rows = units.to_rows(factors).to(inputs.dtype).view(-1, 1, 1)
@@ -118,7 +118,7 @@ class Outer:
         else:
             backprops = backprops * rows
         left, right = (inputs, backprops) if self.transposed else (backprops, inputs)
-        total.addmm_(left.flatten(0, 1).t(), right.flatten(0, 1))
+        return left.flatten(0, 1).t() @ right.flatten(0, 1)
 
 
 class Looked:
@@ -146,11 +146,12 @@ class Looked:
         """Make the gradients of some units, shape (U,), zero, whatever they were."""
         self.backprops = self.backprops.masked_fill(units.to_rows(bad).view(-1, 1, 1), 0)
 
-    def add_to(self, total: torch.Tensor, units: Units, factors: torch.Tensor) -> None:
-        """Add the sum of the units' gradients times their factors, shape (U,)."""
+    def summed(self, units: Units, factors: torch.Tensor) -> torch.Tensor:
+        """The sum of the units' gradients times their factors, shape (U,)."""
         backprops = wide(self.backprops)
         backprops = backprops * units.to_rows(factors).to(backprops.dtype).view(-1, 1, 1)
-        total.index_add_(0, self.ids.flatten(), backprops.flatten(0, 1))
+        total = backprops.new_zeros((self._entries, backprops.shape[2]))
+        return total.index_add_(0, self.ids.flatten(), backprops.flatten(0, 1))
 
     @classmethod
     def merged(cls, records: Sequence[Looked]) -> Looked:

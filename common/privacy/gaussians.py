@@ -1,0 +1,117 @@
+"""Standard Gaussians from a cipher's keystream at a few nanoseconds each, and a thread that draws them ahead."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+PAIRS = 1 << 14
+"""Pairs made at once: what is worked on stays in a core's cache, and is too short for torch to share out among threads."""
+AHEAD_LIMIT = 1 << 20
+"""Most numbers that are kept ready: 8 MiB. Reading more back from memory would take as long as to make them."""
+
+_RADIUS_BYTES, _ANGLE_BYTES = 8 * PAIRS, 4 * PAIRS
+_AES_BLOCK = 16
+
+
+class Gaussians:
+    """Gaussians by Box and Muller (1958) in 64-bit floats, from AES-256-CTR under a key from the operating system. For one thread.
+
+    A radius has 53 random bits, so draws reach 8.57 standard deviations, and an angle has 32. The float64 arithmetic is not an
+    exact sampler. What rests on these draws rounds its sums to a grid (see `NoisyOptimizer`), in whose smallest square, of
+    2^-15 standard deviations, more than 10^4 angles and 10^10 radii fall, so that which of them are reachable can't be told.
+    """
+
+    def __init__(self) -> None:
+        self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
+        self._zeros = bytes(_RADIUS_BYTES + _ANGLE_BYTES)
+        bits = bytearray(len(self._zeros) + _AES_BLOCK - 1)
+        self._bits = bits
+        self._radius_bits = torch.frombuffer(bits, dtype=torch.int64, count=PAIRS)
+        self._angle_bits = torch.frombuffer(bits, dtype=torch.int32, count=PAIRS, offset=_RADIUS_BYTES)
+        self._radius, self._angle = torch.empty(2, PAIRS, dtype=torch.float64)
+
+    def keystream(self, count: int) -> bytes:
+        """So many random bytes, which nobody gets again."""
+        return self._stream.update(bytes(count))
+
+    def fill(self, values: torch.Tensor, std: float) -> None:
+        """Overwrite float64 values, shape (N,), with Gaussians of mean 0."""
+        for start in range(0, len(values), 2 * PAIRS):
+            self._fill(values[start : start + 2 * PAIRS], std)
+
+    def _fill(self, values: torch.Tensor, std: float) -> None:
+        pairs = (len(values) + 1) // 2
+        if pairs == PAIRS:
+            self._stream.update_into(self._zeros, self._bits)
+        else:  # short ones: radii and angles still lie where the views are
+            zeros = memoryview(self._zeros)
+            self._stream.update_into(zeros[: 8 * pairs], self._bits)
+            self._stream.update_into(zeros[: 4 * pairs], memoryview(self._bits)[_RADIUS_BYTES:])
+        radius, angle = self._radius[:pairs], self._angle[:pairs]
+        # 53 bits with a sign, times 2^-53, plus a half and one step: uniform on (0, 1], exact, and its logarithm is finite
+        radius.copy_(self._radius_bits[:pairs].bitwise_right_shift_(11))
+        radius.add_(2.0**52 + 1).mul_(2.0**-53).log_().mul_(-2.0 * std * std).sqrt_()
+        angle.copy_(self._angle_bits[:pairs]).mul_(math.tau * 2.0**-32)
+        torch.cos(angle, out=values[:pairs]).mul_(radius)
+        rest = len(values) - pairs
+        torch.sin(angle[:rest], out=values[pairs:]).mul_(radius[:rest])
+
+
+class Ahead:
+    """A thread that keeps Gaussians ready in a ring, under a key of its own. The cipher and torch let other threads run meanwhile.
+
+    Args:
+        count: numbers to keep ready, rounded up to whole blocks of `2 * PAIRS`.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._blocks = -(-count // (2 * PAIRS))
+        self._ring = torch.empty(self._blocks * 2 * PAIRS, dtype=torch.float64)
+        self._made = self._taken = 0  # numbers since the start; what lies between them is ready, and only its side moves each
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="lichen-noise", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """Numbers that it keeps ready."""
+        return len(self._ring)
+
+    def take(self, values: torch.Tensor, std: float) -> int:
+        """Fill float64 values, shape (N,), from the front as far as numbers are ready; how many those are. Each is taken once."""
+        filled = 0
+        while filled < len(values) and (ready := self._made - self._taken):
+            start = self._taken % len(self._ring)
+            count = min(ready, len(values) - filled, len(self._ring) - start)
+            torch.mul(self._ring[start : start + count], std, out=values[filled : filled + count])
+            with self._changed:  # only now may they be overwritten
+                self._taken += count
+                self._changed.notify()
+            filled += count
+        return filled
+
+    def close(self) -> None:
+        """End the thread; nothing is ready any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not threading.current_thread():  # which may be the one that collects what nobody needs any more
+            self._thread.join()
+        self._taken = self._made
+
+    def _run(self) -> None:
+        gaussians = Gaussians()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._made - self._taken <= len(self._ring) - 2 * PAIRS)
+                if self._closed:
+                    return
+                start = self._made % len(self._ring)
+            gaussians.fill(self._ring[start : start + 2 * PAIRS], 1.0)
+            with self._changed:
+                self._made += 2 * PAIRS
