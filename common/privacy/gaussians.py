@@ -22,8 +22,8 @@ class Gaussians:
     """Gaussians by Box and Muller (1958) in 64-bit floats, from AES-256-CTR under a key from the operating system. For one thread.
 
     A radius has 53 random bits, so draws reach 8.57 standard deviations, and an angle has 32. The float64 arithmetic is not an
-    exact sampler. What rests on these draws rounds its sums to a grid (see `NoisyOptimizer`), in whose smallest square, of
-    2^-15 standard deviations, more than 10^4 angles and 10^10 radii fall, so that which of them are reachable can't be told.
+    exact sampler. What rests on these draws rounds its sums to a grid (see `NoisyOptimizer`): at a distance of one standard deviation
+    a pair's square of the grid, 2^-15 wide, is crossed by 10^4 angles and 10^11 radii, so its probability is that of real numbers.
     """
 
     def __init__(self) -> None:

@@ -17,6 +17,14 @@ WAYS = ("plain", "single-backward", "ahead", "hooks")
 """Without privacy; private, with noise made in the step; the same with noise drawn ahead; and by Opacus' hooks."""
 ROWS = {64: 8, 256: 4}
 """Rows of a batch, by length."""
+_PRELOADED = [
+    __name__,
+    "peft",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "lichen.common.privacy.per_unit",
+    "lichen.common.privacy.single_backward",
+]
 LAYERS, HIDDEN, HEADS, INNER, VOCABULARY, RANK = 3, 384, 6, 1536, 30522, 8
 TARGETS = {"lora": (1.05, 1.05, 1.08), "full": (1.45, 1.25, 1.4)}
 """At most so many times the plain step's CPU time, wall time and peak memory."""
@@ -147,7 +155,7 @@ def _network(config: Config) -> Any:
 def _peak_memory(config: Config, way: str) -> int:
     """Bytes of resident memory that a model and three steps add at their peak, in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(config, way, sender))
     child.start()
