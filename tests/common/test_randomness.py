@@ -197,8 +197,16 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def noise_threads() -> int:
-    return sum(thread.name == "lichen-noise" for thread in threading.enumerate())
+@pytest.fixture
+def noise_threads() -> Callable[[], int]:
+    """How many more threads draw ahead than at the test's start: other tests' sources may live on."""
+    gc.collect()
+
+    def count() -> int:
+        return sum(thread.name == "lichen-noise" for thread in threading.enumerate())
+
+    before = count()
+    return lambda: count() - before
 
 
 class Counting(Gaussians):
@@ -231,7 +239,7 @@ def test_every_number_drawn_ahead_is_handed_out_once_and_none_is_made_beyond_the
     assert ring.take(values, 1.0) == 0
 
 
-def test_what_is_ready_is_bounded_and_a_larger_wish_is_met() -> None:
+def test_what_is_ready_is_bounded_and_a_larger_wish_is_met(noise_threads: Callable[[], int]) -> None:
     source = SecretSource()
     source.draw_ahead(10)
     first = source._ahead
@@ -246,14 +254,14 @@ def test_what_is_ready_is_bounded_and_a_larger_wish_is_met() -> None:
     assert torch.isfinite(source.normal((9,), 1.0)).all(), "draws go on"
 
 
-def test_no_thread_where_torch_has_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_where_torch_has_every_core(monkeypatch: pytest.MonkeyPatch, noise_threads: Callable[[], int]) -> None:
     monkeypatch.setattr(randomness, "_cores", torch.get_num_threads)
     source = SecretSource()
     source.draw_ahead(100)
     assert noise_threads() == 0
 
 
-def test_a_source_that_is_forgotten_ends_its_thread() -> None:
+def test_a_source_that_is_forgotten_ends_its_thread(noise_threads: Callable[[], int]) -> None:
     source = SecretSource()
     source.draw_ahead(100)
     assert noise_threads() == 1

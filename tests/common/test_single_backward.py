@@ -204,6 +204,24 @@ def test_dropout_of_the_adapter_is_drawn_once_a_row() -> None:
     assert distance(*found) <= 2e-6
 
 
+@pytest.mark.parametrize("sizes", [SINGLES, ENTITIES], ids=["singles", "entities"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("family", "adapter"), [("llama-tied", "full"), ("bert", "all-linear")])
+def test_a_unit_that_is_not_finite_counts_as_zero_and_touches_no_other(family: str, adapter: str, bad: float, sizes: list[int]) -> None:
+    network, losses = build(family, adapter), losses_for(family)
+    first = slice(0, sizes[0])
+    module = SingleBackwardModule(network)
+
+    def spoilt(factor: float) -> dict[nn.Parameter, torch.Tensor]:
+        factors = torch.ones(ROWS)
+        factors[first] = factor
+        return module.clipped_sum(sizes, lambda network: (losses(network, slice(0, ROWS)) * factors).sum(), 0.5)
+
+    found, without = spoilt(bad), spoilt(0.0)
+    assert all(torch.isfinite(tensor).all() for tensor in found.values())
+    assert distance(list(found.values()), list(without.values())) <= 1e-6
+
+
 @pytest.mark.parametrize("adapter", ["all-linear", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_step_in_flight_nothing_has_changed(family: str, adapter: str) -> None:
