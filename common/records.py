@@ -45,6 +45,7 @@ class Rule(Enum):
     SUMMED = "depends on the data, un-noised; only where the plan has noise: central, whose coordinator releases a noised sum of it"
     ERROR = "an error number; under privacy without text"
     PROTOCOL = "the state of the connection: an id, a key, a version, an offset; it does not depend on the data"
+    LEDGER = "how far the node's ledger is, hashed and signed: it tells that work was charged and that new rows came, and nothing of them"
     TIME = "when it was sent, which depends on how long the work took; neither noised nor hidden"
 
 

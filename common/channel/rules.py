@@ -23,6 +23,9 @@ RULES: Mapping[str, Rule] = {
     "Stop.digest": Rule.PROTOCOL,
     "Missing.digest": PAYLOAD_RULE,
     "Bye.code": Rule.ERROR,
+    "LedgerState.sequence": Rule.LEDGER,
+    "LedgerState.head": Rule.LEDGER,
+    "LedgerState.signature": Rule.LEDGER,
     # enrolment.proto
     "EnrolRequest.protocol": Rule.PROTOCOL,
     "EnrolRequest.secret": Rule.PROTOCOL,

@@ -13,7 +13,7 @@ from scipy import stats
 
 from lichen.client import canaries
 from lichen.client.app import app
-from lichen.client.data import add_source
+from lichen.client.data import add_source, load
 from lichen.client.trainer import Trainer
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
@@ -122,8 +122,9 @@ def test_a_canary_among_entities_is_an_entity(home: Path, tiny_plan: dict[str, A
     kept = canaries.read(home, "7")
     assert kept is not None
     ((data, units, _),) = given
-    assert len(units) == 10 + len(kept.included)
-    assert units[10:] == [[row] for row in range(len(data) - len(kept.included), len(data))]
+    people = len(set(load(home, "train", ("who",)).column("who")))
+    assert len(units) == people + len(kept.included)
+    assert units[people:] == [[row] for row in range(len(data) - len(kept.included), len(data))]
 
 
 def test_by_default_no_plan_may_add_them(home: Path, plan: Plan) -> None:

@@ -13,7 +13,8 @@ from flwr.app import Context, Message, RecordDict
 
 from lichen.client.app import app
 from lichen.client.data import add_source
-from lichen.client.ledger import Ledger
+from lichen.client.ledger import open_ledger
+from lichen.client.ledger_book import Limit
 from lichen.client.policy import load_policy
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
@@ -23,6 +24,7 @@ from lichen.common.privacy.schedule import planned_central
 from lichen.common.tasks import workbench
 
 CENTRAL = {"unit": "client", "noise": "central", "epsilon": 6.0, "delta": 1e-5, "clip": 0.01}
+LIFE = Limit(8.0, 1e-5)
 OPTED_IN = "unnoised_updates_to_coordinator: allow\nprivacy: {require: [example, client]}\n"
 
 
@@ -109,21 +111,22 @@ def test_the_first_round_pays_for_the_run_and_a_second_run_must_fit(home: Path, 
     plan = plan_of()
     for round in (1, 2, 2):
         assert not ask(home, plan, round).has_error()
-    with Ledger(home) as ledger:
+    with open_ledger(home) as ledger:
         (entry,) = ledger.entries()
         assert (entry.unit, entry.segment) == ("client", planned_central(plan).segment)
-        assert 5.9 < ledger.spent("train", 1e-5) <= 6.0
+        assert 5.9 < ledger.spent(1, LIFE).epsilon <= 6.0
     refused(ask(home, plan, run=8), Code.PRIVACY_BUDGET)  # 6 and 6 is more than the life's 8
     assert not ask(home, plan_of(epsilon=1.0), run=9).has_error()
-    with Ledger(home) as ledger:
+    with open_ledger(home) as ledger:
         assert [entry.run for entry in ledger.entries()] == ["7", "9"], "what was refused is not charged"
-        assert ledger.spent("train", 1e-5) <= 8.0
+        assert ledger.spent(1, LIFE).epsilon <= 8.0
 
 
-def test_what_was_spent_for_rows_is_not_added_to_what_is_spent_for_clients(home: Path, plan_of: Callable[..., Plan]) -> None:
-    from lichen.client.ledger import Limit, Limits
-    from lichen.common.privacy.accounting import Segment
-
-    with Ledger(home) as ledger:
-        ledger.reserve("train", "5", "m", 1, Segment(50.0, 0.1, 1), Limits("example", Limit(1.0, 1e-5), Limit(8.0, 1e-5)))
+def test_what_was_spent_for_rows_is_not_added_to_what_is_spent_for_clients(
+    home: Path, plan_of: Callable[..., Plan], tiny_plan: dict[str, Any]
+) -> None:
+    rows = parse_plan(tiny_plan | {"privacy": {"unit": "example", "epsilon": 1.0}})
+    (home / "data.yaml").unlink()
+    add_source(home, home / "rows.jsonl", fields={"text": "text", "label": "label"}, declared_size=32)
+    assert not ask(home, rows, run=5).has_error()
     refused(ask(home, plan_of()), Code.PRIVACY_BUDGET)

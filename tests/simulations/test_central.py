@@ -102,7 +102,7 @@ def test_the_result_tells_one_epsilon_and_nothing_of_the_cohort(tmp_path: Path, 
     assert (tmp_path / "operator.jsonl").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "checkpoints" / "cohort.json").stat().st_mode & 0o777 == 0o600
     report = (tmp_path / "report.html").read_text()
-    assert "Promised by the" in report
+    assert "the coordinator (promised)" in report
     assert "updates used" not in report
 
 
