@@ -62,7 +62,7 @@ def test_a_field_without_a_rule_is_found() -> None:
 
 
 def test_what_depends_on_the_data_is_known() -> None:
-    """The list that an auditor reads: the update, numbers of errors, how far the ledger is, and when something was sent. No loss, count, hardware or load."""
+    """What an auditor reads: the update, numbers of errors, how far the ledger is, times of sending. No loss, count, hardware or load."""
     by_data = {name: rule for name, rule in RULES.items() if rule is not Rule.PROTOCOL}
     assert by_data == {
         "Chunk.data": PAYLOAD_RULE,
