@@ -161,6 +161,8 @@ def _auc(members: np.ndarray, others: np.ndarray) -> float:
 
 
 def _tpr(members: np.ndarray, others: np.ndarray, fpr: float = 0.01) -> float:
-    """Share of members below the largest threshold that takes at most ``fpr`` of the others."""
-    allowed = int(fpr * len(others))
-    return float((members < np.sort(others)[allowed]).mean())
+    """Share of members below the threshold that takes ``fpr`` of the others; of those that lie on it a share is taken by lot."""
+    allowed = fpr * len(others)
+    threshold = np.sort(others)[int(allowed)]
+    lot = (allowed - (others < threshold).sum()) / (others == threshold).sum()
+    return float((members < threshold).mean() + lot * (members == threshold).mean())

@@ -132,3 +132,4 @@ def test_a_false_positive_rate_of_one_percent_is_not_passed() -> None:
     members, others = [0.5] * 100, [float(index) for index in range(100)]
     assert membership(members, others, 0.95).tpr == 1.0, "one of a hundred others, the one with loss 0, lies below"
     assert membership([1.5] * 100, others, 0.95).tpr == 0.0, "there two lie below"
+    assert membership([0.0] * 100, [0.0] * 100, 0.95).tpr == pytest.approx(0.01), "equal losses tell nothing"
