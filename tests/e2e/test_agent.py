@@ -323,7 +323,7 @@ def test_one_agent_a_home_and_one_home_for_the_same_data(federation: Federation,
     again = lichen("run", home=home)
     assert again.returncode == Code.AGENT_IN_USE, again.stderr
     assert lichen("leave", "--yes", home=home).returncode == Code.AGENT_IN_USE
-    other = federation.node("twin", [{"text": "a", "label": "crop"}])
+    other = federation.node("twin", [{"text": f"a{number}", "label": "crop"} for number in range(20)])
     # a folder that holds the first one's file
     add_source(other, federation.directory / "clinic.jsonl", fields={"text": "text", "label": "label"})
     assert lichen("run", home=other).returncode == Code.AGENT_IN_USE
