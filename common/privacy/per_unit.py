@@ -11,7 +11,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.privacy.randomness import SecretSource, noised
+from lichen.common.privacy.randomness import SecretSource, add_noise
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
@@ -191,7 +191,8 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         """Put the clipped sum plus noise of standard deviation σ·C, over the expected batch size, into each ``p.grad``."""
         std = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
-            parameter.grad = noised(parameter.summed_grad, std, self._source, over=self.expected_batch_size).to(parameter.dtype)
+            total = parameter.summed_grad.contiguous()
+            parameter.grad = add_noise(total, std, self._source, over=self.expected_batch_size).view_as(parameter).to(parameter.dtype)
 
     def scale_grad(self) -> None:
         """Nothing: `add_noise` has divided already, on its way."""

@@ -128,25 +128,24 @@ def poisson_sample(units: int, rate: float, source: RandomSource) -> list[int]:
     return torch.nonzero(source.uniform(units) < rate).flatten().tolist()
 
 
-def noised(total: torch.Tensor, std: float, source: RandomSource, *, over: float = 1.0) -> torch.Tensor:
-    """A sum plus Gaussian noise, in 64-bit floats and rounded to a grid.
+def add_noise(total: torch.Tensor, std: float, source: RandomSource, *, over: float = 1.0) -> torch.Tensor:
+    """Add Gaussian noise to a sum, in place: in 64-bit floats and rounded to a grid.
 
     The low bits of a float tell which values were added (Mironov 2012); a grid that is coarse beside the sum's own rounding and fine
     beside the noise has no such bits.
 
     Args:
-        total: any shape.
+        total: any shape, contiguous; a copy of it would cost as much as the noise.
         std: the noise's standard deviation, above 0.
         source: of the noise.
         over: what the noised sum is divided by at the end.
 
     Returns:
-        Of the shape and type of ``total``.
+        ``total``.
     """
     grid = GRID * 2.0 ** math.floor(math.log2(std))
-    found = torch.empty(total.numel(), dtype=total.dtype, device=total.device)
-    for part, given in zip(torch.split(found, _NOISED_AT_ONCE), torch.split(total.reshape(-1), _NOISED_AT_ONCE), strict=True):
+    for part in torch.split(total.view(-1), _NOISED_AT_ONCE):
         # in steps of the grid, which as a power of two changes no digit
-        noisy = source.normal(tuple(part.shape), std / grid).add_(given, alpha=1 / grid).round_()
+        noisy = source.normal(tuple(part.shape), std / grid).add_(part, alpha=1 / grid).round_()
         part.copy_(noisy.mul_(grid / over))
-    return found.view_as(total)
+    return total

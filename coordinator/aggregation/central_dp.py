@@ -14,7 +14,7 @@ import torch
 
 from lichen.common.privacy.accounting import epsilon, epsilon_prv
 from lichen.common.privacy.clipping import clipped
-from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource, noised, poisson_sample
+from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource, add_noise, poisson_sample
 from lichen.common.privacy.schedule import planned_central
 from lichen.common.result import CentralPrivacy
 from lichen.coordinator.run_directory import Release
@@ -94,10 +94,12 @@ class CentralDP:
         """
         source, expected = self._source("noise", round), self.plan.cohort.size
         std = self.noise.update * total.clip
-        update = {name: (noised(tensor, std, source) / expected).to(torch.float32) for name, tensor in sorted(total.total.items())}
+        update = {
+            name: add_noise(tensor.clone(), std, source, over=expected).to(torch.float32) for name, tensor in sorted(total.total.items())
+        }
         clip = total.clip
         if (adaptive := self.plan.privacy.adaptive_clip) and self.noise.count:
-            above = float(noised(torch.tensor([total.count], dtype=torch.float64), self.noise.count, source)) / expected
+            above = float(add_noise(torch.tensor([total.count], dtype=torch.float64), self.noise.count, source, over=expected))
             clip *= math.exp(-adaptive.learning_rate * above)
         return Release(update, clip)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lichen.common.privacy.clipping import clipped
-from lichen.common.privacy.randomness import GRID, SecretSource, noised
+from lichen.common.privacy.randomness import GRID, SecretSource, add_noise
 
 
 def norm_of(update: dict[str, torch.Tensor]) -> float:
@@ -49,7 +49,7 @@ def test_zero_stays_zero() -> None:
 @pytest.mark.parametrize("std", [1e-3, 0.7, 300.0])
 def test_noised_sums_have_their_noise_and_no_low_bits(std: float) -> None:
     total = torch.linspace(-2, 3, 20_000, dtype=torch.float64) * math.pi
-    found = noised(total, std, SecretSource())
+    found = add_noise(total.clone(), std, SecretSource())
     step = GRID * 2.0 ** math.floor(math.log2(std))
     assert torch.equal(found / step, torch.round(found / step))
     noise = found - total
