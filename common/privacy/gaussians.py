@@ -9,10 +9,12 @@ import threading
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-PAIRS = 1 << 14
-"""Pairs made at once: what is worked on stays in a core's cache, and is too short for torch to share out among threads."""
-AHEAD_LIMIT = 1 << 20
-"""Most numbers that are kept ready: 8 MiB. Reading more back from memory would take as long as to make them."""
+PAIRS = 1 << 15
+"""Pairs made at once: what is worked on stays in a core's cache, and calls are few, between which threads wait for each other."""
+AHEAD_LIMIT = 1 << 25
+"""Most numbers that are kept ready: 128 MiB."""
+STEP = 2.0**-27
+"""Numbers that are kept ready are whole multiples of this: 32 bits each."""
 
 _RADIUS_BYTES, _ANGLE_BYTES = 8 * PAIRS, 4 * PAIRS
 _AES_BLOCK = 16
@@ -65,13 +67,16 @@ class Gaussians:
 class Ahead:
     """A thread that keeps Gaussians ready in a ring, under a key of its own. The cipher and torch let other threads run meanwhile.
 
+    It fills the ring when that is nearly empty, which is after the step that it was for: two threads at once would wait for each other.
+    A number is rounded to a multiple of `STEP`: over ten million weights that moves the noise by 10^-5 standard deviations at most.
+
     Args:
-        count: numbers to keep ready, rounded up to whole blocks of `2 * PAIRS`.
+        count: numbers to keep ready at least, in whole blocks of `2 * PAIRS`.
     """
 
     def __init__(self, count: int) -> None:
-        self._blocks = -(-count // (2 * PAIRS))
-        self._ring = torch.empty(self._blocks * 2 * PAIRS, dtype=torch.float64)
+        self._block = 2 * PAIRS
+        self._ring = torch.empty((-(-count // self._block) + 1) * self._block, dtype=torch.int32)
         self._made = self._taken = 0  # numbers since the start; what lies between them is ready, and only its side moves each
         self._changed = threading.Condition()
         self._closed = False
@@ -88,10 +93,11 @@ class Ahead:
         while filled < len(values) and (ready := self._made - self._taken):
             start = self._taken % len(self._ring)
             count = min(ready, len(values) - filled, len(self._ring) - start)
-            torch.mul(self._ring[start : start + count], std, out=values[filled : filled + count])
+            values[filled : filled + count].copy_(self._ring[start : start + count]).mul_(STEP * std)
             with self._changed:  # only now may they be overwritten
                 self._taken += count
-                self._changed.notify()
+                if self._low():
+                    self._changed.notify()
             filled += count
         return filled
 
@@ -105,13 +111,15 @@ class Ahead:
         self._taken = self._made
 
     def _run(self) -> None:
-        gaussians = Gaussians()
-        while True:
+        gaussians, made = Gaussians(), torch.empty(self._block, dtype=torch.float64)
+        while not self._closed:
+            gaussians.fill(made, 1 / STEP)
+            start = self._made % len(self._ring)
+            self._ring[start : start + self._block].copy_(made.round_())
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._made - self._taken <= len(self._ring) - 2 * PAIRS)
-                if self._closed:
-                    return
-                start = self._made % len(self._ring)
-            gaussians.fill(self._ring[start : start + 2 * PAIRS], 1.0)
-            with self._changed:
-                self._made += 2 * PAIRS
+                self._made += self._block
+                if self._made - self._taken > len(self._ring) - self._block:  # no room for another
+                    self._changed.wait_for(lambda: self._closed or self._low())
+
+    def _low(self) -> bool:
+        return self._made - self._taken < self._block

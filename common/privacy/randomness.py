@@ -12,11 +12,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lichen.common.privacy.gaussians import AHEAD_LIMIT, Ahead, Gaussians
+from lichen.common.privacy.gaussians import AHEAD_LIMIT, PAIRS, Ahead, Gaussians
 
 GRID = 2.0**-15
 """Step of noised sums, over the noise's standard deviation (rounded down to a power of two)."""
-_NOISED_AT_ONCE = 1 << 15
+_NOISED_AT_ONCE = 2 * PAIRS
 """Numbers that are noised together: they stay in the cache."""
 
 

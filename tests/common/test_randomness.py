@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from lichen.common.privacy import randomness
-from lichen.common.privacy.gaussians import AHEAD_LIMIT, PAIRS, Ahead, Gaussians
+from lichen.common.privacy.gaussians import AHEAD_LIMIT, PAIRS, STEP, Ahead, Gaussians
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource, poisson_sample
 
 
@@ -210,7 +210,7 @@ def noise_threads() -> Callable[[], int]:
 
 
 class Counting(Gaussians):
-    """Makes 1, 2, 3, …: what is handed out twice or left out shows."""
+    """Makes 1, 2, 3, … steps: what is handed out twice or left out shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,13 +224,13 @@ class Counting(Gaussians):
 def test_every_number_drawn_ahead_is_handed_out_once_and_none_is_made_beyond_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lichen.common.privacy.gaussians.Gaussians", Counting)
     ring = Ahead(5 * PAIRS)
-    assert len(ring) == 6 * PAIRS
+    assert len(ring) == 8 * PAIRS, "three whole blocks, and one to write to"
     wait_for(lambda: ring._made == len(ring))
     generator, seen = np.random.default_rng(0), []
     while sum(map(len, seen)) < 40 * PAIRS:
         assert ring._made - ring._taken <= len(ring)
         values = torch.zeros(int(generator.integers(1, 3 * PAIRS)), dtype=torch.float64)
-        filled = ring.take(values, 1.0)
+        filled = ring.take(values, 1 / STEP)
         assert not values[filled:].any()
         seen.append(values[:filled])
     everything = torch.cat(seen)
@@ -247,7 +247,7 @@ def test_what_is_ready_is_bounded_and_a_larger_wish_is_met(noise_threads: Callab
     assert source._ahead is first
     source.draw_ahead(10**9)
     assert source._ahead is not None
-    assert len(source._ahead) == AHEAD_LIMIT
+    assert AHEAD_LIMIT <= len(source._ahead) <= AHEAD_LIMIT + 2 * PAIRS
     assert noise_threads() == 1
     source.close()
     assert noise_threads() == 0
@@ -306,5 +306,7 @@ def test_threads_that_share_a_source_share_no_number() -> None:
     for thread in threads:
         thread.join()
     everything = np.concatenate(found)
-    assert len(np.unique(everything)) == len(everything) == 200_000
+    # on a grid of 2^-27 some 40 are equal by chance; two threads with the same numbers would share a thousand at once
+    assert len(everything) == 200_000
+    assert len(np.unique(everything)) > 199_900
     source.close()
