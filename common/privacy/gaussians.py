@@ -14,7 +14,7 @@ PAIRS = 1 << 15
 AHEAD_LIMIT = 1 << 25
 """Most numbers that are kept ready: 128 MiB."""
 STEP = 2.0**-27
-"""Numbers that are kept ready are whole multiples of this: 32 bits each."""
+"""Numbers that are kept ready are whole multiples of this; the largest, 8.57, still fits in 32 bits."""
 
 _RADIUS_BYTES, _ANGLE_BYTES = 8 * PAIRS, 4 * PAIRS
 _AES_BLOCK = 16
@@ -68,7 +68,7 @@ class Ahead:
     """A thread that keeps Gaussians ready in a ring, under a key of its own. The cipher and torch let other threads run meanwhile.
 
     It fills the ring when that is nearly empty, which is after the step that it was for: two threads at once would wait for each other.
-    A number is rounded to a multiple of `STEP`: over ten million weights that moves the noise by 10^-5 standard deviations at most.
+    A number is rounded to the nearest multiple of `STEP`: over d weights that moves the noise by √d·2^-28 standard deviations at most.
 
     Args:
         count: numbers to keep ready at least, in whole blocks of `2 * PAIRS`.

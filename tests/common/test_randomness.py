@@ -228,6 +228,7 @@ def test_every_number_drawn_ahead_is_handed_out_once_and_none_is_made_beyond_the
     wait_for(lambda: ring._made == len(ring))
     generator, seen = np.random.default_rng(0), []
     while sum(map(len, seen)) < 40 * PAIRS:
+        wait_for(lambda: ring._made > ring._taken)
         assert ring._made - ring._taken <= len(ring)
         values = torch.zeros(int(generator.integers(1, 3 * PAIRS)), dtype=torch.float64)
         filled = ring.take(values, 1 / STEP)
@@ -237,6 +238,40 @@ def test_every_number_drawn_ahead_is_handed_out_once_and_none_is_made_beyond_the
     assert torch.equal(everything, torch.arange(1, len(everything) + 1).double())
     ring.close()
     assert ring.take(values, 1.0) == 0
+
+
+def test_it_draws_again_only_when_little_is_left() -> None:
+    """While a step takes its numbers, a thread that made others would hold it up."""
+    ring = Ahead(4 * PAIRS)
+    wait_for(lambda: ring._made == len(ring))
+    taken = torch.zeros(len(ring) - 2 * PAIRS, dtype=torch.float64)
+    assert ring.take(taken, 1.0) == len(taken)
+    time.sleep(0.2)
+    assert ring._made == len(ring), "a whole block is left"
+    ring.take(taken[:1], 1.0)
+    wait_for(lambda: ring._made == 2 * len(ring) - 2 * PAIRS)
+    ring.close()
+
+
+class Extreme(Gaussians):
+    """The largest draws that 53 bits of radius allow, and some between two steps."""
+
+    draws = torch.tensor([1.0, -1.0]).double() * (2 * 53 * np.log(2)) ** 0.5
+    between = torch.tensor([0.75, -0.75]).double() * STEP
+
+    def fill(self, values: torch.Tensor, std: float) -> None:
+        values.copy_(torch.cat([self.draws, self.between]).repeat(len(values) // 4)).mul_(std)
+
+
+def test_the_largest_draws_fit_the_ring_and_the_others_are_rounded_to_the_nearest_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lichen.common.privacy.gaussians.Gaussians", Extreme)
+    ring = Ahead(4)
+    wait_for(lambda: ring._made > 0)
+    values = torch.zeros(4, dtype=torch.float64)
+    assert ring.take(values, 1.0) == 4
+    ring.close()
+    assert torch.allclose(values[:2], Extreme.draws, rtol=0, atol=STEP / 2)
+    assert values[2:].tolist() == [STEP, -STEP]
 
 
 def test_what_is_ready_is_bounded_and_a_larger_wish_is_met(noise_threads: Callable[[], int]) -> None:
