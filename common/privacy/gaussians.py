@@ -67,7 +67,7 @@ class Gaussians:
 class Ahead:
     """A thread that keeps Gaussians ready in a ring, under a key of its own. The cipher and torch let other threads run meanwhile.
 
-    It fills the ring when that is nearly empty, which is after the step that it was for: two threads at once would wait for each other.
+    It fills the ring when that is nearly empty, which is after the step that it was for: drawing during a step made that slower.
     A number is rounded to the nearest multiple of `STEP`: over d weights that moves the noise by √d·2^-28 standard deviations at most.
 
     Args:
