@@ -54,7 +54,7 @@ def privacy(
     for row in bench_privacy(repeats, [int(length) for length in lengths.split(",")], adapter.split(","), hooks):
         found.append(row)
         ratios = [f"{row[key]:.3f} ({row['targets'][key]:g})" for key in ("cpu", "wall", "memory")]
-        other = "no rule" if row["hooks_cpu"] is None else f"{row['hooks_cpu']:.3f}"
+        other = "-" if row["hooks_cpu"] is None else f"{row['hooks_cpu']:.3f}"
         table.add_row(row["family"], row["adapter"], f"{row['rows']} × {row['length']}", f"{row['plain_ms']:.0f}", *ratios, other)
     if as_json:
         typer.echo(json.dumps(found, indent=2))

@@ -313,6 +313,27 @@ def test_each_way_to_a_norm_gives_the_same(whole: float, long: int, monkeypatch:
             assert distance(in_one(SingleBackwardModule(network), losses, sizes, clip), right) <= 2e-6
 
 
+@pytest.mark.parametrize("tokens", [8, 400])  # norms by Gram matrices, and of long rows
+def test_tokens_that_cancel_pass_for_no_less_than_they_are(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they cancel to a 10,000th, a Gram matrix in 32 bits has lost the norm, and with it the bound."""
+    monkeypatch.setattr("lichen.common.privacy.single_backward.book.WHOLE_BELOW", 0.0)
+    network, clip = Small(lambda m, ids: m.head(m.table(ids))), 1e-3
+    signs = torch.tensor([-1.0, 1.0002]).repeat(ROWS, tokens // 2).unsqueeze(2)
+    ids = torch.randint(VOCABULARY, (ROWS, tokens // 2), generator=torch.Generator().manual_seed(1)).repeat_interleave(2, 1)
+
+    def losses(network: nn.Module, rows: slice) -> torch.Tensor:
+        found: torch.Tensor = (network(ids[rows]) * signs[rows]).sum((1, 2))
+        return found
+
+    module = SingleBackwardModule(network)
+    for sizes in (SINGLES, ENTITIES):
+        right, _ = by_loop(network, losses, sizes, clip)
+        assert distance(in_one(module, losses, sizes, clip), right) < 0.1
+    for row in range(ROWS):
+        alone = module.clipped_sum([1], lambda network, row=row: losses(network, slice(row, row + 1)).sum(), clip)
+        assert math.sqrt(sum(float(part.double().square().sum()) for part in alone.values())) <= clip * (1 + 1e-6)
+
+
 LEAKS = {
     "past its layer": lambda m, ids: F.linear(m.norm(m.table(ids)), m.head.weight),
     "beside its layer": lambda m, ids: m.head(m.table(ids)) + 1e-3 * m.table(ids) @ m.head.weight.t(),

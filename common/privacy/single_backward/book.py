@@ -15,6 +15,12 @@ from lichen.common.privacy.single_backward.records import Looked, Outer, Record,
 WHOLE_BELOW = 1.5
 """A unit's gradient is made at once where it has at most so many times the numbers that would have to be kept to make it later."""
 
+CANCELLED = 2.0**-10
+"""Below this part of what a squared norm would be if no token's gradient cancelled another's, 32 bits of a Gram matrix no longer carry it
+(an error of a few 2⁻²⁴ of that whole): the unit's gradient is made, and its norm taken of that."""
+LEFT = 2.0**-20
+"""Of the length that tokens' gradients have together, what can be left where they cancel, in a sum of thousands in 32 bits."""
+
 
 class Book:
     """Open while a private step is in flight; while it is closed the layers behave as they always did."""
@@ -114,16 +120,20 @@ class Book:
         units = self._in_flight
         booked = [self._merged(self._records.pop(id(parameter), [])) for parameter in parameters]
         squares = torch.zeros(units.count, device=units.owners.device)
+        uncancelled = torch.zeros_like(squares)
         for records in booked:
             if records:
-                squares = squares + squared_norms(records, units)
+                found, longest = squared_norms(records, units)
+                squares, uncancelled = squares + found, uncancelled + longest
         bad = ~torch.isfinite(squares)
         if bool(bad.any()):
             for records in booked:
                 for record in records:
                     record.drop(units, bad)
-            squares = squares.masked_fill(bad, 0)
-        factors = (clip / squares.clamp(min=0).sqrt()).clamp(max=1.0)  # a unit whose gradient is zero: its infinity becomes 1
+            squares, uncancelled = squares.masked_fill(bad, 0), uncancelled.masked_fill(bad, 0)
+        for unit in torch.nonzero(squares < CANCELLED * uncancelled).flatten():
+            squares[unit] = self._square_of(unit, booked, units, uncancelled[unit])
+        factors = (clip / squares.sqrt()).clamp(max=1.0)  # a unit whose gradient is zero: its infinity becomes 1
         sums = []
         for parameter, records in zip(parameters, booked, strict=True):
             parts = [record.summed(units, factors) for record in records]
@@ -132,6 +142,16 @@ class Book:
                 parts = [torch.zeros(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)]
             sums.append(functools.reduce(torch.Tensor.add_, parts))
         return sums
+
+    @staticmethod
+    def _square_of(unit: torch.Tensor, booked: Sequence[Sequence[Record]], units: Units, uncancelled: torch.Tensor) -> torch.Tensor:
+        """One unit's squared norm from its gradient itself, in 64 bits, and what rounding in 32 may leave of it in the sum."""
+        alone = torch.zeros(units.count, dtype=torch.float64, device=units.owners.device)
+        alone[unit] = 1
+        gradients = (sum(record.summed(units, alone) for record in records) for records in booked if records)
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+        found: torch.Tensor = (norm + LEFT * uncancelled.sqrt()).square()
+        return found
 
     @staticmethod
     def _merged(records: list[Record]) -> list[Record]:

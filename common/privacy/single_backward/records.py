@@ -49,15 +49,19 @@ class Units:
         return torch.cat([formula(*(tensor[part].flatten(0, 1).unsqueeze(0) for tensor in tensors)) for part in self._parts])
 
 
-def wide(values: torch.Tensor) -> torch.Tensor:
+def wide(values: torch.Tensor, at_least: torch.dtype = torch.float32) -> torch.Tensor:
     """At least 32 bits."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.to(torch.promote_types(values.dtype, at_least))
 
 
 def dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Scalar products over the last axis."""
     found: torch.Tensor = torch.linalg.vecdot(left, right)
     return found
+
+
+Squares = tuple[torch.Tensor, torch.Tensor]
+"""Squared norms, shape (U,), and what they would be, or more, if all tokens' gradients pointed the same way: what rounding goes by."""
 
 
 class Whole:
@@ -70,10 +74,10 @@ class Whole:
     def __init__(self, gradients: torch.Tensor) -> None:
         self.gradients = gradients
 
-    def squares(self) -> torch.Tensor:
-        """Squared norms, shape (U,)."""
-        norms: torch.Tensor = torch.linalg.vector_norm(wide(self.gradients.flatten(1)), dim=1)
-        return norms.square()
+    def squares(self, units: Units) -> Squares:
+        """Squared norms; the gradient is there, so nothing can cancel any more."""
+        squares = torch.linalg.vector_norm(wide(self.gradients.flatten(1)), dim=1).square()
+        return squares, squares
 
     def drop(self, units: Units, bad: torch.Tensor) -> None:
         """Make the gradients of some units, shape (U,), zero, whatever they were."""
@@ -81,7 +85,7 @@ class Whole:
 
     def summed(self, units: Units, factors: torch.Tensor) -> torch.Tensor:
         """The sum of the units' gradients times their factors, shape (U,)."""
-        flat = wide(self.gradients.flatten(1))
+        flat = wide(self.gradients.flatten(1), factors.dtype)
         return torch.mv(flat.t(), factors.to(flat.dtype)).view(self.gradients.shape[1:])
 
 
@@ -99,9 +103,10 @@ class Outer:
     def __init__(self, inputs: torch.Tensor, backprops: torch.Tensor, transposed: bool) -> None:
         self.inputs, self.backprops, self.transposed = inputs, backprops, transposed
 
-    def squares(self, units: Units) -> torch.Tensor:
-        """Squared norms, shape (U,)."""
-        return units.each(_outer_product, self.inputs, self.backprops, self.inputs, self.backprops)
+    def squares(self, units: Units) -> Squares:
+        """Squared norms, and what they would be if no token cancelled another."""
+        squares, lengths = units.each(_outer_squares, self.inputs, self.backprops).unbind(1)
+        return squares, lengths.square()
 
     def drop(self, units: Units, bad: torch.Tensor) -> None:
         """Make the gradients of some units, shape (U,), zero, whatever they were."""
@@ -110,7 +115,7 @@ class Outer:
 
     def summed(self, units: Units, factors: torch.Tensor) -> torch.Tensor:
         """The sum of the units' gradients times their factors, shape (U,): one product of matrices."""
-        inputs, backprops = wide(self.inputs), wide(self.backprops)
+        inputs, backprops = wide(self.inputs, factors.dtype), wide(self.backprops, factors.dtype)
         # the narrower side is the cheaper one to scale
         rows = units.to_rows(factors).to(inputs.dtype).view(-1, 1, 1)
         if inputs.shape[2] < backprops.shape[2]:
@@ -133,14 +138,16 @@ class Looked:
     def __init__(self, ids: torch.Tensor, backprops: torch.Tensor, entries: int) -> None:
         self.ids, self.backprops, self._entries = ids, backprops, entries
 
-    def squares(self, units: Units) -> torch.Tensor:
-        """Squared norms, shape (U,): tokens of a unit with one id share a row of the gradient."""
+    def squares(self, units: Units) -> Squares:
+        """Squared norms, where a unit's tokens of one id share a row of the gradient, and what they would be if none cancelled."""
         keys = self.ids + units.owners.view(-1, 1) * self._entries
         different, places = torch.unique(keys, return_inverse=True)
         backprops = wide(self.backprops.flatten(0, 1))
         sums = backprops.new_zeros((len(different), backprops.shape[1])).index_add_(0, places.flatten(), backprops)
         owners = torch.div(different, self._entries, rounding_mode="floor")
-        return sums.new_zeros(units.count).index_add_(0, owners, dot(sums, sums))
+        squares = sums.new_zeros(units.count).index_add_(0, owners, dot(sums, sums))
+        lengths = torch.linalg.vector_norm(wide(self.backprops), dim=2).sum(1)
+        return squares, units.of_rows(lengths).square()
 
     def drop(self, units: Units, bad: torch.Tensor) -> None:
         """Make the gradients of some units, shape (U,), zero, whatever they were."""
@@ -148,7 +155,7 @@ class Looked:
 
     def summed(self, units: Units, factors: torch.Tensor) -> torch.Tensor:
         """The sum of the units' gradients times their factors, shape (U,)."""
-        backprops = wide(self.backprops)
+        backprops = wide(self.backprops, factors.dtype)
         backprops = backprops * units.to_rows(factors).to(backprops.dtype).view(-1, 1, 1)
         total = backprops.new_zeros((self._entries, backprops.shape[2]))
         return total.index_add_(0, self.ids.flatten(), backprops.flatten(0, 1))
@@ -165,14 +172,16 @@ class Looked:
 Record = Whole | Outer | Looked
 
 
-def squared_norms(records: Sequence[Record], units: Units) -> torch.Tensor:
-    """Squared norms, shape (U,), of the gradients of one parameter that was used in several places: |Σ g|² = Σ |g|² + 2 Σ ⟨g, h⟩."""
+def squared_norms(records: Sequence[Record], units: Units) -> Squares:
+    """Of the gradients of one parameter that was used in several places: |Σ g|² = Σ |g|² + 2 Σ ⟨g, h⟩."""
     total = torch.zeros(units.count, device=units.owners.device)
+    lengths = torch.zeros_like(total)
     for record in records:
-        total = total + (record.squares() if isinstance(record, Whole) else record.squares(units))
+        squares, uncancelled = record.squares(units)
+        total, lengths = total + squares, lengths + uncancelled.sqrt()
     for left, right in combinations(records, 2):
         total = total + 2 * _product(left, right, units)
-    return total
+    return total, lengths.square()
 
 
 def _product(left: Record, right: Record, units: Units) -> torch.Tensor:
@@ -195,6 +204,18 @@ def _product(left: Record, right: Record, units: Units) -> torch.Tensor:
             rows = torch.gather(gradients, 1, left.ids.unsqueeze(2).expand(-1, -1, gradients.shape[2]))
             return units.of_rows((rows * wide(left.backprops)).sum((1, 2)))
     raise TypeError(f"{type(left).__name__}, {type(right).__name__}")
+
+
+def _outer_squares(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """|Σ g_t x_tᵀ|² and Σ |g_t| |x_t|, shape (N, 2), of inputs (N, T, d) and output gradients (N, T, p)."""
+    x, g = wide(x), wide(g)
+    (tokens, d), p = x.shape[1:], g.shape[2]
+    if tokens * (d + p) <= 2 * d * p:
+        grams = torch.bmm(x, x.mT).mul_(torch.bmm(g, g.mT))
+        return torch.stack([grams.sum((1, 2)), grams.diagonal(dim1=1, dim2=2).sqrt().sum(1)], 1)
+    # long rows: the gradients, one at a time, cost less
+    squares = torch.stack([torch.linalg.vector_norm(b.t() @ a).square() for a, b in zip(x, g, strict=True)])
+    return torch.stack([squares, (torch.linalg.vector_norm(x, dim=2) * torch.linalg.vector_norm(g, dim=2)).sum(1)], 1)
 
 
 def _outer_product(x: torch.Tensor, g: torch.Tensor, y: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
