@@ -84,7 +84,7 @@ def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, 
 
 
 def _train(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
-    trainer = _trainer(plan)
+    trainer = trainer_of(plan)
     start = records.get_tensors(message.content, node.spool)
     trainer.model.load(start)  # what does not fit is refused before it is charged
     rows = _rows(node, plan, "train", trainer)
@@ -169,7 +169,7 @@ def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> RecordDic
     every = plan.evaluation.federated_every  # what the policy has permitted
     if not every or round % every:
         raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")
-    trainer = _trainer(plan)
+    trainer = trainer_of(plan)
     trainer.model.load(records.get_tensors(message.content, node.spool))
     rows = _rows(node, plan, "holdout", trainer)
     if not plan.private:
@@ -271,8 +271,8 @@ def _with_canaries(node: Node, plan: Plan, run: str, trainer: Trainer, rows: Row
 
 
 @lru_cache(maxsize=1)
-def _trainer(plan: Plan) -> Trainer:
-    """One model a process; imported here, so that an idle agent does not load torch."""
+def trainer_of(plan: Plan) -> Trainer:
+    """One model a process, made ready at the first call; imported here, so that an idle agent does not load torch."""
     from lichen.client.trainer import Trainer
 
     return Trainer(plan)

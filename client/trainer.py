@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lichen.common.batching import pass_cost, passes
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.lean import skip_unread
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients, Unit
 from lichen.common.privacy.randomness import RandomSource, poisson_sample
 from lichen.common.privacy.self_check import ROWS, self_check
+from lichen.common.privacy.single_backward.fused import fuse_lora
 from lichen.common.tasks import workbench
 
 if TYPE_CHECKING:
     from lichen.client.gate import Gate
-    from lichen.common.model.adapter import State
+    from lichen.common.model.adapter import State, TunedModel
     from lichen.common.plan import Plan
     from lichen.common.tasks.task import Encoded
 
@@ -45,7 +49,15 @@ class Trainer:
         self.plan = plan
         self.task, self.model, _ = workbench(plan)
         self._gradients: PerUnitGradients | None = None
-        if plan.private and not plan.central:
+        self._fused: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._lean = plan.local.compute == "lean"
+        self._pass_cost = pass_cost(self.model)
+        if self._lean:
+            skip_unread(self.model)
+        if not plan.private or plan.central:
+            if self._lean and plan.model.adapter.kind == "lora":
+                self._fused = _fused(self.model)
+        else:
             self._gradients = PerUnitGradients(self.model, self.task.losses, plan.local.max_physical_batch_size, plan.privacy.gradients)
             made_up = self.task.made_up(ROWS)
             try:
@@ -72,9 +84,10 @@ class Trainer:
         loss_sum, seen, steps = 0.0, 0, 0
         for batch in self._batches(len(data), source):
             optimizer.zero_grad(set_to_none=True)
-            for part in _chunks(batch, self.plan.local.max_physical_batch_size):
-                losses = self.task.losses(self.model.network, self.task.collate(data, part))
-                torch.autograd.backward(losses.sum() / len(batch))
+            for part in self._parts(batch, data):
+                with self._fused():
+                    losses = self.task.losses(self.model.network, self.task.collate(data, part))
+                    torch.autograd.backward(losses.sum() / len(batch))
                 loss_sum += float(losses.detach().sum())
             optimizer.step()
             seen += len(batch)
@@ -121,7 +134,8 @@ class Trainer:
         for _ in range(segment.steps):
             gate.step(Segment(optimizer.noise_multiplier, segment.sample_rate, 1))
             drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
-            self._gradients.step(optimizer, drawn, lambda rows: self.task.collate(data, rows))
+            lengths = data.lengths if self._lean else None
+            self._gradients.step(optimizer, drawn, lambda rows: self.task.collate(data, rows), lengths)
         return Trained(self._delta(start, segment.steps), segment.steps, None)
 
     def _seed_dropout(self, source: RandomSource) -> None:
@@ -155,6 +169,16 @@ class Trainer:
             batch, order = order[:size], order[size:]
             yield batch
 
+    def _parts(self, batch: list[int], data: Encoded) -> Iterator[list[int]]:
+        """A batch's rows by pass."""
+        most = self.plan.local.max_physical_batch_size
+        if self._lean:
+            for part in passes([1] * len(batch), [int(data.lengths[row]) for row in batch], most, self._pass_cost):
+                yield [batch[index] for index in part]
+        else:
+            for start in range(0, len(batch), most):
+                yield batch[start : start + most]
+
     def _delta(self, start: Mapping[str, torch.Tensor], steps: int) -> State:
         delta = {name: parameter.detach() - start[name] for name, parameter in self.model.trainable.items()}
         moved = {name for name, tensor in delta.items() if bool(tensor.any())}
@@ -171,6 +195,11 @@ class Trainer:
         return delta
 
 
-def _chunks(batch: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(batch), size):
-        yield batch[start : start + size]
+def _fused(model: TunedModel) -> Callable[[], AbstractContextManager[None]]:
+    """What runs LoRA's layers fused; nothing, where one of them has no such rule."""
+    try:
+        return fuse_lora(model.network).use
+    except LichenError as error:
+        if error.code is not Code.MODEL_DP_UNSUPPORTED:
+            raise
+        return nullcontext

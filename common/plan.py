@@ -132,6 +132,9 @@ class Local(Section):
     """Examples in a step; under differential privacy the expected number, unless `privacy.sample_rate` is given."""
     max_physical_batch_size: int = Field(default=32, ge=1)
     """Rows that pass through the model at once; larger batches are accumulated."""
+    compute: Literal["lean", "plain"] = "lean"
+    """`lean`: rows of about one length pass together, nothing is computed that the head does not read, LoRA is fused with its layer.
+    `plain`: batches as they are drawn, padded to `task.max_length`, by PEFT's own passes. Sums are the same but for rounding."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """The local optimizer; its state starts afresh each round, so clients are stateless."""
     learning_rate: Number = Field(default=1e-3, gt=0)

@@ -36,6 +36,9 @@ def simulate(
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA or by:FIELD; sets simulation.partition.")] = None,
     engine: Annotated[Engine, typer.Option(help="In this process, or on Flower's Ray (the extra `ray`).")] = Engine.INPROCESS,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a key of the plan.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train clients side by side; by default one a core (in-process only).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print result.json at the end.")] = False,
 ) -> None:
@@ -50,7 +53,7 @@ def simulate(
         overrides.append(f"simulation.partition={json.dumps(partition)}")
     found = load_plan(find_plan(plan), overrides)
     open_for(out, resume=resume, plan=found)  # before the rounds of another run are shown as this one's
-    result = run_shown(found, out, engine.value, Console(stderr=as_json), resume=resume)
+    result = run_shown(found, out, engine.value, Console(stderr=as_json), resume=resume, workers=workers)
     if as_json:
         typer.echo(result.model_dump_json(indent=2))
         return
@@ -62,7 +65,7 @@ def simulate(
     typer.echo(f"model and report: {out}/model, {out}/report.html")
 
 
-def run_shown(plan: Plan, out: Path, engine: str, console: Console, *, resume: bool) -> Result:
+def run_shown(plan: Plan, out: Path, engine: str, console: Console, *, resume: bool, workers: int | None = None) -> Result:
     """Run, and show the rounds as they end."""
     from lichen.coordinator.watch import follow
     from lichen.simulations.simulate import run
@@ -76,7 +79,7 @@ def run_shown(plan: Plan, out: Path, engine: str, console: Console, *, resume: b
     watcher = threading.Thread(target=follow, args=(out,), kwargs=shown, daemon=True)
     watcher.start()
     try:
-        return run(plan, out, engine, resume=resume, progress=tell)
+        return run(plan, out, engine, resume=resume, progress=tell, workers=workers)
     finally:
         done.set()
         watcher.join(timeout=10)

@@ -1,9 +1,9 @@
-"""A federation in one process: Flower's Grid, over clients that run one after another on one model."""
+"""A federation on one machine: Flower's Grid, over clients that run one after another on one model, or in several processes at once."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
+from lichen.simulations.workers import Work, Workers
 
 SERVER = 1
 FIRST = 2
@@ -32,12 +33,22 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         homes: the clients' node homes; a home's folder name is the client's name.
         run_id: of the run.
         progress: told of each client that is done.
+        fork: makes worker processes, before the first message is served; None to serve in this one.
     """
 
-    def __init__(self, client_app: ClientApp, homes: list[Path], run_id: int, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        client_app: ClientApp,
+        homes: list[Path],
+        run_id: int,
+        progress: Progress | None = None,
+        fork: Callable[[Work], Workers] | None = None,
+    ) -> None:
         self._app = client_app
         self._run_id = run_id
         self._progress = progress
+        self._fork = fork
+        self._workers: Workers | None = None
         self._contexts = {
             FIRST + number: Context(
                 run_id=run_id,
@@ -91,14 +102,26 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         return [self._work(self._pushed.pop(message_id)) for message_id in message_ids]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Run the clients one after another. A simulated client is never late: ``timeout`` is not used."""
+        """Run the clients. A simulated one is never late: ``timeout`` is not used."""
         asked = list(messages)
-        replies = []
-        for number, message in enumerate(asked, 1):
-            replies.append(self._work(message))
+        replies: dict[int, Message] = {}
+        for done, (number, reply) in enumerate(self._replies(asked), 1):
+            replies[number] = reply
             if self._progress:
-                self._progress(message.metadata.message_type, number, len(asked))
-        return replies
+                self._progress(asked[number].metadata.message_type, done, len(asked))
+        return [replies[number] for number in range(len(asked))]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._workers:
+            self._workers.close()
+
+    def _replies(self, messages: list[Message]) -> Iterator[tuple[int, Message]]:
+        if self._fork is None:
+            return ((number, self._work(message)) for number, message in enumerate(messages))
+        if self._workers is None:
+            self._workers = self._fork(self._work)
+        return self._workers.replies(messages)
 
     def _work(self, message: Message) -> Message:
         return self._app(message, self._contexts[message.metadata.dst_node_id])

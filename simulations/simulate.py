@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from lichen.coordinator.run_directory import RunDirectory, open_for
 from lichen.simulations.datasets import Row, load_spec, split_validation
 from lichen.simulations.engine import InProcessGrid, Progress
 from lichen.simulations.partition import partition, write_node_homes
+from lichen.simulations.workers import Work, Workers, layout
 
 if TYPE_CHECKING:
     from lichen.common.plan import Plan
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: Progress | None = None) -> Result:
+def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: Progress | None = None, workers: int | None = 1) -> Result:
     """Simulate a plan.
 
     Args:
@@ -30,6 +33,7 @@ def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: P
         engine: ``inprocess`` or ``ray``.
         resume: go on with the run in ``out``.
         progress: told of each client that is done (in-process only).
+        workers: processes that serve the clients (in-process only); None: one a core. One serves them in this process.
 
     Returns:
         The run's result, as in `result.json`.
@@ -52,9 +56,42 @@ def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: P
 
         run_on_ray(server_app, client_app, homes, config, threads=1)
     else:
-        grid = InProcessGrid(client_app, homes, run_id, progress)
-        server_app(grid, Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=config))
+        with _forking(plan, *layout(plan.cohort.size, workers)) as fork:
+            grid = InProcessGrid(client_app, homes, run_id, progress, fork)
+            try:
+                server_app(grid, Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=config))
+            finally:
+                grid.close()
     return read_result(out)
+
+
+@contextmanager
+def _forking(plan: Plan, count: int, threads: int) -> Iterator[Callable[[Work], Workers] | None]:
+    """What forks the workers, or None for one process; torch's threads are afterwards what they were.
+
+    Until the fork torch may have one thread only: a process that is forked while others exist waits for them for ever.
+    """
+    if count == 1:
+        yield None
+        return
+    import torch
+
+    from lichen.client.app import trainer_of
+
+    before = torch.get_num_threads()
+
+    def fork(work: Work) -> Workers:
+        with suppress(LichenError):  # then every client's own reply tells
+            trainer_of(plan)
+        workers = Workers(count, threads, work)
+        torch.set_num_threads(before)  # the coordinator scores while the workers wait
+        return workers
+
+    torch.set_num_threads(1)
+    try:
+        yield fork
+    finally:
+        torch.set_num_threads(before)
 
 
 def deal(plan: Plan, root: Path) -> tuple[list[Path], dict[str, str]]:

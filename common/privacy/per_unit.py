@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
+from lichen.common.batching import pass_cost, passes
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.randomness import SecretSource, add_noise
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lichen.common.model.adapter import TunedModel
     from lichen.common.privacy.randomness import RandomSource
     from lichen.common.tasks.task import Batch
@@ -75,15 +79,31 @@ class PerUnitGradients:
         self._max_rows = max_rows
         self._engine = _engine(engine, model.network)
 
-    def step(self, optimizer: NoisyOptimizer, units: Sequence[Unit], collate: Callable[[Sequence[int]], Batch]) -> None:
+    @cached_property
+    def _pass_cost(self) -> float:
+        return pass_cost(self.model)
+
+    def step(
+        self,
+        optimizer: NoisyOptimizer,
+        units: Sequence[Unit],
+        collate: Callable[[Sequence[int]], Batch],
+        lengths: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
         """Clip each unit's gradient, sum, and let the optimizer add its noise and step.
 
         An empty draw takes a step of noise alone: leaving it out would tell that the draw was empty.
 
+        Args:
+            optimizer: steps once.
+            units: what was drawn.
+            collate: a batch of the given rows.
+            lengths: tokens of each row of the data, by which units are dealt to passes; None: in their order.
+
         Raises:
             LichenError: MODEL_DP_UNSUPPORTED, if the forward pass does what the engine can't follow.
         """
-        packs = self._packs(units)
+        packs = self._packs(units) if lengths is None else self._packs_by_length(units, lengths)
         for number, pack in enumerate(packs):
             optimizer.zero_grad(set_to_none=True)
             optimizer.take(self._clipped_sum(pack, collate, optimizer.max_grad_norm))
@@ -102,6 +122,12 @@ class PerUnitGradients:
             packs[-1].append(unit)
             rows += len(unit)
         return packs
+
+    def _packs_by_length(self, units: Sequence[Unit], lengths: Sequence[int] | np.ndarray) -> list[list[Unit]]:
+        """Units of about one length together: of `_packs`' bounds, those that pad least."""
+        longest = [max(int(lengths[row]) for row in unit) for unit in units]
+        found = passes([len(unit) for unit in units], longest, self._max_rows, self._pass_cost)
+        return [[units[index] for index in pack] for pack in found] or [[]]
 
     def _clipped_sum(
         self, units: Sequence[Unit], collate: Callable[[Sequence[int]], Batch], clip: float

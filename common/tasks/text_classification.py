@@ -200,6 +200,8 @@ class TextClassification:
 
     def _pad(self, rows: list[np.ndarray]) -> Batch:
         length = max((len(row) for row in rows), default=0) or 1  # an empty text has no token in some tokenizers
+        if self.plan.local.compute == "plain":
+            length = self.plan.task.max_length
         ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id), dtype=torch.int64)
         mask = torch.zeros((len(rows), length), dtype=torch.int64)
         for index, row in enumerate(rows):

@@ -142,7 +142,7 @@ def test_rows_that_arrive_train_when_the_old_ones_are_spent(tmp_path: Path, tiny
     assert records_of(home) == [("train", 40), ("train", 20)]
     with Ledger(home) as ledger:
         assert sorted(ledger.entries()[-1].charged) == [2]
-    rows = client_app._rows(client_app.Node(context(home)), plan, "train", client_app._trainer(plan))
+    rows = client_app._rows(client_app.Node(context(home)), plan, "train", client_app.trainer_of(plan))
     assert rows.readable_units(frozenset({2})) == [[row] for row in range(40, 60)]
 
 
@@ -156,7 +156,7 @@ def test_an_entity_brings_its_rows_and_its_own_history(tmp_path: Path, tiny_rows
     # new rows of an old patient, old rows under new names, and a new patient
     more = [{**row, "who": who} for row, who in zip(unlike(tiny_rows(6), "y"), [0, 0, 0, 7, 7, 7], strict=True)]
     write_rows(home, [*more, *({**row, "who": 9} for row in rows[:6])])
-    read = client_app._rows(client_app.Node(context(home)), plan, "train", client_app._trainer(plan))
+    read = client_app._rows(client_app.Node(context(home)), plan, "train", client_app.trainer_of(plan))
     assert dict(zip((tuple(unit) for unit in read.units), read.read_from, strict=True)) == {
         (0, 1, 2): {1, 2},
         (3, 4, 5): {2},
@@ -170,7 +170,7 @@ def test_an_evaluation_reads_no_row_that_is_spent(
 ) -> None:
     home = write_home(tmp_path / "home", unlike(tiny_rows(60), "x"), holdout=0.5)
     plan = plan_of(evaluation={"federated_every": 1})
-    node, trainer = client_app.Node(context(home)), client_app._trainer(plan)
+    node, trainer = client_app.Node(context(home)), client_app.trainer_of(plan)
     before = len(client_app._rows(node, plan, "holdout", trainer).units)
     with Ledger(home) as ledger:
         ledger.write_off()

@@ -464,7 +464,7 @@ def test_entities_are_units(tmp_path: Path, tiny_rows: Rows, plan_of: Callable[.
         tmp_path / "node", with_patients(tiny_rows(40)), fields={"text": "text", "label": "label", "patient": "who"}, holdout=0.0
     )
     plan = plan_of(privacy={"unit": "entity", "unit_field": "patient"})
-    rows = client_app._rows(client_app.Node(context_of(home)), plan, "train", client_app._trainer(plan))
+    rows = client_app._rows(client_app.Node(context_of(home)), plan, "train", client_app.trainer_of(plan))
     owners = load(home, "train", ("patient",)).column("patient")
     assert len(rows.units) == 7
     assert sorted(row for unit in rows.units for row in unit) == list(range(40))
@@ -518,7 +518,7 @@ def test_a_model_that_fails_its_check_fails_it_again(home: Path, plan_of: Callab
         raise LichenError(Code.PRIVACY_SELF_CHECK, SECRET)
 
     tasks.workbench.cache_clear()
-    client_app._trainer.cache_clear()
+    client_app.trainer_of.cache_clear()
     plan = plan_of(seed=5)
     monkeypatch.setattr(trainer, "self_check", fail)
     for _ in range(2):

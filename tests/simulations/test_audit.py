@@ -88,7 +88,7 @@ def mean_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "NoisyOptimizer", optimizer(noise_multiplier=1 / DRAWN, expected_batch_size=1 / DRAWN))
     real = PerUnitGradients.step
 
-    def step(self: PerUnitGradients, optimizer: Any, units: Any, collate: Any) -> None:
+    def step(self: PerUnitGradients, optimizer: Any, units: Any, collate: Any, lengths: Any) -> None:
         real(self, optimizer, [[row for unit in units for row in unit]], collate)  # a unit's gradient is the mean of its rows'
 
     monkeypatch.setattr(PerUnitGradients, "step", step)

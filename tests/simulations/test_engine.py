@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.simulations.engine import InProcessGrid, Progress
+from lichen.simulations.workers import Workers, layout
 
 NAMES = ("client-0", "client-1", "client-2")
 
@@ -101,3 +105,61 @@ def test_there_is_no_flower_run_record() -> None:
     with pytest.raises(LichenError) as caught:
         _ = grid_of().run
     assert caught.value.code is Code.INTERNAL
+
+
+# --- worker processes ------------------------------------------------------------------------------------------------------------
+
+
+def forked(app: ClientApp, count: int = 2) -> Iterator[InProcessGrid]:
+    grid = InProcessGrid(app, [Path("/homes") / name for name in NAMES], 7, fork=lambda work: Workers(count, 1, work))
+    try:
+        yield grid
+    finally:
+        grid.close()
+
+
+def with_payload(grid: InProcessGrid, data: bytes, group: str = "1") -> list[Message]:
+    payload = ArrayRecord({"payload": Array(dtype="uint8", shape=(len(data),), stype="test", data=data)})
+    return [grid.create_message(RecordDict({"payload": payload}), records.TRAIN, node, group) for node in grid.get_node_ids()]
+
+
+def test_workers_answer_in_the_order_asked_each_with_its_own_payload_and_round() -> None:
+    app = ClientApp()
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def serve(message: Message, context: Context) -> Message:
+        data = message.content.array_records["payload"]["payload"].data
+        told = {"name": str(context.node_config["name"]), "data": data, "process": os.getpid()}
+        return records.reply(message, RecordDict({"told": ConfigRecord(told)}))
+
+    for grid in forked(app):
+        processes = set()
+        for number in range(5):  # later payloads may lie where earlier ones did
+            replies = grid.send_and_receive(with_payload(grid, bytes([number]) * 100_000, str(number)))
+            assert [told(reply)["name"] for reply in replies] == list(NAMES)
+            assert {told(reply)["data"] for reply in replies} == {bytes([number]) * 100_000}
+            processes |= {told(reply)["process"] for reply in replies}
+        assert os.getpid() not in processes
+        assert 1 <= len(processes) <= 2
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_reason() -> None:
+    app = ClientApp()
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def serve(message: Message, context: Context) -> Message:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return message
+
+    for grid in forked(app):
+        with pytest.raises(LichenError, match="exit code -9") as caught:
+            grid.send_and_receive(with_payload(grid, b"x"))
+        assert caught.value.code is Code.INTERNAL
+
+
+def test_the_layout_is_a_process_a_core_and_no_more_than_there_are_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert layout(100) == (8, 1)
+    assert layout(3) == (3, 2)
+    assert layout(100, 2) == (2, 4)
+    assert layout(100, 1) == (1, 8)

@@ -73,6 +73,13 @@ def test_it_repeats_bit_for_bit_and_another_seed_differs(play: Play) -> None:
     assert [told.train_loss for told in first.rounds] == [told.train_loss for told in second.rounds]
 
 
+@pytest.mark.parametrize("privacy", [{"unit": "none"}, PRIVATE])
+def test_workers_give_the_bytes_of_one_process(play: Play, csv_plan: dict[str, Any], tmp_path: Path, privacy: dict[str, Any]) -> None:
+    _, alone = play(privacy=privacy)
+    run(parse_plan(csv_plan | {"privacy": privacy}), tmp_path / "workers", "inprocess", workers=2)
+    assert digest(alone) == digest(tmp_path / "workers")
+
+
 def test_private_runs_repeat_too_and_keep_to_the_plans_epsilon(play: Play) -> None:
     (result, one), (again, two) = play(privacy=PRIVATE), play(privacy=PRIVATE)
     assert digest(one) == digest(two)
