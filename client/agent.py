@@ -213,4 +213,5 @@ def _assignment(message: Message) -> tuple[Plan, int]:
     plan = plan_from_json(assignment.plan)
     if plan.sha256() != assignment.plan_sha256:
         raise LichenError(Code.POLICY_REFUSED, f"the plan's digest is {plan.sha256()}, not {assignment.plan_sha256}", where=plan.name)
+    records.check_round(assignment.round, plan.rounds)
     return plan, assignment.round

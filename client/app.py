@@ -18,7 +18,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from lichen.client import canaries
-from lichen.client.data import Split, fingerprints, home_key, load, read_manifest, stamp
+from lichen.client.data import Split, fingerprints, home_key, load, read_manifest, said, stamp
 from lichen.client.gate import Gate
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit, Limits
@@ -71,6 +71,7 @@ def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, 
         assignment = records.from_config(records.Assignment, message.content.config_records["assignment"])
         plan = plan_from_json(assignment.plan)
         private = plan.private
+        records.check_round(assignment.round, plan.rounds)
         node = Node(context)
         if not node.simulated:
             enforce(node.home, plan, datetime.now().astimezone())
@@ -126,7 +127,7 @@ def _train_private(
         try:
             trained = trainer.train_private(start, rows.encoded, units, segment, rows.declared_size, round, source, Gate(segment))
         finally:
-            ledger.released("train", run, message_id)  # after a failure too: its number tells of the noised steps
+            ledger.released("train", run, message_id, again=node.simulated)  # after a failure too: its number tells of the noised steps
         report = records.TrainReport(
             client=node.name,
             round=round,
@@ -186,7 +187,7 @@ def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> RecordDic
             readable = rows.encoded.select([row for unit in rows.readable_units(grant.readable) for row in unit])
             scores = trainer.task.score(trainer.model.network, readable, plan.evaluation.batch_size)
             noise = _source(node, "holdout", plan.seed, node.name, round).normal(scores.counts.shape, segment.noise_multiplier)
-            ledger.released("holdout", run, message_id)
+            ledger.released("holdout", run, message_id, again=node.simulated)
         # whole noise: the fraction of a sum of a count and a float would tell the count (Mironov 2012)
         counts = (scores.counts + noise.round().numpy()).flatten().tolist()
         report = records.EvaluateReport(client=node.name, round=round, counts=counts, noise_multiplier=segment.noise_multiplier)
@@ -238,7 +239,8 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: 
     columns = {field: data.column(field) for field in data.fields}
     encoded = trainer.task.encode({field: columns[field] for field in trainer.task.fields})
     owners: dict[object, list[int]] = {}
-    for row, owner in enumerate(columns[entity] if entity else range(len(data))):
+    # by the name that the ledger knows: a patient who is written in two ways is one, and clipped as one
+    for row, owner in enumerate(map(said, columns[entity]) if entity else range(len(data))):
         owners.setdefault(owner, []).append(row)
     units = list(owners.values())
     if not plan.private:

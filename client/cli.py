@@ -241,7 +241,7 @@ def ledger(
         else:
             by = "PLD: one run, its parameters fixed" if row["bound"] == "pld" else f"RDP filter, {row['runs']} runs"
             typer.echo(f"{of}: ε = {row['epsilon']:.3f} ({by}); {row['left']:.3f} is left")
-    typer.echo(f"at δ = {limit.delta:g}: ε ≤ {facts['record']:.3f} for a record, {facts['person']:.3f} for a person with records in all")
+    typer.echo(f"ε ≤ {facts['record']:.3f} at δ = {facts['delta']:g} for one record; for all of a person's records together it is more")
 
 
 @app.command()

@@ -285,11 +285,15 @@ def home_key(home: Path) -> str:
     return hashlib.blake2b(read_manifest(home).holdout_key.encode(), digest_size=8, person=b"lichen-home").hexdigest()
 
 
+def said(value: object) -> str:
+    """What a value says: a text's words, whatever the white space between them and their Unicode form."""
+    return " ".join(normalize("NFC", value).split()) if isinstance(value, str) else repr(value)
+
+
 def fingerprints(key: bytes, kind: str, columns: Sequence[Sequence[Any]]) -> list[int]:
     """64 keyed bits of each record's content, for the ledger: the same wherever and however the record is stored.
 
-    Texts count by their words: other white space or another Unicode form of the same text is no other record. Two records that are taken
-    for one share a history, which is on the safe side.
+    Values count by what they say (`said`). Two records that are taken for one share a history, which is on the safe side.
 
     Args:
         key: the ledger's secret.
@@ -301,7 +305,7 @@ def fingerprints(key: bytes, kind: str, columns: Sequence[Sequence[Any]]) -> lis
     for values in zip(*columns, strict=True):
         digest = start.copy()
         for value in values:
-            data = (" ".join(normalize("NFC", value).split()) if isinstance(value, str) else repr(value)).encode()
+            data = said(value).encode()
             digest.update(len(data).to_bytes(8, "big") + data)
         found.append(int.from_bytes(digest.digest(), "big", signed=True))
     return found

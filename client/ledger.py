@@ -13,7 +13,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,8 +143,11 @@ class Ledger(Database):
             whole: all steps with the noise that was planned, or none.
 
         Raises:
-            LichenError: PRIVACY_BUDGET, if nothing that was read has enough left, or if other steps on it protected another unit.
+            LichenError: PRIVACY_BUDGET, if nothing that was read has enough left, or if other steps on it protected another unit;
+                INTERNAL for no steps, or fewer than none ahead.
         """
+        if planned.steps < 1 or ahead < 0:
+            raise LichenError(Code.INTERNAL, f"{planned.steps} steps to reserve, {ahead} ahead")
         with self._transaction() as db:
             for entry in reversed(self._book.history(run=run)):
                 same = (entry.split, entry.message_id, entry.unit, entry.planned_noise, entry.segment.sample_rate)
@@ -156,18 +159,32 @@ class Ledger(Database):
             grants = {number: self._affordable(number, run, planned, limits, ahead) for number in reads}
             usable = {number: granted for number, granted in grants.items() if granted and (granted == planned or not whole)}
             if reads and not usable:
-                raise LichenError(
-                    Code.PRIVACY_BUDGET,
-                    f"not one more step fits: this run may spend ε = {limits.run.epsilon:g}"
-                    + (f", all runs together {limits.life.epsilon:g}" if limits.life else ""),
-                    where=str(self.path),
-                    fix="`lichen client ledger` shows what was spent, and by which run.",
-                )
-            noise = max((granted.noise_multiplier for granted in usable.values()), default=planned.noise_multiplier)
-            steps = min((granted.steps for granted in usable.values()), default=planned.steps)
+                raise _spent(self.path, limits)
+            segment, readable = self._together(usable, run, planned, limits)
+            if reads and not readable:
+                raise _spent(self.path, limits)
+            self._reserve(db, split, run, message_id, round, segment, planned.noise_multiplier, limits.unit, readable, time.time())
+            return Grant(segment, readable)
+
+    def _together(self, usable: Mapping[int, Segment], run: str, planned: Segment, limits: Limits) -> tuple[Segment, frozenset[int]]:
+        """One kind of steps for all data segments, the most noise and the fewest that any needs, and the segments that can pay those.
+
+        What fits one with its own noise may not fit with another's: it makes a history of two kinds, which another bound holds.
+        """
+        left = dict(usable)
+        while True:
+            noise = max((granted.noise_multiplier for granted in left.values()), default=planned.noise_multiplier)
+            steps = min((granted.steps for granted in left.values()), default=planned.steps)
             segment = Segment(noise, planned.sample_rate, steps)
-            self._reserve(db, split, run, message_id, round, segment, planned.noise_multiplier, limits.unit, usable, time.time())
-            return Grant(segment, frozenset(usable))
+            if fitting := {number: granted for number, granted in left.items() if self._fits(number, run, segment, limits.life)}:
+                if len(fitting) == len(left):
+                    return segment, frozenset(left)
+                left = fitting
+            else:
+                return segment, frozenset()
+
+    def _fits(self, number: int, run: str, segment: Segment, life: Limit | None) -> bool:
+        return life is None or bound(self._book.history(number), life, (run, segment)).epsilon <= life.epsilon
 
     def _affordable(self, number: int, run: str, planned: Segment, limits: Limits, ahead: int) -> Segment | None:
         """What one data segment can still pay of ``planned``: with the least noise that does, or fewer steps; None for nothing."""
@@ -181,9 +198,8 @@ class Ledger(Database):
         self._same_unit(history, limits.unit)
         life, rest = limits.life, steps + (ahead if steps == planned.steps else 0)
 
-        def fits(noise: float, total: int = rest) -> bool:
-            more = Segment(noise, planned.sample_rate, total)
-            return bound(history, life, (run, more)).epsilon <= life.epsilon
+        def fits(noise: float) -> bool:
+            return self._fits(number, run, Segment(noise, planned.sample_rate, rest), life)
 
         # a run keeps the noise that it was given, unless more was spent meanwhile than was foreseen
         least = max([planned.noise_multiplier, *(segment.noise_multiplier for segment in own)])
@@ -193,12 +209,29 @@ class Ledger(Database):
             return Segment(noise, planned.sample_rate, steps)
         return None
 
-    def released(self, split: Split, run: str, message_id: str) -> None:
-        """Note that the result of a reservation may leave from now on."""
+    def released(self, split: Split, run: str, message_id: str, *, again: bool = False) -> None:
+        """Note that the result of a reservation may leave from now on: once, whoever else took the same message for its own.
+
+        Args:
+            split: as in `reserve`.
+            run: as in `reserve`.
+            message_id: as in `reserve`.
+            again: whether the same result may leave another time (`Limits.repeats`).
+
+        Raises:
+            LichenError: PRIVACY_BUDGET, if it has left already; then this one may not.
+        """
         with self._transaction() as db:
             own = [e for e in self._book.history(run=run) if (e.split, e.message_id, e.released_at) == (split, message_id, None)]
             if own:
                 self._append(db, {"kind": "release", "entries": [entry.sequence for entry in own], "at": time.time()})
+            elif not again:
+                raise LichenError(
+                    Code.PRIVACY_BUDGET,
+                    f"what was reserved for message {message_id} of run {run} was used by another process of this user",
+                    where=str(self.path),
+                    fix="One result left. This one stays here; the coordinator may ask again, which is paid again.",
+                )
 
     # --- what was spent ---
 
@@ -441,6 +474,16 @@ def _entries_of_format_1(db: sqlite3.Connection) -> list[Entry]:
         Entry(0, split, run, message_id, number, Segment(noise, rate, steps), noise, unit, frozenset(), at, left)
         for split, run, message_id, number, noise, rate, steps, unit, at, left in rows
     ]
+
+
+def _spent(path: Path, limits: Limits) -> LichenError:
+    together = f", all runs together {limits.life.epsilon:g}" if limits.life else ""
+    return LichenError(
+        Code.PRIVACY_BUDGET,
+        f"not one more step fits: this run may spend ε = {limits.run.epsilon:g}{together}",
+        where=str(path),
+        fix="`lichen client ledger` shows what was spent, and by which run.",
+    )
 
 
 def _digest(fingerprints: Sequence[int]) -> str:

@@ -161,8 +161,8 @@ def bound(history: Sequence[Entry], life: Limit, more: tuple[str, Segment] | Non
     """ε of a data segment's history, and perhaps of more steps of a run.
 
     One run with one kind of steps had its parameters fixed in its plan: the sequence is one mechanism, and PLD bounds it. Anything else
-    may have been chosen by what earlier steps released; a filter admits it, whose order follows from the first steps alone. A history
-    that PLD admits and the filter does not admits nothing more, so that one δ is enough for both.
+    may have been chosen by what earlier steps released; a filter admits it, whose order follows from the first steps alone. Which of the
+    two bounds a life ends under may follow from releases too, so that over a life δ counts twice, once for each (a union bound).
     """
     steps = [entry.segment for entry in history] + ([more[1]] if more else [])
     runs = {entry.run for entry in history} | ({more[0]} if more else set())

@@ -6,7 +6,6 @@ from typing import Any
 
 from lichen.client.ledger import Ledger
 from lichen.client.ledger_book import DataSegment, Entry, Limit
-from lichen.common.privacy.accounting import epsilon
 
 
 def spending(ledger: Ledger, limit: Limit) -> dict[str, Any]:
@@ -17,8 +16,9 @@ def spending(ledger: Ledger, limit: Limit) -> dict[str, Any]:
         limit: the bound for life.
 
     Returns:
-        ``runs`` (by split, run and mechanism), ``segments``, ``splits`` (the largest of their segments), ``record`` (ε of a record: the
-        largest of all segments), ``person`` (of someone with records in all of them: the sum), and what they are measured by.
+        ``runs`` (by split, run and mechanism), ``segments``, ``splits`` (the largest of the segments that were read as such), ``record``
+        (ε of one record: the largest of all segments) and its ``delta``. Of a person with several records nothing is said: they were
+        drawn into the same steps, so that their ε do not add up.
 
     Raises:
         LichenError: LEDGER_BROKEN.
@@ -28,19 +28,19 @@ def spending(ledger: Ledger, limit: Limit) -> dict[str, Any]:
     told = [_segment(ledger, limit, segment, entries) for segment in segments]
     splits = []
     for split in dict.fromkeys(entry.split for entry in entries):
-        largest = max((row for row in told if row["split"] == split), key=lambda row: row["epsilon"], default=None)
+        read = set[int]().union(*(entry.charged for entry in entries if entry.split == split))
+        largest = max((row for row in told if row["segment"] in read), key=lambda row: row["epsilon"], default=None)
         if largest is not None:
             splits.append({"split": split, **{key: largest[key] for key in ("epsilon", "bound", "left")}})
     return {
         "ledger": str(ledger.path),
         "entries": verified,
-        "delta": limit.delta,
+        "delta": limit.delta * (2 if any(row["bound"] == "rdp-filter" for row in told) else 1),
         "max_epsilon": limit.epsilon,
-        "runs": _runs(entries, limit),
+        "runs": _runs(ledger, entries, limit),
         "splits": splits,
         "segments": told,
         "record": max((row["epsilon"] for row in told), default=0.0),
-        "person": sum(row["epsilon"] for row in told),
     }
 
 
@@ -59,7 +59,7 @@ def _segment(ledger: Ledger, limit: Limit, segment: DataSegment, entries: list[E
     }
 
 
-def _runs(entries: list[Entry], limit: Limit) -> list[dict[str, Any]]:
+def _runs(ledger: Ledger, entries: list[Entry], limit: Limit) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str, float, float], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((entry.split, entry.run, entry.segment.noise_multiplier, entry.segment.sample_rate), []).append(entry)
@@ -72,7 +72,7 @@ def _runs(entries: list[Entry], limit: Limit) -> list[dict[str, Any]]:
             "steps": sum(entry.segment.steps for entry in own),
             "noise_multiplier": noise,
             "sample_rate": rate,
-            "epsilon": epsilon([entry.segment for entry in entries if (entry.split, entry.run) == (split, run)], limit.delta),
+            "epsilon": ledger.run_epsilon(run, own[0].split, limit.delta),
             "first": own[0].reserved_at,
             "last": own[-1].reserved_at,
         }

@@ -100,6 +100,16 @@ class EvaluateReport(_Record):
     loss_sum: Annotated[float | None, Rule.PLAIN] = None
 
 
+def check_round(round: int, rounds: int) -> None:
+    """Refuse a round that the plan has not: what it leaves for later rounds would be less than nothing.
+
+    Raises:
+        LichenError: FRAME_INVALID.
+    """
+    if not 1 <= round <= rounds:
+        raise LichenError(Code.FRAME_INVALID, f"round {round} of a plan of {rounds}", where="Assignment")
+
+
 def check_release(report: TrainReport | EvaluateReport, *, private: bool, central: bool = False) -> None:
     """Refuse to let a field out that its rule keeps in.
 

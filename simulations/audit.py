@@ -290,7 +290,7 @@ def in_words(found: Audit) -> list[str]:
     told = []
     sure = f"{100 * found.confidence:g} %"
     if found.epsilon_at_least is None:
-        told.append("The plan has no canaries (privacy.audit.canaries), so there is no lower bound on ε.")
+        told.append("There are fewer than two canaries (the plan's privacy.audit.canaries), so there is no lower bound on ε.")
     else:
         told.append(
             f"With {sure} confidence ε ≥ {found.epsilon_at_least:.3f}"

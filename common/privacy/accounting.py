@@ -49,7 +49,9 @@ def _merged(history: Sequence[Segment]) -> tuple[Segment, ...]:
     """The steps of each mechanism together, in one order: what a bound depends on."""
     merged: dict[tuple[float, float], int] = {}
     for segment in history:
-        if segment.steps > 0:
+        if segment.steps < 0:  # it would take back what other steps cost
+            raise LichenError(Code.INTERNAL, f"{segment} in a privacy history")
+        if segment.steps:
             key = (segment.noise_multiplier, segment.sample_rate)
             merged[key] = merged.get(key, 0) + segment.steps
     return tuple(Segment(*key, steps) for key, steps in sorted(merged.items()))

@@ -97,6 +97,18 @@ def test_rows_that_are_moved_from_the_hold_out_to_training_take_their_history_al
         assert ledger.spent(2, LIFE).epsilon > epsilon(moved, 1e-5)  # of an evaluation and a training, by the filter
 
 
+@pytest.mark.parametrize("kind", [records.TRAIN, records.EVALUATE])
+@pytest.mark.parametrize("round", [-1, 0, 3, 2**40])
+def test_a_round_that_the_plan_has_not_is_refused_and_costs_nothing(
+    tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan], round: int, kind: str
+) -> None:
+    """«Round 3 of 2» would leave less than no steps ahead, and the bound for life would count them off."""
+    home = write_home(tmp_path / "home", unlike(tiny_rows(30), "x"))
+    reply = ask(home, plan_of(rounds=2, evaluation={"federated_every": 1}), round=round, kind=kind)
+    assert reply.error.code == Code.FRAME_INVALID
+    assert not (home / "ledger.sqlite").exists()
+
+
 @pytest.mark.parametrize("change", ["order", "format", "space", "label", "copied", "another column's name"])
 def test_rows_that_are_exported_again_are_the_same_records(
     tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan], change: str, monkeypatch: pytest.MonkeyPatch
@@ -144,6 +156,15 @@ def test_rows_that_arrive_train_when_the_old_ones_are_spent(tmp_path: Path, tiny
         assert sorted(ledger.entries()[-1].charged) == [2]
     rows = client_app._rows(client_app.Node(context(home)), plan, "train", client_app.trainer_of(plan))
     assert rows.readable_units(frozenset({2})) == [[row] for row in range(40, 60)]
+
+
+def test_an_entity_that_is_written_in_several_ways_is_one_unit(tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan]) -> None:
+    names = ["Jos\u00e9", "Jose\u0301", "Ann Lee", " Ann  Lee", "Ann\u00a0Lee", "Eve"]
+    rows = [row | {"patient": name} for row, name in zip(unlike(tiny_rows(6), "x"), names, strict=True)]
+    home = write_home(tmp_path / "home", rows, holdout=0.0, fields={**FIELDS, "patient": "patient"})
+    plan = plan_of(privacy={"unit": "entity", "unit_field": "patient"})
+    read = client_app._rows(client_app.Node(context(home)), plan, "train", client_app.trainer_of(plan))
+    assert read.units == [[0, 1], [2, 3, 4], [5]]
 
 
 def test_an_entity_brings_its_rows_and_its_own_history(tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan]) -> None:

@@ -405,7 +405,8 @@ def test_rounds_are_paid_and_the_budget_ends(home: Path, plan_of: Callable[..., 
         spent = ledger.spent(1, LIFE)
     assert spent.bound == "pld"
     assert 5.9 < spent.epsilon <= 6.0
-    bare_number(ask(home, plan, 3), Code.PRIVACY_BUDGET)
+    bare_number(ask(home, plan, 3), Code.FRAME_INVALID)
+    bare_number(ask(home, plan, 2, message_id="again"), Code.PRIVACY_BUDGET)
     # runs of other names have the life's budget against them, 8 by default: they pay by more noise
     noises = []
     while not (reply := ask(home, plan, 1, run=8 + len(noises))).has_error():
@@ -421,7 +422,7 @@ def test_rounds_are_paid_and_the_budget_ends(home: Path, plan_of: Callable[..., 
 
 def test_another_plan_under_the_same_message_id_pays(home: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """A message whose training was cut short; then the same id with a plan of less noise."""
-    monkeypatch.setattr(Ledger, "released", lambda *_: None)
+    monkeypatch.setattr(Ledger, "released", lambda *_, **__: None)
     report_of(ask(home, plan_of(privacy={"epsilon": 0.5}), message_id="same"))
     weak = report_of(ask(home, plan_of(privacy={"epsilon": 8.0}), message_id="same"))
     with Ledger(home) as ledger:

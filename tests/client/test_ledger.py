@@ -61,7 +61,7 @@ def test_what_repeats_bit_for_bit_pays_once(tmp_path: Path) -> None:
     with Ledger(tmp_path) as ledger:
         for _ in range(3):
             assert reserve(ledger, "train", "r", "m", 1, STEP, limits(100, repeats=True)) == 20
-            ledger.released("train", "r", "m")
+            ledger.released("train", "r", "m", again=True)
         assert steps_of(ledger) == 20
 
 

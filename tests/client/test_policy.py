@@ -130,15 +130,6 @@ def test_unnoised_updates_only_where_the_owner_allows_them(tmp_path: Path) -> No
     permits(policy(tmp_path, unnoised_updates_to_coordinator="allow"), plan(privacy={"unit": "none"}))
 
 
-def test_what_was_spent_counts(tmp_path: Path) -> None:
-    owner = policy(tmp_path, privacy={"max_epsilon": 10, "max_delta": 2e-5})
-    permits(owner, plan(), epsilon_spent=2.0, delta_spent=1e-5)
-    assert (
-        told(owner, plan(), epsilon_spent=2.5) == "privacy.epsilon asks 8 after 2.5 that other runs spent; privacy.max_epsilon permits 10"
-    )
-    assert "privacy.max_delta" in told(owner, plan(), delta_spent=1.1e-5)
-
-
 def test_models_by_digest_fail_closed(tmp_path: Path) -> None:
     owner = policy(tmp_path, models=[f"sha256:{DIGEST}", "known/name"])
     permits(owner, plan(model={"base": "known/name"}))

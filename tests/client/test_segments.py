@@ -34,6 +34,45 @@ def refused(code: Code, call: Callable[[], object]) -> LichenError:
     return caught.value
 
 
+def test_what_two_processes_took_for_their_own_leaves_once(tmp_path: Path) -> None:
+    """Two homes with copies of the same rows, asked with one message id at one time."""
+    with Ledger(tmp_path) as one, Ledger(tmp_path) as other:
+        reads = set(one.assign("train", [1, 2], "a"))
+        for ledger in (one, other):
+            ledger.reserve("train", "r", "m", 1, STEP, limits(), reads)
+        one.released("train", "r", "m")
+        refused(Code.PRIVACY_BUDGET, lambda: other.released("train", "r", "m"))
+        other.released("train", "r", "m", again=True)  # a simulation's, bit for bit the same
+        assert len(one.entries()) == 1
+
+
+def test_no_steps_and_fewer_than_none_ahead_are_refused(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        reads = set(ledger.assign("train", [1]))
+        for planned, ahead in ((STEP, -1), (STEP, -20), (STEP._replace(steps=0), 0), (STEP._replace(steps=-1), 0)):
+            with pytest.raises(LichenError, match="steps to reserve"):
+                ledger.reserve("train", "r", "m", 1, planned, limits(), reads, ahead=ahead)
+        assert ledger.entries() == []
+    refused(Code.INTERNAL, lambda: epsilon([STEP, STEP._replace(steps=-1)], DELTA))
+
+
+def test_a_segment_is_held_against_the_noise_that_it_is_charged_with(tmp_path: Path) -> None:
+    """What another segment needs makes its history one of two kinds, which the filter bounds: by that it may have nothing left."""
+    q, rounds, steps = 0.1, 20, 20
+    bounds = limits(8.0, 8.0)
+    planned = Segment(noise_multiplier(8.0, DELTA, q, rounds * steps), q, steps)
+    with Ledger(tmp_path) as ledger:
+        old = set(ledger.assign("train", [1]))
+        ledger.reserve("train", "old", "m", 1, Segment(noise_multiplier(7.06, DELTA, q, 400), q, 400), bounds, old)
+        new = set(ledger.assign("train", [2]))
+        for round in range(1, rounds):
+            ledger.reserve("train", "r", str(round), round, planned, bounds, new, ahead=steps * (rounds - round))
+        grant = ledger.reserve("train", "r", str(rounds), rounds, planned, bounds, old | new)
+        assert grant.readable
+        for number in (1, 2):
+            assert ledger.spent(number, LIFE).epsilon <= 8.0
+
+
 # --- records ------------------------------------------------------------------------------------------------------------------------
 
 
