@@ -49,6 +49,7 @@ class Node:
             self.name = str(config["name"])
         except KeyError as missing:
             raise LichenError(Code.AGENT_HOME_MISSING, f"the node config has no {missing}") from None
+        self.cache = self.home / "cache"
         self.simulated = bool(config.get("simulated", False))
         self.spool = Path(str(config["spool"])) if "spool" in config else None
 
@@ -92,7 +93,7 @@ def _train(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
     if plan.privacy.audit.canaries:
         rows = _with_canaries(node, plan, str(message.metadata.run_id), trainer, rows)
     if not plan.private:
-        trained = trainer.train(start, rows.encoded, round, SeededSource("order", plan.seed, node.name, round))
+        trained = trainer.train(start, rows.encoded, round, SeededSource("order", plan.seed, node.name, round), node.cache)
         report = records.TrainReport(
             client=node.name, round=round, steps=trained.steps, examples=len(rows.encoded), train_loss=trained.loss
         )
@@ -125,7 +126,9 @@ def _train_private(
         source = _source(node, "train", plan.seed, node.name, round)
         units = rows.readable_units(grant.readable)
         try:
-            trained = trainer.train_private(start, rows.encoded, units, segment, rows.declared_size, round, source, Gate(segment))
+            trained = trainer.train_private(
+                start, rows.encoded, units, segment, rows.declared_size, round, source, Gate(segment), node.cache
+            )
         finally:
             ledger.released("train", run, message_id, again=node.simulated)  # after a failure too: its number tells of the noised steps
         report = records.TrainReport(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lichen.common.batching import pass_cost, passes
+from lichen.client.batches import Batches
+from lichen.common.batching import pass_cost
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.lean import skip_unread
 from lichen.common.privacy.accounting import Segment
@@ -21,9 +22,11 @@ from lichen.common.privacy.single_backward.fused import fuse_lora
 from lichen.common.tasks import workbench
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lichen.client.gate import Gate
     from lichen.common.model.adapter import State, TunedModel
-    from lichen.common.plan import Plan
+    from lichen.common.plan import Local, Plan
     from lichen.common.tasks.task import Encoded
 
 
@@ -51,9 +54,9 @@ class Trainer:
         self._gradients: PerUnitGradients | None = None
         self._fused: Callable[[], AbstractContextManager[None]] = nullcontext
         self._lean = plan.local.compute == "lean"
-        self._pass_cost = pass_cost(self.model)
         if self._lean:
             skip_unread(self.model)
+        self._batches = Batches(self.task, self.model, plan.local, pass_cost(self.model))
         if not plan.private or plan.central:
             if self._lean and plan.model.adapter.kind == "lora":
                 self._fused = _fused(self.model)
@@ -66,7 +69,7 @@ class Trainer:
                 self._gradients.remove()  # another attempt on this model starts from the model as it was
                 raise
 
-    def train(self, start: State, data: Encoded, round: int, source: RandomSource) -> Trained:
+    def train(self, start: State, data: Encoded, round: int, source: RandomSource, cache: Path | None = None) -> Trained:
         """Train without differential privacy.
 
         Args:
@@ -74,6 +77,7 @@ class Trainer:
             data: the local examples.
             round: from 1; the learning rate's decay follows it.
             source: of the examples' order.
+            cache: a folder of the node, where what frozen layers give may be kept; None: nothing is kept.
 
         Raises:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED.
@@ -82,16 +86,18 @@ class Trainer:
         self._seed_dropout(source)
         optimizer = self._optimizer(round)
         loss_sum, seen, steps = 0.0, 0, 0
-        for batch in self._batches(len(data), source):
-            optimizer.zero_grad(set_to_none=True)
-            for part in self._parts(batch, data):
-                with self._fused():
-                    losses = self.task.losses(self.model.network, self.task.collate(data, part))
-                    torch.autograd.backward(losses.sum() / len(batch))
-                loss_sum += float(losses.detach().sum())
-            optimizer.step()
-            seen += len(batch)
-            steps += 1
+        with self._batches.of(data, cache) as collate:
+            for batch in batches(self.plan.local, len(data), source):
+                collate.prepare(batch)
+                optimizer.zero_grad(set_to_none=True)
+                for part in self._batches.parts(batch, data):
+                    with self._fused():
+                        losses = self.task.losses(self.model.network, collate(part))
+                        torch.autograd.backward(losses.sum() / len(batch))
+                    loss_sum += float(losses.detach().sum())
+                optimizer.step()
+                seen += len(batch)
+                steps += 1
         return Trained(self._delta(start, steps), steps, loss_sum / max(seen, 1))
 
     def train_private(
@@ -104,6 +110,7 @@ class Trainer:
         round: int,
         source: RandomSource,
         gate: Gate,
+        cache: Path | None = None,
     ) -> Trained:
         """Train with differential privacy: Poisson draws of units, clipped gradients, noise in each step.
 
@@ -116,6 +123,7 @@ class Trainer:
             round: from 1.
             source: of draws and noise.
             gate: asked before each step.
+            cache: as in `train`.
 
         Raises:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED; PRIVACY_BUDGET from the gate.
@@ -131,11 +139,12 @@ class Trainer:
             expected_batch_size=segment.sample_rate * declared_size,
             source=source,
         )
-        for _ in range(segment.steps):
-            gate.step(Segment(optimizer.noise_multiplier, segment.sample_rate, 1))
-            drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
-            lengths = data.lengths if self._lean else None
-            self._gradients.step(optimizer, drawn, lambda rows: self.task.collate(data, rows), lengths)
+        with self._batches.of(data, cache) as collate:
+            for _ in range(segment.steps):
+                gate.step(Segment(optimizer.noise_multiplier, segment.sample_rate, 1))
+                drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
+                collate.prepare([row for unit in drawn for row in unit])
+                self._gradients.step(optimizer, drawn, collate, data.lengths if self._lean else None)
         return Trained(self._delta(start, segment.steps), segment.steps, None)
 
     def _seed_dropout(self, source: RandomSource) -> None:
@@ -158,27 +167,6 @@ class Trainer:
             return torch.optim.SGD(groups, momentum=local.betas[0], weight_decay=local.weight_decay)
         return torch.optim.AdamW(groups, betas=local.betas, weight_decay=local.weight_decay)
 
-    def _batches(self, count: int, source: RandomSource) -> Iterator[list[int]]:
-        """Batches of shuffled passes over the data."""
-        size = self.plan.local.batch_size
-        steps = self.plan.local.steps or max(1, math.ceil((self.plan.local.epochs or 1) * count / size))
-        order: list[int] = []
-        for _ in range(steps):
-            if not order:
-                order = torch.argsort(source.uniform(count)).tolist()
-            batch, order = order[:size], order[size:]
-            yield batch
-
-    def _parts(self, batch: list[int], data: Encoded) -> Iterator[list[int]]:
-        """A batch's rows by pass."""
-        most = self.plan.local.max_physical_batch_size
-        if self._lean:
-            for part in passes([1] * len(batch), [int(data.lengths[row]) for row in batch], most, self._pass_cost):
-                yield [batch[index] for index in part]
-        else:
-            for start in range(0, len(batch), most):
-                yield batch[start : start + most]
-
     def _delta(self, start: Mapping[str, torch.Tensor], steps: int) -> State:
         delta = {name: parameter.detach() - start[name] for name, parameter in self.model.trainable.items()}
         moved = {name for name, tensor in delta.items() if bool(tensor.any())}
@@ -193,6 +181,17 @@ class Trainer:
         if wrong:
             raise LichenError(Code.MODEL_NOT_TRAINED, wrong, fix="Lower local.learning_rate, and check model.adapter.targets.")
         return delta
+
+
+def batches(local: Local, count: int, source: RandomSource) -> Iterator[list[int]]:
+    """Batches of shuffled passes over ``count`` rows, without privacy."""
+    steps = local.steps or max(1, math.ceil((local.epochs or 1) * count / local.batch_size))
+    order: list[int] = []
+    for _ in range(steps):
+        if not order:
+            order = torch.argsort(source.uniform(count)).tolist()
+        batch, order = order[: local.batch_size], order[local.batch_size :]
+        yield batch
 
 
 def _fused(model: TunedModel) -> Callable[[], AbstractContextManager[None]]:

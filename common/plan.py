@@ -73,6 +73,8 @@ class Adapter(Section):
     """LoRA's α; the update is scaled by α / r."""
     targets: tuple[str, ...] = ()
     """Names of the linear modules that get an adapter; empty: query and value projections, found by architecture."""
+    last_layers: int | None = Field(default=None, ge=1)
+    """LoRA on so many of the last layers only; left out: on all. What lies below is the same in every step, and computed once (`lean`)."""
     dropout: Number = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
 
@@ -135,6 +137,9 @@ class Local(Section):
     compute: Literal["lean", "plain"] = "lean"
     """`lean`: rows of about one length pass together, nothing is computed that the head does not read, LoRA is fused with its layer.
     `plain`: batches as they are drawn, padded to `task.max_length`, by PEFT's own passes. Sums are the same but for rounding."""
+    prefix_cache: Literal["float32", "float16", "off"] = "float32"
+    """How a client keeps what the layers below the lowest trained one give for each row, under `compute: lean`. `float32` changes
+    nothing; `float16` takes half the disk and changes updates by some 1e-5 of their size."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """The local optimizer; its state starts afresh each round, so clients are stateless."""
     learning_rate: Number = Field(default=1e-3, gt=0)

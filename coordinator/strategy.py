@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -277,8 +277,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 where=f"round {round}",
                 fix="Connect more nodes, or submit a plan with a smaller minimum.",
             )
-        generator = random.Random(f"{self.plan.seed}|cohort|{round}")  # noqa: S311 - who is asked is no secret here
-        return sorted(generator.sample(nodes, min(self.plan.cohort.size, len(nodes))))
+        return draw_cohort(self.plan, nodes, round)
 
     def _with_budget(self, kind: str, nodes: list[int]) -> list[int]:
         """The nodes that have not answered, in this run, that they have nothing left for such a message."""
@@ -425,6 +424,12 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 segments=segments,
             )
         return found
+
+
+def draw_cohort(plan: Plan, nodes: Sequence[int], round: int) -> list[int]:
+    """A round's cohort: `cohort.size` of the nodes, or all if they are fewer; ascending. It follows from the plan's seed."""
+    generator = random.Random(f"{plan.seed}|cohort|{round}")  # noqa: S311 - who is asked is no secret here
+    return sorted(generator.sample(nodes, min(plan.cohort.size, len(nodes))))
 
 
 def _errors(by_client: Mapping[str, int | None]) -> str:

@@ -106,7 +106,12 @@ def _attach_lora(base: PreTrainedModel, plan: Plan, task_type: str) -> nn.Module
     targets: Any = list(adapter.targets or TARGETS.get(base.config.model_type, ())) or None
     if adapter.targets == ("all-linear",):
         targets = "all-linear"
+    layers = None
+    if adapter.last_layers is not None:
+        count = int(base.config.get_text_config().num_hidden_layers)
+        layers = list(range(max(0, count - adapter.last_layers), count))
     config = LoraConfig(
+        layers_to_transform=layers,
         task_type=task_type,
         r=adapter.rank,
         lora_alpha=adapter.alpha,

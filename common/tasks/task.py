@@ -31,6 +31,11 @@ class Encoded(Protocol):
         """Tokens of each example, shape (N,)."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """What tells these examples' inputs from others, hexadecimal."""
+        ...
+
     def select(self, indices: Sequence[int]) -> Self:
         """Some of the examples, in that order."""
         ...

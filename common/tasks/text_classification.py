@@ -46,6 +46,14 @@ class EncodedTexts:
         """Tokens of each example, shape (N,)."""
         return np.array([len(ids) for ids in self.tokens], dtype=np.int64)
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the tokens, hexadecimal."""
+        found = hashlib.sha256(self.lengths.tobytes())
+        for ids in self.tokens:
+            found.update(ids.tobytes())
+        return found.hexdigest()
+
     def select(self, indices: Sequence[int]) -> EncodedTexts:
         """Some of the examples, in that order."""
         return EncodedTexts([self.tokens[index] for index in indices], self.labels[list(indices)])

@@ -63,6 +63,27 @@ def privacy(
 
 
 @app.command()
+def simulate(rounds: Annotated[int, typer.Option(min=2, help="Rounds of 10 clients.")] = 4, as_json: AsJson = False) -> None:
+    """The simulation beside a plain PyTorch loop of the same steps. Example: lichen bench simulate --rounds 4."""
+    from lichen.simulations.benchmarks.simulate import bench_simulate
+
+    table = Table(title="R8, MiniLM, LoRA: client updates a second")
+    columns = ("what", "processes × threads", "updates/s", "over plain, same layout", "over plain's best", "at least", "apart")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "what" else "right")
+    found: list[dict[str, Any]] = []
+    for row in bench_simulate(rounds):
+        found.append(row)
+        ratios = [f"{row[key]:.3f}" if key in row else "" for key in ("over", "over_best")]
+        rest = [f"{row['target']:g}", f"{row['apart']:.1e}"] if "target" in row else ["", ""]
+        table.add_row(row["what"], row["layout"], f"{row['updates_per_s']:.3f}", *ratios, *rest)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(table)
+
+
+@app.command()
 def reload(
     directory: Annotated[Path, typer.Argument(help="A finished simulation or demo.", show_default=False)],
     as_json: AsJson = False,

@@ -12,7 +12,7 @@ import torch
 
 from lichen.client import trainer as trainer_module
 from lichen.client.gate import Gate
-from lichen.client.trainer import Trainer
+from lichen.client.trainer import Trainer, batches
 from lichen.common import tasks
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
@@ -128,9 +128,9 @@ def test_rounds_start_afresh(make: Callable[..., Trainer], tiny_rows: Rows) -> N
 )
 def test_steps_and_epochs(make: Callable[..., Trainer], local: dict[str, Any], count: int, sizes: list[int]) -> None:
     trainer = make(local={"steps": None, **local})
-    batches = list(trainer._batches(count, SeededSource("order")))
-    assert [len(batch) for batch in batches] == sizes
-    whole = [row for batch in batches for row in batch]
+    found = list(batches(trainer.plan.local, count, SeededSource("order")))
+    assert [len(batch) for batch in found] == sizes
+    whole = [row for batch in found for row in batch]
     for start in range(0, len(whole) - count + 1, count):  # each pass has every row once
         assert sorted(whole[start : start + count]) == list(range(count))
     assert whole[:count] != list(range(count))
@@ -391,7 +391,7 @@ def test_shuffles_come_from_the_source_not_from_the_global_seed(make: Callable[.
     for seed in (1, 2):
         random.seed(seed)
         torch.manual_seed(seed)
-        orders.append(list(trainer._batches(20, SeededSource("order"))))
+        orders.append(list(batches(trainer.plan.local, 20, SeededSource("order"))))
     assert orders[0] == orders[1]
 
 
@@ -406,7 +406,7 @@ def test_less_work_gives_the_same_weights(kind: str, pooling: str, make: Callabl
             model={"adapter": {"kind": kind, "rank": 2}, "head": {"pooling": pooling, "init": "random"}},
         )
         monkey = pytest.MonkeyPatch()
-        monkey.setattr(trainer, "_pass_cost", 2.0)  # the tiny model's own would not divide such batches
+        monkey.setattr(trainer._batches, "_pass_cost", 2.0)  # the tiny model's own would not divide such batches
         with monkey.context():
             found = trained(trainer, encoded(trainer, tiny_rows(40)))
         moved.append(found)

@@ -1,0 +1,116 @@
+"""Batches for a step: padded, and where the lowest layers are frozen, with what these give for their rows, kept from step to step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lichen.common.batching import passes
+from lichen.common.model.prefix import FrozenPrefix, PrefixStore, frozen_prefix, store_of
+from lichen.common.privacy.self_check import ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from lichen.common.model.adapter import TunedModel
+    from lichen.common.plan import Local
+    from lichen.common.tasks.task import Batch, Encoded, Task
+
+OPEN_STORES = 16
+"""Data sets whose stores stay open: a simulated client's is opened anew when its turn comes."""
+
+
+class Batches:
+    """Makes the batches of one model.
+
+    Args:
+        task: collates.
+        model: whose frozen prefix is left out where what it gives is kept.
+        local: the plan's section.
+        pass_cost: see `common/batching.py`.
+    """
+
+    def __init__(self, task: Task[Any], model: TunedModel, local: Local, pass_cost: float) -> None:
+        self._task, self._local, self._pass_cost = task, local, pass_cost
+        self._width = int(model.network.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+        self._prefix = frozen_prefix(model) if local.compute == "lean" and local.prefix_cache != "off" else None
+        self._stores: dict[Path, tuple[Encoded, PrefixStore | None]] = {}
+
+    @contextmanager
+    def of(self, data: Encoded, folder: Path | None) -> Iterator[Collate]:
+        """How a data set's batches are made within.
+
+        Args:
+            data: the examples.
+            folder: of the node, where what is computed may be kept; None: nothing is kept.
+        """
+        if self._prefix is None or folder is None or (store := self._store(self._prefix, data, folder)) is None:
+            yield Collate(self._task, data)
+            return
+        with self._prefix.use() as feed:
+            yield _CollateKnown(self._task, data, self._prefix, store, feed, self.parts)
+
+    def parts(self, rows: Sequence[int], data: Encoded) -> list[list[int]]:
+        """Rows by pass."""
+        most = self._local.max_physical_batch_size
+        if self._local.compute == "plain":
+            return [list(rows[start : start + most]) for start in range(0, len(rows), most)]
+        found = passes([1] * len(rows), [int(data.lengths[row]) for row in rows], most, self._pass_cost)
+        return [[rows[index] for index in part] for part in found]
+
+    def _store(self, prefix: FrozenPrefix, data: Encoded, folder: Path) -> PrefixStore | None:
+        kept = self._stores.pop(folder, None)
+        if kept is None or kept[0] is not data:
+            # what it gives for rows that nobody wrote tells one set of weights from another
+            tells = prefix.compute(self._task.collate(self._task.made_up(ROWS), range(ROWS)))
+            key = f"{hashlib.sha256(tells.numpy().tobytes()).hexdigest()} {data.digest}"
+            half = self._local.prefix_cache == "float16"
+            kept = data, store_of(folder, prefix, key, data.lengths, self._width, "float16" if half else "float32")
+        self._stores[folder] = kept
+        if len(self._stores) > OPEN_STORES:
+            del self._stores[next(iter(self._stores))]
+        return kept[1]
+
+
+class Collate:
+    """Makes batches of a data set."""
+
+    def __init__(self, task: Task[Any], data: Encoded) -> None:
+        self._task, self._data = task, data
+
+    def prepare(self, rows: Sequence[int]) -> None:
+        """Must be told the rows of a step before the first batch of them is made."""
+
+    def __call__(self, rows: Sequence[int]) -> Batch:
+        """The padded batch of the given rows, for the next pass."""
+        return self._task.collate(self._data, rows)
+
+
+class _CollateKnown(Collate):
+    """The same, where the passes leave the frozen prefix out."""
+
+    def __init__(
+        self,
+        task: Task[Any],
+        data: Encoded,
+        prefix: FrozenPrefix,
+        store: PrefixStore,
+        feed: Callable[[torch.Tensor | None], None],
+        parts: Callable[[Sequence[int], Encoded], list[list[int]]],
+    ) -> None:
+        super().__init__(task, data)
+        self._prefix, self._store, self._feed, self._parts = prefix, store, feed, parts
+
+    def prepare(self, rows: Sequence[int]) -> None:
+        self._feed(None)
+        for part in self._parts(self._store.missing(rows), self._data):
+            self._store.put(part, self._prefix.compute(super().__call__(part)))
+
+    def __call__(self, rows: Sequence[int]) -> Batch:
+        self._feed(self._store.get(rows))
+        return super().__call__(rows)
