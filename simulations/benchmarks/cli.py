@@ -84,6 +84,25 @@ def simulate(rounds: Annotated[int, typer.Option(min=2, help="Rounds of 10 clien
 
 
 @app.command()
+def step(
+    rows: Annotated[int, typer.Option(min=32, help="Rows of the client.")] = 160,
+    repeats: Annotated[int, typer.Option(min=1, help="Trainings of each kind.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """A client's local training: the prefix cache, and what privacy costs. Example: lichen bench step."""
+    from lichen.simulations.benchmarks.step import bench_step
+
+    found = []
+    for row in bench_step(rows, repeats):
+        found.append(row)
+        if not as_json:
+            apart = f", weights {row['apart']:.1e} apart" if "apart" in row else ""
+            typer.echo(f"{row['what']}: {row['ratio']:.3f} (target {row['target']:g}{apart})")
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+
+
+@app.command()
 def reload(
     directory: Annotated[Path, typer.Argument(help="A finished simulation or demo.", show_default=False)],
     as_json: AsJson = False,
