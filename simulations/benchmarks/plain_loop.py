@@ -17,28 +17,29 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 work = json.loads(Path(sys.argv[1]).read_text())
 start, final, processes, threads, padding = load_file(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
 torch.set_num_threads(threads)
-pad = AutoTokenizer.from_pretrained(work["base"]).pad_token_id
+tokenizer = AutoTokenizer.from_pretrained(work["base"])
 zero = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 base = AutoModelForSequenceClassification.from_pretrained(work["base"], num_labels=work["labels"], **zero)
 lora = LoraConfig(task_type="SEQ_CLS", r=work["rank"], lora_alpha=work["alpha"], layers_to_transform=work["layers"])
 model = get_peft_model(base, lora).train()
 weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-tokens, classes = [torch.tensor(row) for row in work["tokens"]], torch.tensor(work["classes"])
+classes = torch.tensor(work["classes"])
 
 
 def train(state: dict[str, torch.Tensor], rows: list[int], steps: list[list[int]]) -> tuple[dict[str, torch.Tensor], int]:
     """One client's epoch: what it moved, and its rows."""
     set_peft_model_state_dict(model, state)
+    texts, targets = [work["texts"][row] for row in rows], classes[rows]
+    tokens = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True, max_length=work["length"])["input_ids"]]
     optimizer = torch.optim.AdamW(weights, lr=work["rate"], weight_decay=0.0)
-    for step in steps:
-        batch = [rows[index] for index in step]
+    for batch in steps:
         length = work["length"] if padding == "fixed" else max(len(tokens[row]) for row in batch)
-        ids = torch.full((len(batch), length), pad)
+        ids = torch.full((len(batch), length), tokenizer.pad_token_id)
         for place, row in enumerate(batch):
             ids[place, : len(tokens[row])] = tokens[row]
         mask = (torch.arange(length) < torch.tensor([len(tokens[row]) for row in batch]).unsqueeze(1)).long()
         optimizer.zero_grad()
-        torch.autograd.backward(functional.cross_entropy(model(input_ids=ids, attention_mask=mask).logits, classes[batch]))
+        torch.autograd.backward(functional.cross_entropy(model(input_ids=ids, attention_mask=mask).logits, targets[batch]))
         optimizer.step()
     return {name: tensor.detach() - state[name] for name, tensor in get_peft_model_state_dict(model).items()}, len(rows)
 

@@ -91,7 +91,7 @@ def bench_simulate(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def _prepare(plan: Plan, folder: Path) -> Path:
-    """Write the same work down for the plain loop: tokens, rows of each client, cohorts, batches, and the weights to start from."""
+    """Write the same work down for the plain loop: texts, rows of each client, cohorts, batches, and the weights to start from."""
     from safetensors.torch import save_file
 
     from lichen.client.trainer import batches
@@ -102,9 +102,8 @@ def _prepare(plan: Plan, folder: Path) -> Path:
     from lichen.simulations.datasets import load_named
     from lichen.simulations.partition import partition
 
-    task, _, start = workbench(plan)
+    start = workbench(plan).start
     train = load_named("r8").train
-    encoded: Any = task.encode({field: [row[field] for row in train] for field in task.fields})
     parts = partition(train, plan.simulation.partition, plan.simulation.clients, plan.seed)
     names = sorted(f"client-{number}" for number in range(len(parts)))
     rounds = []
@@ -125,8 +124,8 @@ def _prepare(plan: Plan, folder: Path) -> Path:
         "layers": None,
         "rate": plan.local.learning_rate,
         "length": plan.task.max_length,
-        "tokens": [row.tolist() for row in encoded.tokens],
-        "classes": encoded.labels.tolist(),
+        "texts": [row["text"] for row in train],
+        "classes": [LABELS.index(row["label"]) for row in train],
         "rounds": rounds,
     }
     (folder / "work.json").write_text(json.dumps(found))
