@@ -57,9 +57,9 @@ class Ledger(Database):
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it as open as the umask allows
             super().__init__(self.path, _SCHEMA, FORMAT)
         except (sqlite3.DatabaseError, OSError) as error:
-            raise _unusable(self.path, str(error)) from None
+            raise _unusable(self.path, error) from None
         except LichenError as error:
-            raise error if error.code is Code.LEDGER_BROKEN else _unusable(self.path, error.what) from None
+            raise _unusable(self.path, error) if error.code is Code.STORE_VERSION else error from None
         with self._transaction() as db:
             if not self._book.sequence:
                 self._begin(db)
@@ -288,23 +288,26 @@ class Ledger(Database):
         self._refresh()
         return self._book.hashes.get(sequence)
 
-    def written_off_at(self) -> int:
-        """The sequence number of the last write-off; 0 if there is none."""
+    def written_off_at(self, home: str) -> int:
+        """The sequence number of a home's last write-off; 0 if there is none."""
         self._refresh()
-        return self._book.written_off_at
+        return self._book.written_off_at.get(home, 0)
 
-    def write_off(self, after: int = 0) -> int:
+    def write_off(self, after: int = 0, home: str = "") -> int:
         """Take all that was ever read as spent for life, so that only new records can be read from now on.
 
         Args:
             after: the sequence number that a lost ledger had reached: this one goes on behind it.
+            home: whose records are known to be among those; see `Witness.name`.
 
         Returns:
             How many data segments were written off.
         """
         with self._transaction() as db:
             numbers = sorted(self._book.segments)
-            self._append(db, {"kind": "write-off", "segments": numbers, "at": time.time()}, max(after, self._book.sequence) + 1)
+            self._append(
+                db, {"kind": "write-off", "segments": numbers, "home": home, "at": time.time()}, max(after, self._book.sequence) + 1
+            )
         return len(numbers)
 
     def take_over(self, path: Path, home: str) -> None:
@@ -323,7 +326,7 @@ class Ledger(Database):
             with contextlib.closing(sqlite3.connect(path)) as other:
                 entries = _entries_of_format_1(other)
         except sqlite3.DatabaseError as error:
-            raise _unusable(path, str(error)) from None
+            raise _unusable(path, error) from None
         told = hashlib.sha256(f"{home} {entries}".encode()).hexdigest()
         with self._transaction() as db:
             if told not in self._book.taken_over:
@@ -414,7 +417,7 @@ class Ledger(Database):
         except BaseException as error:
             self._book = Book()
             if isinstance(error, sqlite3.DatabaseError):
-                raise _unusable(self.path, str(error)) from None
+                raise _unusable(self.path, error) from None
             raise
 
 
@@ -452,7 +455,15 @@ def ledger_folder(home: Path, *, own: bool = False) -> Path:
         return home
     folder = Path(os.environ.get(FOLDER, "~/.lichen")).expanduser()
     if folder.is_absolute():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise LichenError(
+                Code.OUTPUT_UNUSABLE,
+                f"the ledger's folder can't be made: {error.strerror}",
+                where=str(folder),
+                fix=f"Set {FOLDER} to a folder that this user may write, the same for all that it runs.",
+            ) from None
     return home / folder
 
 
@@ -494,10 +505,15 @@ def _digest(fingerprints: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
-def _unusable(path: Path, why: str) -> LichenError:
-    return LichenError(
-        Code.PRIVACY_HISTORY, f"the ledger can't be used: {why}", where=str(path), fix="Restore the file from its newest backup."
-    )
+def _unusable(path: Path, why: Exception | str) -> LichenError:
+    """SQLite's operational errors say nothing against the file: an older copy of it must not be put in its place."""
+    fix = "Restore the file as it was last; an older copy of it is refused. If it is lost: lichen client ledger --write-off."
+    told = str(why)
+    if isinstance(why, sqlite3.OperationalError | OSError):
+        fix = "The file itself may be sound: look for a full disk, a missing permission or another process, and try again."
+    elif isinstance(why, LichenError):
+        told, fix = why.what, why.fix
+    return LichenError(Code.PRIVACY_HISTORY, f"the ledger can't be used: {told}", where=str(path), fix=fix)
 
 
 def _broken(path: Path, why: str) -> LichenError:

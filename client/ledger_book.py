@@ -107,7 +107,8 @@ class Book:
     segments: dict[int, DataSegment] = field(default_factory=dict)
     hashes: dict[int, bytes] = field(default_factory=dict)
     taken_over: set[str] = field(default_factory=set)
-    written_off_at: int = 0
+    written_off_at: dict[str, int] = field(default_factory=dict)
+    """By home, the number of its last write-off."""
 
     def add(self, logged: ledger_log.Logged) -> None:
         """Take in the next entry of the log."""
@@ -139,7 +140,7 @@ class Book:
             case "taken-over":
                 self.taken_over.add(body["ledger"])
             case "write-off":
-                self.written_off_at = logged.sequence
+                self.written_off_at[body.get("home", "")] = logged.sequence  # before homes had names: nobody's, so it is done again
                 for number in body["segments"]:
                     self.segments[number] = replace(self.segments[number], written_off=True)
         self.sequence, self.head = logged.sequence, logged.hash

@@ -1,28 +1,37 @@
 """The rollback guard: what this node has told its coordinator of its ledger, and whether the ledger is still as far.
 
 With each reply the node sends where its ledger stands: the log's sequence number and a salted hash of its head, signed with a key that
-lies in the home and not in the ledger. The coordinator keeps the newest and gives it back when the node connects. A ledger that was
-restored from an older copy, deleted or left behind by a clone of this machine has not that entry, and nothing is trained.
+lies in the home and not in the ledger. The coordinator keeps the newest and gives it back when the node connects; the home keeps it too,
+for a coordinator that knows nothing of the node. A ledger that was restored from an older copy, deleted or left behind by a clone of this
+machine has not that entry, and nothing is trained.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf.message import DecodeError
 
 from lichen.client.ledger import FILE, Ledger, ledger_folder, open_ledger
 from lichen.common.channel.fleet_pb2 import LedgerState
 from lichen.common.errors import Code, LichenError
 from lichen.common.private_files import read_private, write_private
 
+log = logging.getLogger(__name__)
 KEY = Path("pki/ledger.key")
+STATE = Path("pki/ledger.state")
+"""What was signed last, a `LedgerState`."""
 LOST = Path("pki/ledger.lost.json")
+"""How far a ledger that was found behind should be, for `write_off`."""
 FORMAT = 1
+_MOST = 2**53
+"""No ledger gets so far: a larger number from outside would leave no room behind it."""
 _CONTEXT = b"lichen ledger state 1"
 
 
@@ -52,50 +61,60 @@ class Witness:
         self._salt = hashlib.sha256(_CONTEXT + key.private_bytes_raw()).digest()
         self._newest: LedgerState | None = None
 
+    @property
+    def name(self) -> str:
+        """What no other home is called in the ledger."""
+        return _name(self._key)
+
     def remember(self, state: LedgerState) -> None:
         """Take what the coordinator has kept, to be compared by `check`."""
         if self._newest is None or state.sequence > self._newest.sequence or not self._own(self._newest):
             self._newest = state
 
     def sign(self) -> LedgerState | None:
-        """Where the ledger stands now; None if there is none yet, or if it is not as far as it was."""
+        """Where the ledger stands now; None if there is none yet, if it is not as far as it was, or if it can't be read (see the log)."""
         try:
             self.check()
-        except LichenError:
+            if not self._exists():
+                return None
+            with open_ledger(self._home) as ledger:
+                sequence, head = ledger.state()
+            salted = self._salted(head)
+            state = LedgerState(sequence=sequence, head=salted, signature=self._key.sign(_bytes(sequence, salted)))
+            write_private(self._home / STATE, state.SerializeToString())
+        except (LichenError, OSError) as error:
+            log.warning("where the ledger stands was not signed: %s", error)
             return None
-        if not self._exists():
-            return None
-        with open_ledger(self._home) as ledger:
-            sequence, head = ledger.state()
-        salted = self._salted(head)
-        state = LedgerState(sequence=sequence, head=salted, signature=self._key.sign(_bytes(sequence, salted)))
         self._newest = state
         return state
 
     def check(self) -> None:
-        """Refuse a ledger that lacks what was signed last.
+        """Refuse a ledger that lacks what was signed last, as the coordinator or this home has kept it.
 
         Raises:
             LichenError: LEDGER_BEHIND; then how far the ledger was is kept in the home, for `write_off`.
         """
-        state = self._newest
-        if state is None:
-            return
+        for state in (self._newest, _kept(self._home)):
+            if state is not None:
+                self._compare(state)
+
+    def _compare(self, state: LedgerState) -> None:
         why = "it is not there"
         if self._exists():
             with open_ledger(self._home) as ledger:
-                if ledger.written_off_at() > state.sequence:
+                if ledger.written_off_at(self.name) > state.sequence:
                     return
                 found = ledger.hash_at(state.sequence)
                 if found is not None and self._own(state) and self._salted(found) == state.head:
                     return
                 why = f"its last entry is number {ledger.state()[0]}" if found is None else f"its entry {state.sequence} is another one"
             if not self._own(state):
-                why = "what the coordinator has kept was signed by another key than this home's"
-        write_private(self._home / LOST, json.dumps({"format": FORMAT, "sequence": state.sequence}).encode())
+                why = "what was kept was signed by another key than this home's"
+        lost = json.dumps({"format": FORMAT, "sequence": min(state.sequence, _MOST)}).encode()
+        write_private(self._home / LOST, lost)
         raise LichenError(
             Code.LEDGER_BEHIND,
-            f"the ledger is not as far as entry {state.sequence}, of which this node has told the coordinator: {why}",
+            f"the ledger is not as far as entry {state.sequence}, which this node has signed: {why}",
             where=str(ledger_folder(self._home) / FILE),
             fix="Restore the newest ledger. If it is lost: lichen client ledger --write-off lets only new records train.",
         )
@@ -117,6 +136,8 @@ class Witness:
 def write_off(home: Path) -> int:
     """Take every record that the ledger or this home's data has as spent for life, and go on behind what was lost.
 
+    It speaks for this home alone: another one on the same ledger, whose records may have been in the lost one, must do it too.
+
     Args:
         home: the node's home.
 
@@ -128,12 +149,29 @@ def write_off(home: Path) -> int:
     """
     after = 0
     if (home / LOST).exists():
-        after = int(json.loads((home / LOST).read_text(encoding="utf-8"))["sequence"])
+        after = min(int(json.loads((home / LOST).read_text(encoding="utf-8"))["sequence"]), _MOST)
+    if (state := _kept(home)) is not None:
+        after = max(after, min(state.sequence, _MOST))
     with open_ledger(home) as ledger:
         _read_all(home, ledger)
-        count = ledger.write_off(after)
+        count = ledger.write_off(after, Witness(home).name)
     (home / LOST).unlink(missing_ok=True)
     return count
+
+
+def _kept(home: Path) -> LedgerState | None:
+    path = home / STATE
+    if not path.exists():
+        return None
+    try:
+        return LedgerState.FromString(read_private(path))
+    except DecodeError:  # as good as lost: the coordinator has another
+        log.warning("%s can't be read", path)
+        return None
+
+
+def _name(key: Ed25519PrivateKey) -> str:
+    return hashlib.sha256(key.public_key().public_bytes_raw()).hexdigest()[:16]
 
 
 def _read_all(home: Path, ledger: Ledger) -> None:

@@ -443,6 +443,12 @@ def _add_node(db: sqlite3.Connection, name: str, fingerprint: str, now: float) -
         )
     node_id = random_id()
     db.execute("INSERT INTO nodes (name, node_id, fingerprint, enrolled_at) VALUES (?, ?, ?, ?)", (name, node_id, fingerprint, now))
+    # a node that joins again must not have its ledger's past forgotten: a machine restored from an old image has to do just that
+    db.execute(
+        "UPDATE nodes SET (ledger_sequence, ledger_head, ledger_signature) = (SELECT ledger_sequence, ledger_head, ledger_signature"
+        " FROM nodes WHERE name = ? AND ledger_sequence IS NOT NULL ORDER BY ledger_sequence DESC LIMIT 1) WHERE node_id = ?",
+        (name, node_id),
+    )
     return node_id
 
 

@@ -387,3 +387,20 @@ def test_canonical_bodies_are_what_is_hashed(tmp_path: Path) -> None:
     path = full(tmp_path)
     for _, text in sqlite3.connect(path).execute("SELECT sequence, body FROM log"):
         assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+
+
+def test_an_error_that_says_nothing_against_the_file_does_not_ask_for_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path)
+    ledger._db.execute("PRAGMA busy_timeout=10")
+    other = sqlite3.connect(tmp_path / FILE)
+    other.execute("BEGIN IMMEDIATE")
+    locked = refused(Code.PRIVACY_HISTORY, lambda: ledger.assign("train", [1]))
+    assert locked.what == "the ledger can't be used: database is locked"
+    assert "may be sound" in locked.fix
+    other.rollback()
+    other.close()
+    ledger.close()
+    (tmp_path / FILE).write_bytes(b"no database" * 100)
+    assert "older copy of it is refused" in refused(Code.PRIVACY_HISTORY, lambda: Ledger(tmp_path)).fix
+    monkeypatch.setenv("LICHEN_LEDGER", str(tmp_path / FILE / "under a file"))
+    assert "LICHEN_LEDGER" in refused(Code.OUTPUT_UNUSABLE, lambda: open_ledger(tmp_path / "home")).fix

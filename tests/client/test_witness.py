@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lichen.client.data import add_source
-from lichen.client.ledger import FILE, Ledger
+from lichen.client.ledger import FILE, Ledger, open_ledger
 from lichen.client.ledger_book import Limit, Limits
 from lichen.client.witness import KEY, LOST, Witness, write_off
 from lichen.common.channel.fleet_pb2 import LedgerState
@@ -130,6 +130,58 @@ def test_a_write_off_lets_new_records_train_only(home: Path, lost: str) -> None:
         assert all(segment.written_off for segment in ledger.segments())
         assert sum(segment.records for segment in ledger.segments()) >= 2 * 20 + 1 + 4 + 4  # by text; labels and patients, as both
     spend(home, "e", 77)
+
+
+def test_a_write_off_speaks_for_one_home(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other home's records may have been in the lost ledger, and nobody has read them."""
+    monkeypatch.setenv("LICHEN_LEDGER", str(tmp_path / "shared"))
+    other = tmp_path / "other"
+    shutil.copytree(home, other)
+    states = []
+    for place in (home, other):
+        with open_ledger(place) as ledger:
+            reads = set(ledger.assign("train", [hash(place)]))
+            ledger.reserve("train", place.name, "m", 1, Segment(2.0, 0.1, 5), LIMITS, reads)
+        states.append(signed(place))
+    shutil.rmtree(tmp_path / "shared")
+    for place, state in zip((home, other), states, strict=True):
+        behind(asked(place, state))
+    write_off(home)
+    asked(home, states[0]).check()
+    behind(asked(other, states[1]))
+    write_off(other)
+    asked(other, states[1]).check()
+    asked(home, states[0]).check()
+
+
+def test_a_coordinator_that_knows_nothing_is_no_way_past_it(home: Path) -> None:
+    """The home keeps what it has signed: a node that joins another coordinator, or again, is held to it."""
+    spend(home, "a")
+    signed(home)
+    for path in home.glob(f"{FILE}*"):
+        path.unlink()
+    behind(asked(home))
+    assert write_off(home) >= 2  # at once, and behind what was signed
+    Witness(home).check()
+
+
+def test_a_number_that_no_ledger_reaches_does_no_harm(home: Path) -> None:
+    spend(home, "a")
+    behind(asked(home, LedgerState(sequence=2**63 - 1, head=bytes(32), signature=bytes(64))))
+    write_off(home)
+    spend(home, "b", 99)
+    with Ledger(home) as ledger:
+        ledger.verify()
+        assert ledger.state()[0] < 2**53 + 9
+
+
+def test_a_ledger_that_cannot_be_read_does_not_take_the_reply_along(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spend(home, "a")
+    (home / FILE).write_bytes(b"no database")
+    for end in ("-wal", "-shm"):
+        (home / f"{FILE}{end}").unlink(missing_ok=True)
+    assert Witness(home).sign() is None
+    assert "was not signed" in caplog.text
 
 
 def test_the_write_off_knows_what_a_plan_would_read(home: Path) -> None:

@@ -186,6 +186,10 @@ def test_where_a_ledger_stands_only_grows(store: Store) -> None:
         store.note_ledger(node, sequence, head, b"s" + head)
     assert store.ledger_of(node) == (9, b"nine", b"snine")
     assert store.ledger_of(other) is None
+    # one that joins again, as a machine restored from an old image must, is held to it
+    store.revoke_node("clinic-a", 1.0)
+    again = store.add_node("clinic-a", "h")
+    assert store.ledger_of(again) == (9, b"nine", b"snine")
 
 
 def test_a_store_of_version_1_opens_with_all_it_holds(tmp_path: Path) -> None:
