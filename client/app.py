@@ -18,7 +18,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from lichen.client import canaries
-from lichen.client.data import Split, fingerprints, home_key, load, read_manifest, said, stamp
+from lichen.client.data import Split, fingerprints, load, read_manifest, said, stamp
 from lichen.client.gate import Gate
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit, Limits
@@ -254,7 +254,7 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: 
         found = fingerprints(ledger.fingerprint_key, "row", says)
         if entity:
             found += fingerprints(ledger.fingerprint_key, f"entity:{entity}", [list(owners)])
-        of = ledger.assign(split, found, home_key(home))
+        of = ledger.assign(split, found)
     together = {
         unit: frozenset([*(of[row] for row in rows), *([of[len(data) + unit]] if entity else [])]) for unit, rows in enumerate(units)
     }

@@ -278,13 +278,6 @@ def load(home: Path, split: Split, fields: Sequence[str], *, fault: Callable[[Ro
     return LocalData(table, sum(known) if split == "train" and len(known) == len(sizes) else None)
 
 
-def home_key(home: Path) -> str:
-    """A name for a home's data that tells nothing and stays when the home is moved; empty for one without data."""
-    if not (home / MANIFEST).exists():
-        return ""
-    return hashlib.blake2b(read_manifest(home).holdout_key.encode(), digest_size=8, person=b"lichen-home").hexdigest()
-
-
 def said(value: object) -> str:
     """What a value says: a text's words, whatever the white space between them and their Unicode form."""
     return " ".join(normalize("NFC", value).split()) if isinstance(value, str) else repr(value)

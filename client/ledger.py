@@ -81,13 +81,12 @@ class Ledger(Database):
 
     # --- records ---
 
-    def assign(self, split: Split, fingerprints: Sequence[int], home: str = "") -> list[int]:
+    def assign(self, split: Split, fingerprints: Sequence[int]) -> list[int]:
         """The data segment of each record that was read; those that are new make up a segment, on disk when this returns.
 
         Args:
             split: as which they were read.
             fingerprints: 64-bit ones, under `fingerprint_key`; equal ones are one record.
-            home: which home reads; see `DataSegment.home`.
 
         Raises:
             LichenError: LEDGER_BROKEN, if there are not as many fingerprints as the log says.
@@ -103,11 +102,11 @@ class Ledger(Database):
                 marks = ",".join("?" * len(part))
                 known.update(db.execute(f"SELECT fingerprint, segment FROM records WHERE fingerprint IN ({marks})", part))  # noqa: S608
             if new := [one for one in distinct if one not in known]:
-                number = self._book.waiting(split, home) or 1 + len(self._book.segments)
+                number = 1 + len(self._book.segments)
                 db.executemany("INSERT INTO records (fingerprint, segment) VALUES (?, ?)", ((one, number) for one in new))
                 known.update(dict.fromkeys(new, number))
-                home_of = self._book.segments[number].home if number in self._book.segments else None
-                self._segment(db, number, split, len(new), _digest(new), home_of)
+                body = {"segment": number, "split": split, "records": len(new), "digest": _digest(new)}
+                self._append(db, {"kind": "segment", **body, "at": time.time()})
         return [known[one] for one in fingerprints]
 
     # --- reservations ---
@@ -310,59 +309,11 @@ class Ledger(Database):
             )
         return len(numbers)
 
-    def take_over(self, path: Path, home: str) -> None:
-        """Take over all that a ledger of format 1 has spent, once: its entries become the history of a data segment a split.
-
-        It knows no records, so these segments wait: what ``home`` next reads as new on their split belongs to them.
-
-        Args:
-            path: the other ledger's file, which stays as it is.
-            home: as in `assign`.
-
-        Raises:
-            LichenError: PRIVACY_HISTORY, if that file is damaged.
-        """
-        try:
-            with contextlib.closing(sqlite3.connect(path)) as other:
-                entries = _entries_of_format_1(other)
-        except sqlite3.DatabaseError as error:
-            raise _unusable(path, error) from None
-        told = hashlib.sha256(f"{home} {entries}".encode()).hexdigest()
-        with self._transaction() as db:
-            if told not in self._book.taken_over:
-                self._append(db, {"kind": "taken-over", "ledger": told, "at": time.time()})
-                self._import(db, entries, home)
-
     # --- parts ---
 
     def _begin(self, db: sqlite3.Connection) -> None:
         db.execute("INSERT INTO about (key) SELECT ? WHERE NOT EXISTS (SELECT 1 FROM about)", (secrets.token_bytes(32),))
         self._append(db, {"kind": "opened", "id": secrets.token_hex(16), "at": time.time()})
-
-    def _upgrade(self, db: sqlite3.Connection, found: int, statements: str) -> None:
-        """From format 1, a table ``spent`` without records: all that this home next reads as new belongs to its history."""
-        entries = _entries_of_format_1(db)
-        for statement in _SCHEMA.split(";"):
-            db.execute(statement)
-        self._begin(db)
-        self._import(db, entries, "")
-        db.execute("DROP TABLE spent")
-
-    def _import(self, db: sqlite3.Connection, entries: Sequence[Entry], home: str) -> None:
-        """Write another ledger's entries behind this one's."""
-        numbers: dict[Split, int] = {}
-        for entry in entries:
-            if entry.split not in numbers:
-                numbers[entry.split] = 1 + len(self._book.segments)
-                self._segment(db, numbers[entry.split], entry.split, 0, _digest([]), home)
-            steps, noise, own = entry.segment, entry.planned_noise, (numbers[entry.split],)
-            self._reserve(db, entry.split, entry.run, entry.message_id, entry.round, steps, noise, entry.unit, own, entry.reserved_at)
-            if entry.released_at is not None:
-                self._append(db, {"kind": "release", "entries": [self._book.sequence], "at": entry.released_at})
-
-    def _segment(self, db: sqlite3.Connection, number: int, split: Split, records: int, digest: str, home: str | None) -> None:
-        body = {"kind": "segment", "segment": number, "split": split, "records": records, "digest": digest, "home": home}
-        self._append(db, body | {"at": time.time()})
 
     def _reserve(
         self,
@@ -424,8 +375,6 @@ class Ledger(Database):
 def open_ledger(home: Path, *, own: bool = False) -> Ledger:
     """The ledger that a node home's data is charged in, made if it is not there; see `ledger_folder`.
 
-    One of format 1 that an older lichen kept in the home is taken over, and put aside as `ledger.format-1.sqlite`.
-
     Args:
         home: the node's home.
         own: whether it has a ledger of its own in any case: a simulated node.
@@ -433,17 +382,14 @@ def open_ledger(home: Path, *, own: bool = False) -> Ledger:
     Raises:
         LichenError: PRIVACY_HISTORY, LEDGER_BROKEN.
     """
-    from lichen.client.data import home_key
-
-    folder = ledger_folder(home, own=own)
-    ledger = Ledger(folder)
-    old = home / FILE
-    if folder.resolve() != home.resolve() and old.exists():
-        ledger.take_over(old, home_key(home))
-        for end in ("", "-wal", "-shm"):
-            if (home / f"{FILE}{end}").exists():
-                (home / f"{FILE}{end}").replace(home / f"ledger.format-1.sqlite{end}")
-    return ledger
+    if _format(home / FILE) == 1:
+        raise LichenError(
+            Code.PRIVACY_HISTORY,
+            "the ledger is of format 1, from before the first release, which says nothing of single records",
+            where=str(home / FILE),
+            fix="Move it away, then: lichen client ledger --write-off, which takes all of this home's data as spent.",
+        )
+    return Ledger(ledger_folder(home, own=own))
 
 
 def ledger_folder(home: Path, *, own: bool = False) -> Path:
@@ -451,7 +397,7 @@ def ledger_folder(home: Path, *, own: bool = False) -> Path:
 
     A home that was made with a ledger of its own keeps it, whatever the environment says later.
     """
-    if own or _format(home / FILE) not in {None, 1}:
+    if own or (home / FILE).exists():
         return home
     folder = Path(os.environ.get(FOLDER, "~/.lichen")).expanduser()
     if folder.is_absolute():
@@ -476,15 +422,6 @@ def _format(path: Path) -> int | None:
             return int(db.execute("PRAGMA user_version").fetchone()[0])
     except sqlite3.DatabaseError:
         return 0
-
-
-def _entries_of_format_1(db: sqlite3.Connection) -> list[Entry]:
-    columns = "split, run, message_id, round, noise_multiplier, sample_rate, steps, unit, reserved_at, released_at"
-    rows = db.execute(f"SELECT {columns} FROM spent ORDER BY id").fetchall()  # noqa: S608
-    return [
-        Entry(0, split, run, message_id, number, Segment(noise, rate, steps), noise, unit, frozenset(), at, left)
-        for split, run, message_id, number, noise, rate, steps, unit, at, left in rows
-    ]
 
 
 def _spent(path: Path, limits: Limits) -> LichenError:

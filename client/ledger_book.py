@@ -76,7 +76,6 @@ class DataSegment:
         split: as which they were first read.
         records: how many.
         opened_at: Unix time.
-        home: which home's records are to be its first, for what a ledger of format 1 had spent; None for all others.
         digest: SHA-256 of the sorted fingerprints.
         written_off: whether nothing of it may be read any more.
     """
@@ -85,7 +84,6 @@ class DataSegment:
     split: Split
     records: int
     opened_at: float
-    home: str | None
     digest: str
     written_off: bool = False
 
@@ -106,7 +104,6 @@ class Book:
     entries: dict[int, Entry] = field(default_factory=dict)
     segments: dict[int, DataSegment] = field(default_factory=dict)
     hashes: dict[int, bytes] = field(default_factory=dict)
-    taken_over: set[str] = field(default_factory=set)
     written_off_at: dict[str, int] = field(default_factory=dict)
     """By home, the number of its last write-off."""
 
@@ -132,13 +129,8 @@ class Book:
                 for number in body["entries"]:
                     self.entries[number] = replace(self.entries[number], released_at=body["at"])
             case "segment":
-                number, home = body["segment"], body["home"]
-                # one that was taken over may have been written off before its records came
-                written_off = number in self.segments and self.segments[number].written_off
-                told = body["split"], body["records"], body["at"], home, body["digest"]
-                self.segments[number] = DataSegment(number, *told, written_off)
-            case "taken-over":
-                self.taken_over.add(body["ledger"])
+                number = body["segment"]
+                self.segments[number] = DataSegment(number, body["split"], body["records"], body["at"], body["digest"])
             case "write-off":
                 self.written_off_at[body.get("home", "")] = logged.sequence  # before homes had names: nobody's, so it is done again
                 for number in body["segments"]:
@@ -149,13 +141,6 @@ class Book:
     def history(self, segment: int | None = None, run: str | None = None) -> list[Entry]:
         """The reservations, of one data segment or all, of one run or all; the oldest first."""
         return [e for e in self.entries.values() if (segment is None or segment in e.charged) and run in {None, e.run}]
-
-    def waiting(self, split: Split, home: str) -> int | None:
-        """The segment whose first records this home's are to be."""
-        for segment in self.segments.values():
-            if segment.split == split and segment.records == 0 and segment.home in {"", home}:
-                return segment.number
-        return None
 
 
 def bound(history: Sequence[Entry], life: Limit, more: tuple[str, Segment] | None) -> Spent:

@@ -176,7 +176,7 @@ def _name(key: Ed25519PrivateKey) -> str:
 
 def _read_all(home: Path, ledger: Ledger) -> None:
     """Have the ledger know every record of this home's data, under each field by which a plan may know it."""
-    from lichen.client.data import MANIFEST, fingerprints, home_key, load, read_manifest
+    from lichen.client.data import MANIFEST, fingerprints, load, read_manifest
 
     if not (home / MANIFEST).exists() or not (sources := read_manifest(home).sources):
         return
@@ -188,7 +188,7 @@ def _read_all(home: Path, ledger: Ledger) -> None:
             column = data.column(field)
             found += fingerprints(ledger.fingerprint_key, "row", [column])
             found += fingerprints(ledger.fingerprint_key, f"entity:{field}", [column])
-        ledger.assign(split, found, home_key(home))
+        ledger.assign(split, found)
 
 
 def _bytes(sequence: int, head: bytes) -> bytes:

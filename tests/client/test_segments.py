@@ -37,7 +37,7 @@ def refused(code: Code, call: Callable[[], object]) -> LichenError:
 def test_what_two_processes_took_for_their_own_leaves_once(tmp_path: Path) -> None:
     """Two homes with copies of the same rows, asked with one message id at one time."""
     with Ledger(tmp_path) as one, Ledger(tmp_path) as other:
-        reads = set(one.assign("train", [1, 2], "a"))
+        reads = set(one.assign("train", [1, 2]))
         for ledger in (one, other):
             ledger.reserve("train", "r", "m", 1, STEP, limits(), reads)
         one.released("train", "r", "m")
@@ -187,60 +187,19 @@ def test_what_is_written_off_is_never_read_again(tmp_path: Path) -> None:
         assert [one.written_off for one in ledger.segments()] == [True, False]
 
 
-# --- older ledgers -------------------------------------------------------------------------------------------------------------------
-
-_FORMAT_1 = """
-CREATE TABLE spent (id INTEGER PRIMARY KEY, split TEXT NOT NULL, run TEXT NOT NULL, message_id TEXT NOT NULL, round INTEGER NOT NULL,
-    unit TEXT NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL, reserved_at REAL NOT NULL,
-    released_at REAL);
-PRAGMA user_version = 1;
-"""
-
-
-def format_1(home: Path) -> None:
-    home.mkdir(exist_ok=True)
-    database = sqlite3.connect(home / FILE)
-    database.executescript(_FORMAT_1)
-    rows = [("train", "r", "a", 1, 100.0, 101.0), ("train", "r", "b", 2, 102.0, None), ("holdout", "r", "a", 1, 103.0, 104.0)]
-    database.executemany("INSERT INTO spent VALUES (NULL, ?, ?, ?, ?, 'example', 2.0, 0.1, 20, ?, ?)", rows)
-    database.commit()
+def test_a_ledger_of_format_1_is_refused_with_a_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LICHEN_LEDGER", str(tmp_path / "shared"))
+    home = tmp_path / "home"
+    home.mkdir()
+    with sqlite3.connect(home / FILE) as database:
+        database.executescript("CREATE TABLE spent (id INTEGER PRIMARY KEY); PRAGMA user_version = 1")
     database.close()
+    assert "write-off" in refused(Code.PRIVACY_HISTORY, lambda: open_ledger(home)).fix
+    (home / FILE).rename(home / "old")
+    open_ledger(home).close()
 
 
-@pytest.mark.parametrize("place", ["in the home", "for all homes"])
-def test_a_ledger_of_format_1_is_taken_over_with_all_it_holds(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    home, shared = tmp_path / "home", tmp_path / "shared"
-    format_1(home)
-    monkeypatch.setenv("LICHEN_LEDGER", "." if place == "in the home" else str(shared))
-    for _ in range(2):
-        with open_ledger(home) as ledger:
-            told = [(e.split, e.run, e.message_id, e.round, e.segment, e.reserved_at, e.released_at) for e in ledger.entries()]
-            assert told == [
-                ("train", "r", "a", 1, STEP, 100.0, 101.0),
-                ("train", "r", "b", 2, STEP, 102.0, None),
-                ("holdout", "r", "a", 1, STEP, 103.0, 104.0),
-            ]
-            ledger.verify()
-    with open_ledger(home) as ledger:
-        # the home's rows, read for the first time now, have that history; rows that come later do not
-        train, held = set(ledger.assign("train", [1, 2])), set(ledger.assign("holdout", [3]))
-        assert ledger.spent(*train, LIFE).epsilon == epsilon([STEP] * 2, DELTA)
-        assert ledger.spent(*held, LIFE).epsilon == epsilon([STEP], DELTA)
-        assert ledger.spent(*ledger.assign("train", [4]), LIFE).epsilon == 0
-        assert ledger.reserve("train", "r", "b", 2, STEP, limits(), train).segment == STEP  # it had not left, and is used
-        assert len(ledger.entries()) == 3
-        ledger.verify()
-    assert (home / FILE).exists() == (place == "in the home")
-    assert (home / "ledger.format-1.sqlite").exists() == (place != "in the home")
-
-
-def test_what_is_written_off_before_it_is_read_stays_so(tmp_path: Path) -> None:
-    format_1(tmp_path)
-    with Ledger(tmp_path) as ledger:
-        assert ledger.write_off() == 2
-        reads = set(ledger.assign("train", [1]))
-        assert reads == {1}
-        refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "new", "m", 1, STEP, limits(), reads))
+# --- where it lies ---------------------------------------------------------------------------------------------------------------
 
 
 def test_two_homes_share_what_the_same_rows_have_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
