@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -16,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 
 from lichen.common import records
 from lichen.common.errors import Code, LichenError, name_of
-from lichen.common.model.adapter import State, check_state
+from lichen.common.model.adapter import State, check_finite, check_fits, check_state
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import MOST_NOISE, planned_evaluation, planned_steps
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from lichen.common.plan import Plan
+    from lichen.coordinator.aggregation.fedavg import FedAvg
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05
@@ -49,6 +51,15 @@ class Evaluator(Protocol):
             LichenError: FRAME_INVALID, if the counts of one are no counts of this task.
         """
         ...
+
+
+@dataclass(frozen=True)
+class _Usable:
+    """A reply whose update goes into the sum."""
+
+    report: records.TrainReport
+    message: Message
+    weight: float
 
 
 class FederatedStrategy(Strategy):  # type: ignore[misc]
@@ -111,11 +122,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         if self._central:
             self._step(self._release(self._central, server_round, replies).update)
             return self._arrays(), None
-        total = RULES[self.plan.aggregation.rule]()
-        usable: list[records.TrainReport] = []
-        for report, update, weight in self._updates(server_round, replies):
-            total.add(update, weight)
-            usable.append(report)
+        total, usable = self._sum_of(server_round, replies)
         if len(usable) < self.plan.cohort.minimum:
             self._tell_privacy()
             raise LichenError(
@@ -126,34 +133,68 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             )
         self._step(total.mean())
         if not self.plan.private:
-            weight = sum(report.examples or 0 for report in usable)
-            self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in usable) / weight
+            reports = [one.report for one in usable]
+            weight = sum(report.examples or 0 for report in reports)
+            self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in reports) / weight
         return self._arrays(), None
 
-    def _updates(self, round: int, replies: Iterable[Message]) -> Iterator[tuple[records.TrainReport, State, float]]:
-        """The usable updates and their weights, one at a time, in the order of the clients' names so that sums repeat."""
-        self._used = []
-        uplink = 0
+    def _sum_of(self, round: int, replies: Iterable[Message]) -> tuple[FedAvg, list[_Usable]]:
+        """The usable updates, added.
+
+        Whether their values are finite is seen from the sum, which spares a pass over each. Only if it is not, each is looked at, and the
+        others are added anew: who sends such an update is refused alone, and the sum is the same as without it.
+        """
+        total, usable = RULES[self.plan.aggregation.rule](), []
+        for one, update in self._usable(round, replies, check_fits):
+            usable.append(one)
+            total.add(update, one.weight)
+        if not total.finite():
+            usable = [one for one in usable if self._is_finite(one)]
+            total = RULES[self.plan.aggregation.rule]()
+            for one in usable:
+                total.add(self._update(one.message), one.weight)
+        self._count(usable)
+        return total, usable
+
+    def _usable(self, round: int, replies: Iterable[Message], check: Callable[[State, State], None]) -> Iterator[tuple[_Usable, State]]:
+        """The updates that pass ``check``, one at a time, in the order of the clients' names so that sums repeat."""
         for report, message in sorted(self._reports(records.TrainReport, round, replies), key=lambda found: found[0].client):
             try:
                 weight = self._weight(report)  # from here on the update has left its node, and is paid for, whether it is usable or not
-                update = records.get_tensors(message.content, self._spool)
-                check_state(update, self.state.model)
+                update = self._update(message)
+                check(update, self.state.model)
             except LichenError as error:
                 self._failed(report.client, error.code, error.what)
                 continue
-            uplink += records.payload_bytes(message.content)
-            self._used.append(message.metadata.src_node_id)
-            yield report, update, weight
-        self._told.participants, self._told.failed, self._told.uplink_bytes = len(self._used), len(self._told.errors), uplink
+            yield _Usable(report, message, weight), update
+
+    def _is_finite(self, one: _Usable) -> bool:
+        try:
+            check_finite(self._update(one.message))
+        except LichenError as error:
+            self._failed(one.report.client, error.code, error.what)
+            return False
+        return True
+
+    def _update(self, message: Message) -> State:
+        return records.get_tensors(message.content, self._spool)
+
+    def _count(self, usable: list[_Usable]) -> None:
+        """Put into the round's line what was used, and who failed."""
+        self._used = [one.message.metadata.src_node_id for one in usable]
+        self._told.participants, self._told.failed = len(usable), len(self._told.errors)
+        self._told.uplink_bytes = sum(records.payload_bytes(one.message.content) for one in usable)
 
     def _release(self, central: CentralDP, round: int, replies: Iterable[Message]) -> Release:
         """The round's noised sum: the one that a crash left behind, or a new one, which is on the disk before anything follows from it."""
         release = self.directory.load_release(round)
         if release is None:
             total = central.sum_of(self.state.model, self.state.clip or self.plan.privacy.clip)
-            for report, update, _ in self._updates(round, replies):
-                total.add(update, within=report.within_clip is not False)
+            usable = []
+            for one, update in self._usable(round, replies, check_state):
+                usable.append(one)
+                total.add(update, within=one.report.within_clip is not False)
+            self._count(usable)
             release = central.release(total, round)
             self.directory.save_release(round, release)
         self.result.privacy.max_epsilon = central.spent(round)
