@@ -422,6 +422,20 @@ def test_a_hostile_reply_is_that_clients_failure_and_moves_nothing(tmp_path: Pat
     close(federation.model(), expected(plan, len(HOSTILE), SIZES.keys() - {WRONG}))
 
 
+def test_the_sum_without_a_refused_update_is_the_same_to_the_bit(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    def one_infinity(update: State) -> State:
+        update[sorted(update)[-1]].view(-1)[-1] = float("inf")
+        return update
+
+    refused = Federation(tmp_path / "refused", plan_of(), {"client-1": updating(one_infinity)})
+    absent = Federation(tmp_path / "absent", plan_of(), {"client-1": failing(int(Code.DATA_LABEL))})
+    told, other = (federation.run().rounds[0] for federation in (refused, absent))
+    assert told.errors == {"client-1": int(Code.STATE_MISMATCH)}
+    assert (told.participants, told.failed, told.uplink_bytes, told.train_loss) == (2, 1, other.uplink_bytes, other.train_loss)
+    left, right = refused.model(), absent.model()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
 NOT_THE_PLANS: list[dict[str, Any]] = [
     {"noise_multiplier": None},
     {"noise_multiplier": 0.0},
