@@ -1,4 +1,4 @@
-"""The round: choose a cohort, ask it, add what comes back, step, checkpoint, score. A Flower Strategy that resumes."""
+"""The round: choose a cohort, ask it, add what comes back, step, checkpoint; score beside the next. A Flower Strategy that resumes."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from lichen.coordinator.aggregation import RULES
 from lichen.coordinator.aggregation.central_dp import CentralDP
 from lichen.coordinator.optimizers import apply_update
 from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
+from lichen.coordinator.scoring import Beside
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -72,6 +73,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         evaluator: scores models.
         spool: where payloads lie beside their messages; None where they travel inside.
         name_of: the name of a node, where the grid knows it: then a report must bear it.
+        beside: whether a model is scored in a thread of its own while the next round runs. Only sound where no client trains in this
+            process, on the evaluator's model.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         evaluator: Evaluator,
         spool: Path | None = None,
         name_of: Callable[[int], str] | None = None,
+        *,
+        beside: bool = False,
     ) -> None:
         self.plan = plan
         self.directory = directory
@@ -91,6 +96,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._spool = spool
         self._name_of = name_of
         self._told: Round
+        self._scoring = Beside(here=not beside)
         self._used: list[int] = []
         self._central = CentralDP(plan, secret=result.privacy.noise == "secret") if plan.central else None
 
@@ -260,38 +266,85 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.summary()
         content = RecordDict({"payload": initial_arrays})
         self.state = self.directory.load_state() or ServerState(0, records.get_tensors(content, self._spool), {}, {})
-        self.result.rounds = self.directory.load_rounds(self.state.round)
-        before = sum(told.seconds or 0.0 for told in self.result.rounds)
-        if self.result.rounds:
-            self._sum_up(before)
+        self._resume(num_rounds)
         if self._central and self.state.round < num_rounds:
             self.directory.check_not_restored()
-        began = time.monotonic()
-        for number in range(self.state.round + 1, num_rounds + 1):
-            round_began = time.monotonic()
-            self._told = Round(round=number, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
-            messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
-            self.aggregate_train(number, self._ask(grid, messages, timeout))
-            if number > num_rounds - self.plan.aggregation.average_last:
-                self.state.average = {
-                    name: self.state.average[name] + tensor if self.state.average else tensor.clone()
-                    for name, tensor in self.state.model.items()
-                }
-            messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid))
-            if messages:
-                self.aggregate_evaluate(number, self._ask(grid, messages, timeout))
-            if number % self.plan.evaluation.every == 0 or number == num_rounds:
-                self._told.validation = self._evaluator.validation(self.state.model)
-            self._told.seconds = round(time.monotonic() - round_began, 3)
-            self.state.round = number
-            self._tell(before + time.monotonic() - began)
-            self.directory.save_state(self.state)
+        before, began = self.result.seconds or 0.0, time.monotonic()
+        try:
+            for number in range(self.state.round + 1, num_rounds + 1):
+                self._round(number, num_rounds, grid, timeout)
+                self._scoring.settle()  # lines are told in order, and at most one round waits for its score
+                self._save()
+                self._score(before + time.monotonic() - began, num_rounds)
+            self._scoring.settle()
+        except BaseException as error:
+            self._scoring.settle_after(error)  # a round that is over is told, however the next one ends
+            raise
         return FlowerResult()
 
     def final_model(self) -> State:
         """The mean of the last rounds' models, as the plan asks."""
         count = self.plan.aggregation.average_last
         return {name: tensor / count for name, tensor in self.state.average.items()}
+
+    def _resume(self, num_rounds: int) -> None:
+        """Tell what was told already, and the round of the checkpoint if a crash came before its score: it is scored now."""
+        self.result.rounds = self.directory.load_rounds(self.state.round)
+        if self.state.round:
+            self._tell_privacy()
+        waiting = self.directory.load_for_operator(self.state.round) if self._central else self.state.told
+        before = sum(told.seconds or 0.0 for told in self.result.rounds)
+        if waiting is not None and all(told.round < waiting.round for told in self.result.rounds):
+            # in this thread: an engine may yet fork its workers, which other threads do not survive
+            self._score_and_tell(waiting, self.state.model, before + (waiting.seconds or 0.0), self._is_scored(waiting.round, num_rounds))
+        elif self.result.rounds:
+            self._sum_up(before)
+
+    def _round(self, number: int, num_rounds: int, grid: Grid, timeout: float) -> None:
+        began = time.monotonic()
+        self._told = Round(round=number, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
+        messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
+        self.aggregate_train(number, self._ask(grid, messages, timeout))
+        if number > num_rounds - self.plan.aggregation.average_last:
+            self.state.average = {
+                name: self.state.average[name] + tensor if self.state.average else tensor.clone()
+                for name, tensor in self.state.model.items()
+            }
+        messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid))
+        if messages:
+            self.aggregate_evaluate(number, self._ask(grid, messages, timeout))
+        self._told.seconds = round(time.monotonic() - began, 3)
+        self.state.round = number
+
+    def _save(self) -> None:
+        """Tell what was spent, and write the checkpoint, with the round's line: it is told once its score is there, also after a crash."""
+        self._tell_privacy()
+        self.directory.save_result(self.result)
+        self._told.epsilon = self.result.privacy.max_epsilon
+        if self._central:
+            self.directory.save_for_operator(self._told)
+        else:
+            self.state.told = self._told
+        self.directory.save_state(self.state)
+
+    def _score(self, seconds: float, num_rounds: int) -> None:
+        """Have the round's model scored, and then the round told, beside the next round.
+
+        No tensor of a state is ever changed in place, so the model that is scored stays what it is.
+        """
+        told, model, scored = self._told, self.state.model, self._is_scored(self._told.round, num_rounds)
+        self._scoring.start(lambda: self._score_and_tell(told, model, seconds, scored))
+
+    def _is_scored(self, round: int, num_rounds: int) -> bool:
+        return round % self.plan.evaluation.every == 0 or round == num_rounds
+
+    def _score_and_tell(self, told: Round, model: State, seconds: float, scored: bool) -> None:
+        if scored:
+            told.validation = self._evaluator.validation(model)
+        if self._central:
+            self.directory.save_for_operator(told)
+        self.result.rounds.append(told.without_cohort() if self._central else told)
+        self._sum_up(seconds)
 
     # --- parts ---
 
@@ -416,20 +469,11 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         records.put_tensors(content, self.state.model, self._spool)
         return content.array_records["payload"]
 
-    def _tell(self, seconds: float) -> None:
-        """Add the round to `result.json`; what tells of a secret cohort goes to the operator alone."""
-        if self._central:
-            self.directory.save_for_operator(self._told)
-        self.result.rounds.append(self._told.without_cohort() if self._central else self._told)
-        self._sum_up(seconds)
-
     def _sum_up(self, seconds: float) -> None:
         """Bring `result.json` up to date with its rounds."""
         result = self.result
         result.seconds = None if self._central else round(seconds, 3)
         result.parameters = sum(tensor.numel() for tensor in self.state.model.values())
-        self._tell_privacy()
-        result.rounds[-1].epsilon = result.privacy.max_epsilon
         if self._central:
             result.transfer = Transfer(uplink_bytes=None, downlink_bytes=None)
         else:
