@@ -42,6 +42,11 @@ class OwnData:
         self._validation = validation
         self._test = test
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split."""
+        return self._validation is not None
+
     def validation(self, state: State) -> Metrics | None:
         """Metrics on the validation split; None if there is none."""
         return self._score(state, self._validation)

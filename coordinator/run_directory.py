@@ -225,10 +225,16 @@ class RunDirectory:
 
     # --- what is told ---
 
-    def save_result(self, result: Result) -> None:
-        """Write `result.json` with the privacy statement as it now is, and `metrics.jsonl` with its rounds."""
+    def save_result(self, result: Result, *, metrics: bool = True) -> None:
+        """Write `result.json` with the privacy statement as it now is, and `metrics.jsonl` with its rounds.
+
+        Args:
+            result: what to write.
+            metrics: False if its rounds are those that `metrics.jsonl` has.
+        """
         result.privacy.statement = make_statement(self.plan, result)
-        write_atomically(self.path / "metrics.jsonl", "".join(line.model_dump_json() + "\n" for line in result.rounds))
+        if metrics:
+            write_atomically(self.path / "metrics.jsonl", "".join(line.model_dump_json() + "\n" for line in result.rounds))
         write_atomically(self.path / "result.json", result.model_dump_json(indent=2) + "\n")
 
     def save_for_operator(self, told: Round) -> None:

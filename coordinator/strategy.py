@@ -41,6 +41,11 @@ R = TypeVar("R", records.TrainReport, records.EvaluateReport)
 class Evaluator(Protocol):
     """Scores a model on the coordinator's own data."""
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split."""
+        ...
+
     def validation(self, state: State) -> Metrics | None:
         """Metrics on the validation split; None if there is none."""
         ...
@@ -296,7 +301,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         before = sum(told.seconds or 0.0 for told in self.result.rounds)
         if waiting is not None and all(told.round < waiting.round for told in self.result.rounds):
             # in this thread: an engine may yet fork its workers, which other threads do not survive
-            self._score_and_tell(waiting, self.state.model, before + (waiting.seconds or 0.0), self._is_scored(waiting.round, num_rounds))
+            scored = self._is_scored(waiting.round, num_rounds)
+            self._score_and_tell(waiting, self.state.model, before + (waiting.seconds or 0.0), scored=scored)
         elif self.result.rounds:
             self._sum_up(before)
 
@@ -319,7 +325,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     def _save(self) -> None:
         """Tell what was spent, and write the checkpoint, with the round's line: it is told once its score is there, also after a crash."""
         self._tell_privacy()
-        self.directory.save_result(self.result)
+        self.directory.save_result(self.result, metrics=False)
         self._told.epsilon = self.result.privacy.max_epsilon
         if self._central:
             self.directory.save_for_operator(self._told)
@@ -328,17 +334,20 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.directory.save_state(self.state)
 
     def _score(self, seconds: float, num_rounds: int) -> None:
-        """Have the round's model scored, and then the round told, beside the next round.
+        """Have the round's model scored, and then the round told, beside the next round; a round without a score is told at once.
 
         No tensor of a state is ever changed in place, so the model that is scored stays what it is.
         """
-        told, model, scored = self._told, self.state.model, self._is_scored(self._told.round, num_rounds)
-        self._scoring.start(lambda: self._score_and_tell(told, model, seconds, scored))
+        told, model = self._told, self.state.model
+        if self._is_scored(told.round, num_rounds):
+            self._scoring.start(lambda: self._score_and_tell(told, model, seconds, scored=True))
+        else:
+            self._score_and_tell(told, model, seconds, scored=False)
 
     def _is_scored(self, round: int, num_rounds: int) -> bool:
-        return round % self.plan.evaluation.every == 0 or round == num_rounds
+        return self._evaluator.has_validation and (round % self.plan.evaluation.every == 0 or round == num_rounds)
 
-    def _score_and_tell(self, told: Round, model: State, seconds: float, scored: bool) -> None:
+    def _score_and_tell(self, told: Round, model: State, seconds: float, *, scored: bool) -> None:
         if scored:
             told.validation = self._evaluator.validation(model)
         if self._central:
