@@ -52,7 +52,7 @@ class Round(_Section):
     downlink_bytes: int | None
     """Payload bytes to all clients; null under `unit: client`."""
     seconds: float | None
-    """The whole round; null under `unit: client`."""
+    """The round without its validation, which runs beside the next one; null under `unit: client`."""
 
     def without_cohort(self) -> Round:
         """The round without all that tells who, or how many, took part."""

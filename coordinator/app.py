@@ -7,6 +7,7 @@ and ``test`` (Parquet files) and ``spool``.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import save_model
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.statement import make_statement
-from lichen.common.result import Metrics, Result, Transfer
+from lichen.common.result import Metrics, Result, Transfer, read_result
 from lichen.common.tasks import workbench
 from lichen.coordinator.report import write_report
 from lichen.coordinator.run_directory import RunDirectory, versions
@@ -40,6 +41,11 @@ class OwnData:
         self._encoded = {path: self._read(path) for path in (validation, test) if path is not None}
         self._validation = validation
         self._test = test
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split."""
+        return self._validation is not None
 
     def validation(self, state: State) -> Metrics | None:
         """Metrics on the validation split; None if there is none."""
@@ -99,11 +105,12 @@ def main(grid: Grid, context: Context) -> None:
         transfer=Transfer(uplink_bytes=0, downlink_bytes=0),
     )
     result.rounds = directory.load_rounds(plan.rounds)
-    if result.rounds:
-        result.privacy.max_epsilon = result.rounds[-1].epsilon  # what was spent stays so if the run fails before its next round
+    with suppress(LichenError):  # what was spent stays so if the run fails before its next round
+        result.privacy.max_epsilon = read_result(directory.path).privacy.max_epsilon
     try:
         own = OwnData(plan, *(Path(str(config[key])) if key in config else None for key in ("validation", "test")))
-        strategy = FederatedStrategy(plan, directory, result, own, spool, getattr(grid, "name_of", None))
+        beside = not getattr(grid, "works_here", False)
+        strategy = FederatedStrategy(plan, directory, result, own, spool, getattr(grid, "name_of", None), beside=beside)
         content = RecordDict()
         records.put_tensors(content, own.start, spool)
         strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)

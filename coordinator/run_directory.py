@@ -51,6 +51,8 @@ class ServerState:
     """By kind of message the clients that have no privacy budget left for it: they are not asked again."""
     clip: float | None = None
     """Under `unit: client`: of the next round."""
+    told: Round | None = None
+    """The last round's line, which is told only when its model is scored; None under `unit: client`, where the operator's has it."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ class RunDirectory:
             "evaluated": state.evaluated,
             "exhausted": state.exhausted,
             "clip": state.clip,
+            "told": state.told.model_dump_json() if state.told else None,
         }
         final = self._checkpoint(state.round)
         temporary = final.with_suffix(".tmp")
@@ -211,6 +214,7 @@ class RunDirectory:
             evaluated=history(about["evaluated"]),
             exhausted=about.get("exhausted", {}),
             clip=about.get("clip"),
+            told=Round.model_validate_json(told) if (told := about.get("told")) else None,
         )
 
     def _checkpoint(self, round: int) -> Path:
@@ -221,18 +225,33 @@ class RunDirectory:
 
     # --- what is told ---
 
-    def save_result(self, result: Result) -> None:
-        """Write `result.json` with the privacy statement as it now is, and `metrics.jsonl` with its rounds."""
+    def save_result(self, result: Result, *, metrics: bool = True) -> None:
+        """Write `result.json` with the privacy statement as it now is, and `metrics.jsonl` with its rounds.
+
+        Args:
+            result: what to write.
+            metrics: False if its rounds are those that `metrics.jsonl` has.
+        """
         result.privacy.statement = make_statement(self.plan, result)
-        write_atomically(self.path / "metrics.jsonl", "".join(line.model_dump_json() + "\n" for line in result.rounds))
+        if metrics:
+            write_atomically(self.path / "metrics.jsonl", "".join(line.model_dump_json() + "\n" for line in result.rounds))
         write_atomically(self.path / "result.json", result.model_dump_json(indent=2) + "\n")
 
     def save_for_operator(self, told: Round) -> None:
-        """Add a round, with its cohort's figures, to what only the operator may see; one that is done again replaces its line."""
-        path = self.path / OPERATOR
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if Round.model_validate_json(line).round < told.round]
-        write_private(path, "".join(f"{line}\n" for line in [*kept, told.model_dump_json()]).encode())
+        """Add a round, with its cohort's figures, to what only the operator may see; one that is told again replaces its line."""
+        kept = [line for line in self._for_operator() if line.round < told.round]
+        write_private(self.path / OPERATOR, "".join(f"{line.model_dump_json()}\n" for line in [*kept, told]).encode())
+
+    def load_for_operator(self, round: int) -> Round | None:
+        """What only the operator may see of a round."""
+        return next((line for line in self._for_operator() if line.round == round), None)
+
+    def _for_operator(self) -> list[Round]:
+        try:
+            lines = (self.path / OPERATOR).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        return [Round.model_validate_json(line) for line in lines]
 
     def load_rounds(self, until: int) -> list[Round]:
         """The rounds up to ``until`` that were told already."""

@@ -1,4 +1,4 @@
-"""The round: choose a cohort, ask it, add what comes back, step, checkpoint, score. A Flower Strategy that resumes."""
+"""The round: choose a cohort, ask it, add what comes back, step, checkpoint; score beside the next. A Flower Strategy that resumes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -16,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 
 from lichen.common import records
 from lichen.common.errors import Code, LichenError, name_of
-from lichen.common.model.adapter import State, check_state
+from lichen.common.model.adapter import State, check_finite, check_fits, check_state
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import MOST_NOISE, planned_evaluation, planned_steps
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
@@ -24,11 +25,13 @@ from lichen.coordinator.aggregation import RULES
 from lichen.coordinator.aggregation.central_dp import CentralDP
 from lichen.coordinator.optimizers import apply_update
 from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
+from lichen.coordinator.scoring import Beside
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from lichen.common.plan import Plan
+    from lichen.coordinator.aggregation.fedavg import FedAvg
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05
@@ -37,6 +40,11 @@ R = TypeVar("R", records.TrainReport, records.EvaluateReport)
 
 class Evaluator(Protocol):
     """Scores a model on the coordinator's own data."""
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split."""
+        ...
 
     def validation(self, state: State) -> Metrics | None:
         """Metrics on the validation split; None if there is none."""
@@ -51,6 +59,15 @@ class Evaluator(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Usable:
+    """A reply whose update goes into the sum."""
+
+    report: records.TrainReport
+    message: Message
+    weight: float
+
+
 class FederatedStrategy(Strategy):  # type: ignore[misc]
     """Rounds of one plan.
 
@@ -61,6 +78,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         evaluator: scores models.
         spool: where payloads lie beside their messages; None where they travel inside.
         name_of: the name of a node, where the grid knows it: then a report must bear it.
+        beside: whether a model is scored in a thread of its own while the next round runs. Only sound where no client trains in this
+            process, on the evaluator's model.
     """
 
     def __init__(
@@ -71,6 +90,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         evaluator: Evaluator,
         spool: Path | None = None,
         name_of: Callable[[int], str] | None = None,
+        *,
+        beside: bool = False,
     ) -> None:
         self.plan = plan
         self.directory = directory
@@ -80,6 +101,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._spool = spool
         self._name_of = name_of
         self._told: Round
+        self._scoring = Beside(here=not beside)
         self._used: list[int] = []
         self._central = CentralDP(plan, secret=result.privacy.noise == "secret") if plan.central else None
 
@@ -111,11 +133,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         if self._central:
             self._step(self._release(self._central, server_round, replies).update)
             return self._arrays(), None
-        total = RULES[self.plan.aggregation.rule]()
-        usable: list[records.TrainReport] = []
-        for report, update, weight in self._updates(server_round, replies):
-            total.add(update, weight)
-            usable.append(report)
+        total, usable = self._sum_of(server_round, replies)
         if len(usable) < self.plan.cohort.minimum:
             self._tell_privacy()
             raise LichenError(
@@ -126,34 +144,68 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             )
         self._step(total.mean())
         if not self.plan.private:
-            weight = sum(report.examples or 0 for report in usable)
-            self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in usable) / weight
+            reports = [one.report for one in usable]
+            weight = sum(report.examples or 0 for report in reports)
+            self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in reports) / weight
         return self._arrays(), None
 
-    def _updates(self, round: int, replies: Iterable[Message]) -> Iterator[tuple[records.TrainReport, State, float]]:
-        """The usable updates and their weights, one at a time, in the order of the clients' names so that sums repeat."""
-        self._used = []
-        uplink = 0
+    def _sum_of(self, round: int, replies: Iterable[Message]) -> tuple[FedAvg, list[_Usable]]:
+        """The usable updates, added.
+
+        Whether their values are finite is seen from the sum, which spares a pass over each. Only if it is not, each is looked at, and the
+        others are added anew: who sends such an update is refused alone, and the sum is the same as without it.
+        """
+        total, usable = RULES[self.plan.aggregation.rule](), []
+        for one, update in self._usable(round, replies, check_fits):
+            usable.append(one)
+            total.add(update, one.weight)
+        if not total.finite():
+            usable = [one for one in usable if self._is_finite(one)]
+            total = RULES[self.plan.aggregation.rule]()
+            for one in usable:
+                total.add(self._update(one.message), one.weight)
+        self._count(usable)
+        return total, usable
+
+    def _usable(self, round: int, replies: Iterable[Message], check: Callable[[State, State], None]) -> Iterator[tuple[_Usable, State]]:
+        """The updates that pass ``check``, one at a time, in the order of the clients' names so that sums repeat."""
         for report, message in sorted(self._reports(records.TrainReport, round, replies), key=lambda found: found[0].client):
             try:
                 weight = self._weight(report)  # from here on the update has left its node, and is paid for, whether it is usable or not
-                update = records.get_tensors(message.content, self._spool)
-                check_state(update, self.state.model)
+                update = self._update(message)
+                check(update, self.state.model)
             except LichenError as error:
                 self._failed(report.client, error.code, error.what)
                 continue
-            uplink += records.payload_bytes(message.content)
-            self._used.append(message.metadata.src_node_id)
-            yield report, update, weight
-        self._told.participants, self._told.failed, self._told.uplink_bytes = len(self._used), len(self._told.errors), uplink
+            yield _Usable(report, message, weight), update
+
+    def _is_finite(self, one: _Usable) -> bool:
+        try:
+            check_finite(self._update(one.message))
+        except LichenError as error:
+            self._failed(one.report.client, error.code, error.what)
+            return False
+        return True
+
+    def _update(self, message: Message) -> State:
+        return records.get_tensors(message.content, self._spool)
+
+    def _count(self, usable: list[_Usable]) -> None:
+        """Put into the round's line what was used, and who failed."""
+        self._used = [one.message.metadata.src_node_id for one in usable]
+        self._told.participants, self._told.failed = len(usable), len(self._told.errors)
+        self._told.uplink_bytes = sum(records.payload_bytes(one.message.content) for one in usable)
 
     def _release(self, central: CentralDP, round: int, replies: Iterable[Message]) -> Release:
         """The round's noised sum: the one that a crash left behind, or a new one, which is on the disk before anything follows from it."""
         release = self.directory.load_release(round)
         if release is None:
             total = central.sum_of(self.state.model, self.state.clip or self.plan.privacy.clip)
-            for report, update, _ in self._updates(round, replies):
-                total.add(update, within=report.within_clip is not False)
+            usable = []
+            for one, update in self._usable(round, replies, check_state):
+                usable.append(one)
+                total.add(update, within=one.report.within_clip is not False)
+            self._count(usable)
             release = central.release(total, round)
             self.directory.save_release(round, release)
         self.result.privacy.max_epsilon = central.spent(round)
@@ -219,38 +271,89 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.summary()
         content = RecordDict({"payload": initial_arrays})
         self.state = self.directory.load_state() or ServerState(0, records.get_tensors(content, self._spool), {}, {})
-        self.result.rounds = self.directory.load_rounds(self.state.round)
-        before = sum(told.seconds or 0.0 for told in self.result.rounds)
-        if self.result.rounds:
-            self._sum_up(before)
+        self._resume(num_rounds)
         if self._central and self.state.round < num_rounds:
             self.directory.check_not_restored()
-        began = time.monotonic()
-        for number in range(self.state.round + 1, num_rounds + 1):
-            round_began = time.monotonic()
-            self._told = Round(round=number, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
-            messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
-            self.aggregate_train(number, self._ask(grid, messages, timeout))
-            if number > num_rounds - self.plan.aggregation.average_last:
-                self.state.average = {
-                    name: self.state.average[name] + tensor if self.state.average else tensor.clone()
-                    for name, tensor in self.state.model.items()
-                }
-            messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid))
-            if messages:
-                self.aggregate_evaluate(number, self._ask(grid, messages, timeout))
-            if number % self.plan.evaluation.every == 0 or number == num_rounds:
-                self._told.validation = self._evaluator.validation(self.state.model)
-            self._told.seconds = round(time.monotonic() - round_began, 3)
-            self.state.round = number
-            self._tell(before + time.monotonic() - began)
-            self.directory.save_state(self.state)
+        before, began = self.result.seconds or 0.0, time.monotonic()
+        try:
+            for number in range(self.state.round + 1, num_rounds + 1):
+                self._round(number, num_rounds, grid, timeout)
+                self._scoring.settle()  # lines are told in order, and at most one round waits for its score
+                self._save()
+                self._score(before + time.monotonic() - began, num_rounds)
+            self._scoring.settle()
+        except BaseException as error:
+            self._scoring.settle_after(error)  # a round that is over is told, however the next one ends
+            raise
         return FlowerResult()
 
     def final_model(self) -> State:
         """The mean of the last rounds' models, as the plan asks."""
         count = self.plan.aggregation.average_last
         return {name: tensor / count for name, tensor in self.state.average.items()}
+
+    def _resume(self, num_rounds: int) -> None:
+        """Tell what was told already, and the round of the checkpoint if a crash came before its score: it is scored now."""
+        self.result.rounds = self.directory.load_rounds(self.state.round)
+        if self.state.round:
+            self._tell_privacy()
+        waiting = self.directory.load_for_operator(self.state.round) if self._central else self.state.told
+        before = sum(told.seconds or 0.0 for told in self.result.rounds)
+        if waiting is not None and all(told.round < waiting.round for told in self.result.rounds):
+            # in this thread: an engine may yet fork its workers, which other threads do not survive
+            scored = self._is_scored(waiting.round, num_rounds)
+            self._score_and_tell(waiting, self.state.model, before + (waiting.seconds or 0.0), scored=scored)
+        elif self.result.rounds:
+            self._sum_up(before)
+
+    def _round(self, number: int, num_rounds: int, grid: Grid, timeout: float) -> None:
+        began = time.monotonic()
+        self._told = Round(round=number, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
+        messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
+        self.aggregate_train(number, self._ask(grid, messages, timeout))
+        if number > num_rounds - self.plan.aggregation.average_last:
+            self.state.average = {
+                name: self.state.average[name] + tensor if self.state.average else tensor.clone()
+                for name, tensor in self.state.model.items()
+            }
+        messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid))
+        if messages:
+            self.aggregate_evaluate(number, self._ask(grid, messages, timeout))
+        self._told.seconds = round(time.monotonic() - began, 3)
+        self.state.round = number
+
+    def _save(self) -> None:
+        """Tell what was spent, and write the checkpoint, with the round's line: it is told once its score is there, also after a crash."""
+        self._tell_privacy()
+        self.directory.save_result(self.result, metrics=False)
+        self._told.epsilon = self.result.privacy.max_epsilon
+        if self._central:
+            self.directory.save_for_operator(self._told)
+        else:
+            self.state.told = self._told
+        self.directory.save_state(self.state)
+
+    def _score(self, seconds: float, num_rounds: int) -> None:
+        """Have the round's model scored, and then the round told, beside the next round; a round without a score is told at once.
+
+        No tensor of a state is ever changed in place, so the model that is scored stays what it is.
+        """
+        told, model = self._told, self.state.model
+        if self._is_scored(told.round, num_rounds):
+            self._scoring.start(lambda: self._score_and_tell(told, model, seconds, scored=True))
+        else:
+            self._score_and_tell(told, model, seconds, scored=False)
+
+    def _is_scored(self, round: int, num_rounds: int) -> bool:
+        return self._evaluator.has_validation and (round % self.plan.evaluation.every == 0 or round == num_rounds)
+
+    def _score_and_tell(self, told: Round, model: State, seconds: float, *, scored: bool) -> None:
+        if scored:
+            told.validation = self._evaluator.validation(model)
+        if self._central:
+            self.directory.save_for_operator(told)
+        self.result.rounds.append(told.without_cohort() if self._central else told)
+        self._sum_up(seconds)
 
     # --- parts ---
 
@@ -374,20 +477,11 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         records.put_tensors(content, self.state.model, self._spool)
         return content.array_records["payload"]
 
-    def _tell(self, seconds: float) -> None:
-        """Add the round to `result.json`; what tells of a secret cohort goes to the operator alone."""
-        if self._central:
-            self.directory.save_for_operator(self._told)
-        self.result.rounds.append(self._told.without_cohort() if self._central else self._told)
-        self._sum_up(seconds)
-
     def _sum_up(self, seconds: float) -> None:
         """Bring `result.json` up to date with its rounds."""
         result = self.result
         result.seconds = None if self._central else round(seconds, 3)
         result.parameters = sum(tensor.numel() for tensor in self.state.model.values())
-        self._tell_privacy()
-        result.rounds[-1].epsilon = result.privacy.max_epsilon
         if self._central:
             result.transfer = Transfer(uplink_bytes=None, downlink_bytes=None)
         else:

@@ -70,6 +70,11 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         """Flower's description of the run, which this grid does not keep."""
         raise LichenError(Code.INTERNAL, "an in-process run has no Flower run record")
 
+    @property
+    def works_here(self) -> bool:
+        """Whether clients train in this process, on the model that the coordinator scores with: it must then score between rounds."""
+        return self._fork is None
+
     def name_of(self, node_id: int) -> str:
         """The client's name."""
         return str(self._contexts[node_id].node_config["name"])

@@ -84,7 +84,7 @@ def _forking(plan: Plan, count: int, threads: int) -> Iterator[Callable[[Work], 
         with suppress(LichenError):  # then every client's own reply tells
             trainer_of(plan)
         workers = Workers(count, threads, work)
-        torch.set_num_threads(before)  # the coordinator scores while the workers wait
+        torch.set_num_threads(before)  # the coordinator's scores, which are made beside the workers, are the same whatever their number
         return workers
 
     torch.set_num_threads(1)

@@ -53,7 +53,17 @@ class TunedModel:
 
 
 def check_state(state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that do not fit.
+    """Refuse tensors that do not fit, or hold values that are not finite.
+
+    Raises:
+        LichenError: STATE_MISMATCH.
+    """
+    check_fits(state, like)
+    check_finite(state)
+
+
+def check_fits(state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors whose names, shapes or types differ; no value is read.
 
     Raises:
         LichenError: STATE_MISMATCH.
@@ -68,6 +78,15 @@ def check_state(state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tens
                 f"{name!r} is {tensor.dtype} {tuple(tensor.shape)}, not {like[name].dtype} {tuple(like[name].shape)}",
                 fix="Compare the plans and the base models.",
             )
+
+
+def check_finite(state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors with a value that is not finite.
+
+    Raises:
+        LichenError: STATE_MISMATCH.
+    """
+    for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise LichenError(Code.STATE_MISMATCH, f"{name!r} holds values that are not finite")
 

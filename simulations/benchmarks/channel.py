@@ -20,6 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from lichen.common.pki import Authority, fingerprint, make_csr, make_key
 from lichen.common.records import PayloadRef, payload_refs, reference, reply
+from lichen.simulations.benchmarks.memory import forget_peak, resident
 
 AGENTS = ("agent-1", "agent-2")
 _MB = 1_000_000
@@ -49,7 +50,7 @@ def bench_channel(rounds: int = 200, megabytes: int = 100, json: bool = False) -
             processes += [_start("agent", home, agent) for agent in AGENTS]
             _wait_for(home / "attached", processes)
             time.sleep(1.0)
-            agent_idle = max(_memory("VmRSS", process.pid) for process in processes[1:])
+            agent_idle = max(resident("VmRSS", process.pid) for process in processes[1:])
             (home / "go").touch()
             output, _ = processes[0].communicate(timeout=600)
             if processes[0].returncode != 0:
@@ -143,7 +144,7 @@ def _measure(grid: Any, home: Path, rounds: int, megabytes: int) -> dict[str, An
     _publish(home / "attached", "")
     while not (home / "go").exists():
         time.sleep(0.02)
-    idle = _memory("VmRSS")
+    idle = resident("VmRSS")
     times = []
     for number in range(rounds):
         began = time.perf_counter()
@@ -160,7 +161,7 @@ def _measure(grid: Any, home: Path, rounds: int, megabytes: int) -> dict[str, An
             path = Path(file.name)
         _random_file(path, megabytes * _MB)
         refs.append(grid.spool.add_file(path))
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of what was before
+    forget_peak()
     began = time.perf_counter()
     messages = [grid.create_message(_with_payload(ref), "train", node, "data") for node, ref in zip(nodes, refs, strict=True)]
     replies = grid.send_and_receive(messages, timeout=300)
@@ -168,7 +169,7 @@ def _measure(grid: Any, home: Path, rounds: int, megabytes: int) -> dict[str, An
     came = {ref.digest for message in replies for ref in payload_refs(message) if grid.spool.length(ref.digest) == megabytes * _MB}
     if len(came) != len(nodes):
         raise RuntimeError("a payload did not come back")
-    peak = _memory("VmHWM")
+    peak = resident("VmHWM")
     return {
         "rounds": rounds,
         "megabytes": megabytes,
@@ -179,12 +180,6 @@ def _measure(grid: Any, home: Path, rounds: int, megabytes: int) -> dict[str, An
         "coordinator_peak_mb": peak / _MB,
         "coordinator_above_idle_mb": (peak - idle) / _MB,
     }
-
-
-def _memory(what: str, process: int | str = "self") -> int:
-    """Resident memory of a process in bytes: ``VmRSS`` now, ``VmHWM`` at its largest (Linux)."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith(f"{what}:")).split()[1])
 
 
 def _publish(path: Path, text: str) -> None:

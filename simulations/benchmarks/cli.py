@@ -27,6 +27,19 @@ def channel(
 
 
 @app.command()
+def aggregate(
+    updates: Annotated[int, typer.Option(min=1, help="How many; beyond 8 the same files again, which spares the disk.")] = 100,
+    megabytes: Annotated[int, typer.Option(min=1, help="Size of each.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Speed of the mean of many updates, beside a memory copy. Example: lichen bench aggregate --updates 100."""
+    from lichen.simulations.benchmarks.aggregate import bench_aggregate, told
+
+    figures = bench_aggregate(updates, megabytes)
+    typer.echo(json.dumps(figures) if as_json else told(figures))
+
+
+@app.command()
 def agent(as_json: AsJson = False) -> None:
     """Resident memory of an agent, idle and with MiniLM loaded. Example: lichen bench agent."""
     from lichen.simulations.benchmarks.agent import bench_agent

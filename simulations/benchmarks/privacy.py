@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from lichen.common.errors import Code, LichenError
+from lichen.simulations.benchmarks.memory import forget_peak, resident
 
 WAYS = ("plain", "single-backward", "ahead", "hooks")
 """Without privacy; private, with noise made in the step; the same with noise drawn ahead; and by Opacus' hooks."""
@@ -171,14 +171,9 @@ def _peak_memory(config: Config, way: str) -> int:
 
 def _measure(config: Config, way: str, sender: Any) -> None:
     make_step(Config(config.family, config.adapter, 64), way)  # what a first model leaves behind, such as imports, counts for none
-    start = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak from here on
+    start = resident("VmRSS")
+    forget_peak()
     step = make_step(config, way)
     for _ in range(3):
         step()
-    sender.send(_resident("VmHWM") - start)
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+    sender.send(resident("VmHWM") - start)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
-from lichen.coordinator.aggregation import RULES
+from lichen.coordinator.aggregation import RULES, fedavg
 from lichen.coordinator.aggregation.fedavg import FedAvg
 
 SHAPES = {"layer.lora_A.weight": (2, 3), "layer.lora_B.weight": (3, 2), "classifier.bias": (3,)}
@@ -116,6 +118,78 @@ def test_it_agrees_with_flowers_own_fedavg(found: list[Client]) -> None:
     theirs, _ = FlowerFedAvg().aggregate_train(1, replies)
     assert theirs is not None
     near(mean(found), {name: torch.from_numpy(array.numpy().astype(np.float32)) for name, array in theirs.items()}, found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(clients(most=2 * fedavg.GROUP + 1), st.integers(1, 7))
+def test_groups_and_blocks_change_no_bit(found: list[Client], block: int) -> None:
+    total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    for update, weight in found:
+        for name, tensor in update.items():
+            total[name] += tensor.to(torch.float64) * weight
+    whole = sum(weight for _, weight in found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fedavg, "BLOCK", block)
+        result = mean(found)
+    for name in SHAPES:
+        assert torch.equal(result[name], (total[name] / whole).to(torch.float32)), name
+
+
+@unhurried
+@given(clients(least=2, most=2 * fedavg.GROUP + 1), st.data())
+def test_a_value_that_is_not_finite_shows_in_the_sum_wherever_it_is(found: list[Client], data: st.DataObject) -> None:
+    total = FedAvg()
+    update, _ = found[data.draw(st.integers(0, len(found) - 1))]
+    update[data.draw(st.sampled_from(sorted(SHAPES)))].view(-1)[data.draw(st.integers(0, 2))] = data.draw(
+        st.sampled_from([float("nan"), float("inf"), -float("inf")])
+    )
+    for update, weight in found:
+        total.add(update, weight)
+    assert not total.finite()
+    with pytest.raises(LichenError) as caught:
+        total.mean()
+    assert caught.value.code is Code.STATE_MISMATCH
+
+
+def test_infinities_that_would_cancel_do_not_hide() -> None:
+    total = FedAvg()
+    for value in (float("inf"), -float("inf")):
+        total.add({"w": torch.full((3,), value)}, 1.0)
+    assert not total.finite()
+
+
+def test_a_sum_that_is_finite_stays_so_and_can_be_asked_between_updates() -> None:
+    total = FedAvg()
+    for value in (1.0, 4.0):
+        total.add({"w": torch.full((3,), value)}, 1.0)
+        assert total.finite()
+    assert torch.equal(total.mean()["w"], torch.full((3,), 2.5))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (4, 1, 5)])
+def test_tensors_of_any_shape(shape: tuple[int, ...]) -> None:
+    result = mean([({"w": torch.ones(shape)}, 1.0), ({"w": torch.full(shape, 3.0)}, 3.0)])["w"]
+    assert torch.equal(result, torch.full(shape, 2.5))
+
+
+def test_a_tensor_need_not_lie_in_one_piece() -> None:
+    tensor = torch.arange(6.0).reshape(2, 3).T
+    assert torch.equal(mean([({"w": tensor}, 2.0)])["w"], tensor)
+
+
+@pytest.mark.parametrize("count", [fedavg.GROUP, 5 * fedavg.GROUP])
+def test_no_more_updates_are_held_than_are_added_together(count: int) -> None:
+    total = FedAvg()
+    held: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    for number in range(count):
+        tensor = torch.full((4,), float(number))
+        held.append(weakref.ref(tensor))
+        total.add({"w": tensor}, 1.0)
+        del tensor
+        most = max(most, sum(one() is not None for one in held))
+    assert most == fedavg.GROUP - 1
+    assert torch.equal(total.mean()["w"], torch.full((4,), (count - 1) / 2))
 
 
 def test_values_at_the_end_of_the_range_do_not_overflow_on_the_way() -> None:

@@ -66,6 +66,26 @@ def test_a_checkpoint_comes_back_as_it_was(directory: RunDirectory, plan: Plan) 
     same(state(1), RunDirectory(directory.path, plan).load_state() or state(9))
 
 
+def test_the_line_of_a_round_that_waits_for_its_score_comes_back(directory: RunDirectory) -> None:
+    written = state(1)
+    written.told = told(1).rounds[0]
+    written.told.train_loss = float("nan")
+    directory.save_state(written)
+    found = directory.load_state()
+    assert found is not None
+    assert found.told == told(1).rounds[0].model_copy(update={"train_loss": None})
+
+
+def test_the_operators_line_of_a_round_is_found_and_replaced(directory: RunDirectory) -> None:
+    assert directory.load_for_operator(1) is None
+    lines = told(3).rounds
+    for line in lines:
+        directory.save_for_operator(line)
+    scored = lines[2].model_copy(update={"validation": {"accuracy": 0.5}})
+    directory.save_for_operator(scored)
+    assert [directory.load_for_operator(round) for round in (1, 2, 3, 4)] == [*lines[:2], scored, None]
+
+
 def test_an_empty_velocity_and_average_come_back_empty(directory: RunDirectory) -> None:
     directory.save_state(ServerState(1, {"a": torch.ones(1)}, {}, {}))
     found = directory.load_state()

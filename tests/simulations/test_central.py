@@ -21,6 +21,7 @@ from lichen.common.plan import Plan, parse_plan
 from lichen.common.result import Result, read_result
 from lichen.common.tasks import workbench
 from lichen.coordinator.aggregation.central_dp import CentralDP
+from lichen.coordinator.app import OwnData
 from lichen.coordinator.app import app as server_app
 from lichen.coordinator.run_directory import RunDirectory
 from lichen.simulations.engine import InProcessGrid
@@ -203,6 +204,35 @@ def test_a_crash_after_the_noise_releases_the_same_sum(
     stored = load_file(first)
     for name, tensor in left.update.items():
         torch.testing.assert_close(stored[f"model/{name}"], start[name] + tensor)
+
+
+def test_a_crash_before_the_score_tells_the_same_afterwards(
+    tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the operator alone may see of the round comes from the operator's own file: no checkpoint holds it."""
+    monkeypatch.setattr(OwnData, "has_validation", True)
+    monkeypatch.setattr(OwnData, "validation", lambda self, state: {"accuracy": 0.5})
+    whole = Federation(tmp_path / "whole", plan_of(), engine="inprocess")
+    result = whole.run()
+    assert [told.validation for told in result.rounds] == [{"accuracy": 0.5}] * 2
+
+    federation = Federation(tmp_path / "killed", plan_of(), engine="inprocess")
+    with monkeypatch.context() as patch:
+        patch.setattr(OwnData, "validation", killed)
+        with pytest.raises(KilledError):
+            federation.run()
+    (line,) = federation.for_operator()
+    assert (line["round"], line["validation"]) == (1, None)
+    assert read_result(federation.out).rounds == []
+    state = RunDirectory(federation.out, federation.plan).load_state()
+    assert state is not None
+    assert (state.round, state.told) == (1, None)
+
+    again = federation.run()
+    assert again.rounds == result.rounds
+    assert again.privacy == result.privacy
+    for one, other in zip(federation.for_operator(), whole.for_operator(), strict=True):
+        assert one | {"seconds": None} == other | {"seconds": None}
 
 
 def test_a_crash_before_the_noise_asks_the_same_cohort(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
-from lichen.common.result import ClientPrivacy, Result
+from lichen.common.result import ClientPrivacy, Result, read_result
 from lichen.simulations.simulate import run
 
 PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.2}
@@ -78,6 +78,10 @@ def test_workers_give_the_bytes_of_one_process(play: Play, csv_plan: dict[str, A
     _, alone = play(privacy=privacy)
     run(parse_plan(csv_plan | {"privacy": privacy}), tmp_path / "workers", "inprocess", workers=2)
     assert digest(alone) == digest(tmp_path / "workers")
+    between, beside = (read_result(out) for out in (alone, tmp_path / "workers"))
+    assert [told.validation for told in between.rounds] == [told.validation for told in beside.rounds]
+    assert between.rounds[0].validation
+    assert between.final == beside.final
 
 
 def test_private_runs_repeat_too_and_keep_to_the_plans_epsilon(play: Play) -> None:
