@@ -18,7 +18,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from lichen.client import canaries
-from lichen.client.data import Split, fingerprints, load, read_manifest, said, stamp
+from lichen.client.data import CACHE, Split, fingerprints, load, read_manifest, said, stamp
 from lichen.client.gate import Gate
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit, Limits
@@ -49,7 +49,7 @@ class Node:
             self.name = str(config["name"])
         except KeyError as missing:
             raise LichenError(Code.AGENT_HOME_MISSING, f"the node config has no {missing}") from None
-        self.cache = self.home / "cache"
+        self.cache = self.home / CACHE
         self.simulated = bool(config.get("simulated", False))
         self.spool = Path(str(config["spool"])) if "spool" in config else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 Split = Literal["train", "holdout"]
 MANIFEST = "data.yaml"
+CACHE = "cache"
+"""The folder of a home for what is computed of its rows, and can be again."""
 FORMAT: Final = 1
 _EVERYTHING = 2**64
 
@@ -176,9 +179,13 @@ def read_manifest(home: Path) -> Manifest:
 
 
 def write_manifest(home: Path, manifest: Manifest) -> None:
-    """Write `data.yaml`, whole or not at all, readable by its owner only (its key would tell which rows are held out)."""
+    """Write `data.yaml`, whole or not at all, readable by its owner only (its key would tell which rows are held out).
+
+    What was computed of the rows before goes: nothing of rows that the owner takes away may stay.
+    """
     text = yaml.safe_dump(manifest.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
     write_private(home / MANIFEST, text.encode())
+    shutil.rmtree(home / CACHE, ignore_errors=True)
 
 
 def add_source(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,7 +156,10 @@ def renew_if_due(home: Path, *, now: float | None = None, timeout: float = TIMEO
 
 
 def leave(home: Path) -> None:
-    """Forget the enrolment: key, certificate and addresses. Data, policy and privacy history stay."""
+    """Forget the enrolment: key, certificate and addresses. Data, policy and privacy history stay; what was computed of the rows goes."""
+    from lichen.client.data import CACHE
+
+    shutil.rmtree(home / CACHE, ignore_errors=True)
     for path in (home / NODE_FILE, home / IDENTITY_FILE, home / AUTHORITY_FILE):
         path.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,6 +43,7 @@ def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: P
         LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE, DATA_…, PARTITION_INVALID, MODEL_…, or what stopped the run.
     """
     from lichen.client.app import app as client_app
+    from lichen.client.data import CACHE
     from lichen.coordinator.app import app as server_app
 
     open_for(out, resume=resume)
@@ -62,6 +64,8 @@ def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: P
                 server_app(grid, Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=config))
             finally:
                 grid.close()
+    for home in homes:
+        shutil.rmtree(home / CACHE, ignore_errors=True)
     return read_result(out)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lichen.client.data import add_source
 from lichen.client.gate import Gate
 from lichen.client.trainer import Trainer
 from lichen.common import tasks
@@ -133,6 +134,14 @@ def test_it_is_off_where_it_would_be_wrong_or_was_not_asked_for(
 ) -> None:
     trainer = make(adapter, **local)
     trained(trainer, encoded(trainer, tiny_rows(20)), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_rows_that_change_take_what_was_computed_of_them_along(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "gold", "label": "metal"}\n' * 5)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "prefix-0.values").touch()
+    add_source(tmp_path, tmp_path / "rows.jsonl", fields={"text": "text", "label": "label"}, holdout=0.0)
     assert not (tmp_path / "cache").exists()
 
 
