@@ -8,6 +8,7 @@ record's ε is that of its segment's history. All is in one log (client/ledger_l
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -30,6 +31,19 @@ FORMAT = 2
 FILE = "ledger.sqlite"
 FOLDER = "LICHEN_LEDGER"
 """The environment's word for the ledger's folder; a relative one starts at the node's home, so that `.` keeps it there."""
+_SOUND = frozenset(
+    {
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PROTOCOL,
+    }
+)  # SQLite's primary codes for what is wrong around a file; text that is not UTF-8 has none, and is damage
 _AT_ONCE = 500  # fingerprints looked up: SQLite takes 999 parameters and more
 
 
@@ -380,7 +394,7 @@ def open_ledger(home: Path, *, own: bool = False) -> Ledger:
         own: whether it has a ledger of its own in any case: a simulated node.
 
     Raises:
-        LichenError: PRIVACY_HISTORY, LEDGER_BROKEN.
+        LichenError: PRIVACY_HISTORY, LEDGER_BROKEN, OUTPUT_UNUSABLE.
     """
     if _format(home / FILE) == 1:
         raise LichenError(
@@ -396,21 +410,28 @@ def ledger_folder(home: Path, *, own: bool = False) -> Path:
     """Where the ledger of a home lies: `~/.lichen`, one for all homes of this user, or the folder that `LICHEN_LEDGER` names.
 
     A home that was made with a ledger of its own keeps it, whatever the environment says later.
+
+    Raises:
+        LichenError: OUTPUT_UNUSABLE, if the folder can't be made or written, or the user has no home directory and none is named.
     """
     if own or (home / FILE).exists():
         return home
-    folder = Path(os.environ.get(FOLDER, "~/.lichen")).expanduser()
-    if folder.is_absolute():
-        try:
+    folder = Path(os.environ.get(FOLDER, "~/.lichen"))
+    try:
+        folder = home / folder.expanduser()
+        if folder != home:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise LichenError(
-                Code.OUTPUT_UNUSABLE,
-                f"the ledger's folder can't be made: {error.strerror}",
-                where=str(folder),
-                fix=f"Set {FOLDER} to a folder that this user may write, the same for all that it runs.",
-            ) from None
-    return home / folder
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):  # made by another user, as whom an agent ran once
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows of a home directory of this user
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise LichenError(
+            Code.OUTPUT_UNUSABLE,
+            f"the ledger's folder can't be made or used: {why}",
+            where=str(folder),
+            fix=f"Set {FOLDER} to a folder that this user may write, the same for all that it runs.",
+        ) from None
+    return folder
 
 
 def _format(path: Path) -> int | None:
@@ -443,10 +464,13 @@ def _digest(fingerprints: Sequence[int]) -> str:
 
 
 def _unusable(path: Path, why: Exception | str) -> LichenError:
-    """SQLite's operational errors say nothing against the file: an older copy of it must not be put in its place."""
-    fix = "Restore the file as it was last; an older copy of it is refused. If it is lost: lichen client ledger --write-off."
+    """Where the system stands in the way, nothing is said against the file: an older copy of it must not be put in its place."""
+    fix = (
+        "Restore the file as it was last; an older copy of it is refused. If it is lost: move what is there away, then"
+        " lichen client ledger --write-off."
+    )
     told = str(why)
-    if isinstance(why, sqlite3.OperationalError | OSError):
+    if isinstance(why, OSError) or (isinstance(why, sqlite3.Error) and getattr(why, "sqlite_errorcode", 0) & 0xFF in _SOUND):
         fix = "The file itself may be sound: look for a full disk, a missing permission or another process, and try again."
     elif isinstance(why, LichenError):
         told, fix = why.what, why.fix

@@ -1,9 +1,12 @@
 """The rollback guard: what this node has told its coordinator of its ledger, and whether the ledger is still as far.
 
 With each reply the node sends where its ledger stands: the log's sequence number and a salted hash of its head, signed with a key that
-lies in the home and not in the ledger. The coordinator keeps the newest and gives it back when the node connects; the home keeps it too,
-for a coordinator that knows nothing of the node. A ledger that was restored from an older copy, deleted or left behind by a clone of this
-machine has not that entry, and nothing is trained.
+lies in the home and not in the ledger. The coordinator keeps the newest and gives it back when the node connects; the home keeps the newest
+that it has signed or was given back, for a coordinator that knows nothing of the node. A ledger that was restored from an older copy,
+deleted or left behind by a clone of this machine has not that entry, and nothing is trained.
+
+A state under another key than this home's holds only while the coordinator gives it, since anybody can make one: kept for good, it would
+let a hostile coordinator shut the node out of every other federation.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ from lichen.common.private_files import read_private, write_private
 log = logging.getLogger(__name__)
 KEY = Path("pki/ledger.key")
 STATE = Path("pki/ledger.state")
-"""What was signed last, a `LedgerState`."""
+"""The newest state under this home's key, a `LedgerState`."""
 LOST = Path("pki/ledger.lost.json")
 """How far a ledger that was found behind should be, for `write_off`."""
 FORMAT = 1
 _MOST = 2**53
-"""No ledger gets so far: a larger number from outside would leave no room behind it."""
+"""No ledger gets so far: a larger number under another key is made up, and would leave no room behind it."""
 _CONTEXT = b"lichen ledger state 1"
 
 
@@ -67,9 +70,11 @@ class Witness:
         return _name(self._key)
 
     def remember(self, state: LedgerState) -> None:
-        """Take what the coordinator has kept, to be compared by `check`."""
+        """Take what the coordinator has kept, to be compared by `check`; what this home has signed is from now on kept here too."""
         if self._newest is None or state.sequence > self._newest.sequence or not self._own(self._newest):
             self._newest = state
+        if self._own(state):  # a home that went back with its ledger would else forget it when it joins elsewhere
+            self._keep(state)
 
     def sign(self) -> LedgerState | None:
         """Where the ledger stands now; None if there is none yet, if it is not as far as it was, or if it can't be read (see the log)."""
@@ -81,43 +86,62 @@ class Witness:
                 sequence, head = ledger.state()
             salted = self._salted(head)
             state = LedgerState(sequence=sequence, head=salted, signature=self._key.sign(_bytes(sequence, salted)))
-            write_private(self._home / STATE, state.SerializeToString())
         except (LichenError, OSError) as error:
             log.warning("where the ledger stands was not signed: %s", error)
             return None
         self._newest = state
+        self._keep(state)
         return state
 
     def check(self) -> None:
         """Refuse a ledger that lacks what was signed last, as the coordinator or this home has kept it.
 
         Raises:
-            LichenError: LEDGER_BEHIND; then how far the ledger was is kept in the home, for `write_off`.
+            LichenError: LEDGER_BEHIND; then how far the ledger was is kept in the home, for `write_off`. PRIVACY_HISTORY, LEDGER_BROKEN,
+                OUTPUT_UNUSABLE, if there is no telling; KEY_EXPOSED.
         """
         for state in (self._newest, _kept(self._home)):
             if state is not None:
                 self._compare(state)
 
     def _compare(self, state: LedgerState) -> None:
+        own = self._own(state)
         why = "it is not there"
         if self._exists():
             with open_ledger(self._home) as ledger:
                 if ledger.written_off_at(self.name) > state.sequence:
                     return
                 found = ledger.hash_at(state.sequence)
-                if found is not None and self._own(state) and self._salted(found) == state.head:
+                if found is not None and own and self._salted(found) == state.head:
                     return
                 why = f"its last entry is number {ledger.state()[0]}" if found is None else f"its entry {state.sequence} is another one"
-            if not self._own(state):
-                why = "what was kept was signed by another key than this home's"
-        lost = json.dumps({"format": FORMAT, "sequence": min(state.sequence, _MOST)}).encode()
-        write_private(self._home / LOST, lost)
-        raise LichenError(
-            Code.LEDGER_BEHIND,
-            f"the ledger is not as far as entry {state.sequence}, which this node has signed: {why}",
-            where=str(ledger_folder(self._home) / FILE),
-            fix="Restore the newest ledger. If it is lost: lichen client ledger --write-off lets only new records train.",
-        )
+        if own or state.sequence <= _MOST:
+            _write(self._home / LOST, json.dumps({"format": FORMAT, "sequence": state.sequence}).encode())
+        what = f"the ledger is not as far as entry {state.sequence}, which this node has signed: {why}"
+        if not own:
+            what += "; what was kept was signed by another key than this home's"
+        raise LichenError(Code.LEDGER_BEHIND, what, where=str(ledger_folder(self._home) / FILE), fix=self._way_on(state, own))
+
+    def _way_on(self, state: LedgerState, own: bool) -> str:
+        restore = "Restore the newest ledger."
+        if not own:
+            if state.sequence > _MOST:
+                return "No ledger gets so far: the coordinator is at fault. Tell its operator, and write nothing off."
+            restore = f"Restore the newest ledger, and {self._home / KEY} as it was with it."
+        on = f"{restore} If it is lost: lichen client ledger --write-off lets only new records train."
+        if not own and state is self._newest:  # the coordinator's, kept for an earlier node of that name
+            on += " If these records were never another node's: ask the operator for an invite with a new name."
+        return on
+
+    def _keep(self, state: LedgerState) -> None:
+        """Have the home hold a state that is newer than the one it holds."""
+        try:
+            kept = _kept(self._home)
+        except (LichenError, OSError) as error:  # `check` says so too
+            log.warning("where the ledger stands was not kept: %s", error)
+            return
+        if kept is None or kept.sequence < state.sequence:
+            _write(self._home / STATE, state.SerializeToString())
 
     def _exists(self) -> bool:
         return (ledger_folder(self._home) / FILE).exists() or (self._home / FILE).exists()
@@ -145,13 +169,11 @@ def write_off(home: Path) -> int:
         How many data segments were written off.
 
     Raises:
-        LichenError: PRIVACY_HISTORY, LEDGER_BROKEN; DATA_… if the home's data can't be read.
+        LichenError: PRIVACY_HISTORY, LEDGER_BROKEN, OUTPUT_UNUSABLE; KEY_EXPOSED; DATA_… if the home's data can't be read.
     """
-    after = 0
-    if (home / LOST).exists():
-        after = min(int(json.loads((home / LOST).read_text(encoding="utf-8"))["sequence"]), _MOST)
+    after = _lost(home)
     if (state := _kept(home)) is not None:
-        after = max(after, min(state.sequence, _MOST))
+        after = max(after, state.sequence)
     with open_ledger(home) as ledger:
         _read_all(home, ledger)
         count = ledger.write_off(after, Witness(home).name)
@@ -168,6 +190,24 @@ def _kept(home: Path) -> LedgerState | None:
     except DecodeError:  # as good as lost: the coordinator has another
         log.warning("%s can't be read", path)
         return None
+
+
+def _lost(home: Path) -> int:
+    try:
+        return int(json.loads((home / LOST).read_text(encoding="utf-8"))["sequence"])
+    except FileNotFoundError:
+        return 0
+    except (ValueError, KeyError, TypeError):  # then `check` refuses, and writes it anew
+        log.warning("%s can't be read", home / LOST)
+        return 0
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write what helps later; a full disk must not hide what is told now."""
+    try:
+        write_private(path, data)
+    except OSError as error:
+        log.warning("%s can't be written: %s", path, error)
 
 
 def _name(key: Ed25519PrivateKey) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from lichen.client.data import fingerprints
 from lichen.client.ledger import FILE, Ledger, open_ledger
 from lichen.client.ledger_book import Limit, Limits
+from lichen.client.witness import Witness, write_off
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, epsilon, filter_epsilon, filter_order, noise_multiplier
 
@@ -361,5 +363,49 @@ def test_an_error_that_says_nothing_against_the_file_does_not_ask_for_an_older_o
     ledger.close()
     (tmp_path / FILE).write_bytes(b"no database" * 100)
     assert "older copy of it is refused" in refused(Code.PRIVACY_HISTORY, lambda: Ledger(tmp_path)).fix
-    monkeypatch.setenv("LICHEN_LEDGER", str(tmp_path / FILE / "under a file"))
-    assert "LICHEN_LEDGER" in refused(Code.OUTPUT_UNUSABLE, lambda: open_ledger(tmp_path / "home")).fix
+
+
+@pytest.mark.parametrize("damage", ["DROP TABLE log", "UPDATE log SET body = CAST(x'ff' AS TEXT)", "UPDATE log SET body = '{}'", "garbage"])
+def test_damage_is_told_with_a_way_on_that_works(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "home").mkdir()
+    path = full(tmp_path / "home")
+    if damage == "garbage":
+        path.write_bytes(b"no database" * 100)
+    else:
+        database = sqlite3.connect(path)
+        database.execute(damage)
+        database.commit()
+        database.close()
+    with pytest.raises(LichenError) as caught:
+        open_ledger(tmp_path / "home")
+    assert caught.value.code in {Code.PRIVACY_HISTORY, Code.LEDGER_BROKEN}
+    assert caught.value.what.count("can't be used") <= 1
+    assert "as it was last" in caught.value.fix
+    assert "--write-off" in caught.value.fix
+    assert ("move what is there away" in caught.value.fix) or ("delete it" in caught.value.fix)
+    path.rename(tmp_path / "away")
+    assert write_off(tmp_path / "home") == 0
+
+
+def test_a_folder_that_can_not_be_made_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LICHEN_LEDGER", str(tmp_path / "file" / "under"))
+    assert "LICHEN_LEDGER" in refused(Code.OUTPUT_UNUSABLE, lambda: open_ledger(home)).fix
+    monkeypatch.setenv("LICHEN_LEDGER", "below/home")
+    open_ledger(home).close()
+    assert (home / "below" / "home" / FILE).exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # another user's; root may write everywhere
+    assert "Permission denied" in refused(Code.OUTPUT_UNUSABLE, lambda: open_ledger(home)).what
+
+
+def test_a_user_without_a_home_directory_is_told_to_name_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("LICHEN_LEDGER")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert "LICHEN_LEDGER" in refused(Code.OUTPUT_UNUSABLE, lambda: open_ledger(tmp_path)).fix
+    assert Witness(tmp_path).sign() is None  # the agent lives on, and its reply is sent

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from flwr.app import Message, RecordDict
 
+from lichen.client.connection import Connection, Credentials
 from lichen.client.data import add_source
 from lichen.client.ledger import FILE, Ledger, open_ledger
 from lichen.client.ledger_book import Limit, Limits
-from lichen.client.witness import KEY, LOST, Witness, write_off
+from lichen.client.mailbox import Mailbox
+from lichen.client.witness import KEY, LOST, STATE, Witness, write_off
 from lichen.common.channel.fleet_pb2 import LedgerState
+from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment
+from lichen.common.records import build_message, message_from_bytes, message_to_bytes
 
 LIMITS = Limits("example", Limit(100, 1e-5), Limit(100, 1e-5))
 
@@ -26,7 +32,7 @@ def home(tmp_path: Path) -> Path:
     home.mkdir()
     rows = [{"text": f"row {number}", "label": "a", "who": number % 4} for number in range(20)]
     (home / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    add_source(home, home / "rows.jsonl", fields={"text": "text", "label": "label", "patient": "who"}, holdout=0.3)
+    add_source(home, home / "rows.jsonl", fields={"text": "text", "label": "label", "patient": "who"}, holdout=6)
     return home
 
 
@@ -38,11 +44,20 @@ def spend(home: Path, message: str, *records: int) -> None:
 
 
 def behind(witness: Witness) -> str:
+    return refusal(witness).what
+
+
+def refusal(witness: Witness) -> LichenError:
     with pytest.raises(LichenError) as caught:
         witness.check()
     assert caught.value.code is Code.LEDGER_BEHIND
     assert witness.sign() is None
-    return caught.value.what
+    return caught.value
+
+
+def lose(home: Path) -> None:
+    for path in home.glob(f"{FILE}*"):
+        path.unlink()
 
 
 def signed(home: Path) -> LedgerState:
@@ -82,8 +97,7 @@ def test_a_ledger_that_is_behind_is_found(home: Path, fate: str) -> None:
     spend(home, "b")
     state = running.sign()
     assert state is not None
-    for path in home.glob(f"{FILE}*"):
-        path.unlink()
+    lose(home)
     if fate in {"restored", "forked"}:
         shutil.copy(old, home / FILE)
     if fate == "forked":  # a clone went on by itself
@@ -114,8 +128,7 @@ def test_a_write_off_lets_new_records_train_only(home: Path, lost: str) -> None:
     for message in "bcd":
         spend(home, message)
     state = signed(home)
-    for path in home.glob(f"{FILE}*"):
-        path.unlink()
+    lose(home)
     if lost == "restored":
         shutil.copy(home.parent / "old.sqlite", home / FILE)
     behind(asked(home, state))
@@ -158,21 +171,122 @@ def test_a_coordinator_that_knows_nothing_is_no_way_past_it(home: Path) -> None:
     """The home keeps what it has signed: a node that joins another coordinator, or again, is held to it."""
     spend(home, "a")
     signed(home)
-    for path in home.glob(f"{FILE}*"):
-        path.unlink()
+    lose(home)
     behind(asked(home))
     assert write_off(home) >= 2  # at once, and behind what was signed
     Witness(home).check()
 
 
-def test_a_number_that_no_ledger_reaches_does_no_harm(home: Path) -> None:
+def test_what_the_coordinator_told_holds_where_nobody_tells_it(home: Path) -> None:
+    """A machine that went back with its home, and joins another coordinator, or this one under another name."""
     spend(home, "a")
-    behind(asked(home, LedgerState(sequence=2**63 - 1, head=bytes(32), signature=bytes(64))))
+    signed(home)
+    image = home.parent / "image"
+    shutil.copytree(home, image)
+    spend(home, "b")
+    state = signed(home)
+    asked(image, state)
+    behind(asked(image))
+    shutil.copy(home / FILE, image / FILE)  # the newest ledger is a way on
+    asked(image).check()
+
+
+def test_a_damaged_ledger_of_a_home_that_went_back_is_written_off_at_once(home: Path) -> None:
+    """Damage is found before anything is compared: what error 57 asks for must do, also where only the coordinator knows how far it was."""
+    spend(home, "a")
+    signed(home)
+    old = (home / STATE).read_bytes()
+    spend(home, "b")
+    state = signed(home)
+    (home / STATE).write_bytes(old)
+    with Ledger(home) as ledger, ledger._transaction() as db:
+        db.execute("UPDATE log SET body = body || ' ' WHERE sequence = 2")
+    witness = asked(home, state)
+    with pytest.raises(LichenError) as caught:
+        witness.check()
+    assert caught.value.code is Code.LEDGER_BROKEN
+    lose(home)
+    write_off(home)
+    witness.check()
+
+
+def test_an_entry_of_no_home_is_nobodys_write_off(home: Path) -> None:
+    """As ledgers have it from before an entry named its home: whose data was read then is not known."""
+    spend(home, "a")
+    state = signed(home)
+    lose(home)
+    with Ledger(home) as ledger:
+        ledger.write_off(state.sequence)
+    behind(asked(home, state))
+
+
+def test_a_number_that_no_ledger_reaches_does_no_harm(home: Path) -> None:
+    """Such a state is made up; writing off would cost all records and not even satisfy who made it up."""
+    spend(home, "a")
+    forged = refusal(asked(home, LedgerState(sequence=2**62 - 1, head=bytes(32), signature=bytes(64))))
+    assert "write nothing off" in forged.fix
+    assert "--write-off" not in forged.fix
+    assert not (home / LOST).exists()
+    asked(home).check()
     write_off(home)
     spend(home, "b", 99)
     with Ledger(home) as ledger:
         ledger.verify()
-        assert ledger.state()[0] < 2**53 + 9
+        assert ledger.state()[0] < 99
+
+
+def test_a_made_up_number_leaves_room_for_further_losses(home: Path) -> None:
+    spend(home, "a")
+    behind(asked(home, LedgerState(sequence=2**53, head=bytes(32), signature=bytes(64))))
+    for message in "bc":
+        write_off(home)
+        asked(home).check()
+        spend(home, message, ord(message))
+        assert signed(home).sequence > 2**53
+        lose(home)
+    write_off(home)
+    asked(home).check()
+
+
+def test_the_way_on_after_another_keys_state(home: Path) -> None:
+    """A new machine under an old node's name, whose records may be others; and one whose key alone is lost."""
+    spend(home, "a")
+    state = signed(home)
+    new = home.parent / "new"
+    shutil.copytree(home, new)
+    shutil.rmtree(new / "pki")
+    lose(new)
+    spend(new, "b", 7, 8)
+    told = refusal(asked(new, state)).fix
+    assert str(new / KEY) in told
+    assert "--write-off" in told
+    assert "with a new name" in told
+    asked(new).check()  # as it is under the new name
+    (home / KEY).unlink()
+    assert "with a new name" not in refusal(asked(home)).fix  # which would not help: the home itself says so
+    write_off(home)
+    asked(home, state).check()
+
+
+def test_a_disk_that_is_full_does_not_hide_that_the_ledger_is_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spend(home, "a")
+    witness = Witness(home)
+    state = signed(home)
+    (home / STATE).unlink()
+    lose(home)
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("lichen.client.witness.write_private", full)
+    witness.remember(state)
+    behind(witness)
+    monkeypatch.undo()
+    (home / LOST).write_text("{")
+    write_off(home)  # from 0 on
+    behind(witness)
+    write_off(home)
+    witness.check()
 
 
 def test_a_ledger_that_cannot_be_read_does_not_take_the_reply_along(home: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -182,6 +296,37 @@ def test_a_ledger_that_cannot_be_read_does_not_take_the_reply_along(home: Path, 
         (home / f"{FILE}{end}").unlink(missing_ok=True)
     assert Witness(home).sign() is None
     assert "was not signed" in caplog.text
+
+
+def test_the_agent_replies_whatever_the_ledger_is(home: Path) -> None:
+    spend(home, "a")
+    with Ledger(home) as ledger, ledger._transaction() as db:
+        db.execute("UPDATE log SET body = body || ' ' WHERE sequence = 2")
+    mailbox = Mailbox(home / "agent.sqlite")
+    connection = Connection("127.0.0.1:1", unreachable, mailbox, Spool(home / "spool"), witness=Witness(home))
+    message = build_message(RecordDict(), run_id=1, message_id="a" * 32, src_node_id=1, dst_node_id=2, message_type="train", group_id="1")
+
+    async def work() -> None:
+        connection._add("a" * 32, message_to_bytes(message)).wanted = True
+        working = asyncio.create_task(connection._work(broken))
+        while mailbox.reply("a" * 32) is None:
+            assert not working.done(), working.exception()
+            await asyncio.sleep(0.01)
+        working.cancel()
+
+    async def broken(message: Message) -> Message:
+        raise LichenError(Code.LEDGER_BROKEN, "as the worker finds it")
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+    kept = mailbox.reply("a" * 32)
+    assert kept is not None
+    assert message_from_bytes(kept).error.code == Code.LEDGER_BROKEN
+    assert mailbox.ledger("a" * 32) is None
+    mailbox.close()
+
+
+def unreachable() -> Credentials:
+    raise AssertionError("nothing is sent here")
 
 
 def test_the_write_off_knows_what_a_plan_would_read(home: Path) -> None:
