@@ -203,6 +203,7 @@ def ledger(
     from lichen.client.ledger_book import Limit
     from lichen.client.policy import load_policy
     from lichen.client.spending import spending
+    from lichen.common.privacy.statement import bound_text
 
     _need(home)
     if write_off:
@@ -218,7 +219,7 @@ def ledger(
         if as_json:
             _print_json({"delta": limit.delta, "max_epsilon": limit.epsilon, "runs": [], "splits": [], "segments": []})
         else:
-            typer.echo(f"nothing was spent yet; ε = {limit.epsilon:g} at δ = {limit.delta:g} is left")
+            typer.echo(f"nothing was spent yet in {ledger_folder(home) / FILE}; ε = {limit.epsilon:g} at δ = {limit.delta:g} is left")
         return
     with open_ledger(home) as book:
         facts = spending(book, limit)
@@ -240,8 +241,19 @@ def ledger(
             typer.echo(f"{of}: written off; nothing is left")
         else:
             by = "PLD: one run, its parameters fixed" if row["bound"] == "pld" else f"RDP filter, {row['runs']} runs"
-            typer.echo(f"{of}: ε = {row['epsilon']:.3f} ({by}); {row['left']:.3f} is left")
-    typer.echo(f"ε ≤ {facts['record']:.3f} at δ = {facts['delta']:g} for one record; for all of a person's records together it is more")
+            typer.echo(f"{of}: ε ≤ {bound_text(row['epsilon'])} ({by}); {math.floor(row['left'] * 1000) / 1000:.3f} is left")
+    typer.echo(_in_all(facts))
+
+
+def _in_all(facts: dict[str, Any]) -> str:
+    """The bound of the whole ledger, and whom it is for."""
+    from lichen.common.privacy.statement import bound_text
+
+    told = f"ε ≤ {bound_text(facts['record'])} at δ = {facts['delta']:g}"
+    units = sorted({row["unit"] for row in facts["runs"]})
+    if units in ([], ["example"]):
+        return f"{told} for one row; for all rows of a person together it is more"
+    return f"{told} for one unit ({', '.join(units)}). Records above are rows, and under entity the entities' names too"
 
 
 @app.command()

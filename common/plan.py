@@ -366,6 +366,9 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     return parse_plan(document, where=str(path))
 
 
+_ASKS_FOR_PRIVACY = {"epsilon", "delta", "clip", "adaptive_clip", "noise", "sample_rate", "unit_field"}
+
+
 def parse_plan(document: Mapping[str, Any], *, where: str = "plan") -> Plan:
     """Validate a plan that was read already. Raises as `load_plan` does."""
     version = document.get("format", FORMAT)
@@ -380,6 +383,14 @@ def parse_plan(document: Mapping[str, Any], *, where: str = "plan") -> Plan:
         plan = Plan.model_validate_json(text)
     except ValidationError as error:
         raise _explain(error, where) from None
+    privacy = document.get("privacy")
+    if isinstance(privacy, dict) and "unit" not in privacy and (asked := sorted(_ASKS_FOR_PRIVACY & privacy.keys())):
+        raise LichenError(
+            Code.PLAN_UNSOUND,
+            f"privacy.{asked[0]} is given, but no privacy.unit, so nothing would be private",
+            where=where,
+            fix="Set privacy.unit to example, entity or client; or to none, if that is what is meant.",
+        )
     check_sound(plan, where=where)
     return plan
 
@@ -563,7 +574,9 @@ def _hint(detail: ErrorDetails) -> str | None:
         return _closest(last, _fields_at(parents))
     if detail["type"] == "literal_error":
         options = [option.strip("'") for option in str(context["expected"]).replace(" or ", ", ").split(", ")]
-        return _closest(str(detail["input"]), options) or options[0]
+        return _closest(str(detail["input"]), options) or (
+            None if "none" in options else options[0]
+        )  # nobody should be led to less privacy
     for bound in ("ge", "le"):
         if bound in context:
             return str(context[bound])

@@ -80,7 +80,8 @@ def new(
 def validate(plan: PlanFile, settings: Settings = None) -> None:
     """Check a plan; say what is wrong with it, where, and what would be right. Example: lichen plan validate plan.yaml."""
     found = load_plan(plan, settings or ())
-    typer.echo(f"{plan}: valid; {found.name}, {found.rounds} rounds, sha256 {found.sha256()}")
+    privacy = f"ε ≤ {found.privacy.epsilon:g} for one {found.privacy.unit}" if found.private else "no differential privacy"
+    typer.echo(f"{plan}: valid; {found.name}, {found.rounds} rounds, {privacy}, sha256 {found.sha256()}")
 
 
 @app.command("schema")

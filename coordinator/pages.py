@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.statement import bound_text
 from lichen.common.result import metric_title, write_atomically
 from lichen.coordinator import charts
 
@@ -59,7 +60,7 @@ def metric(value: object) -> str:
 
 def epsilon(value: float | None) -> str:
     """An ε to three places, rounded up: a bound must not read lower than it is."""
-    return NONE if value is None else f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}"
+    return NONE if value is None else bound_text(value)
 
 
 def delta(value: float | None) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lichen.common.errors import LichenError
+from lichen.common.privacy.statement import bound_text
 from lichen.common.result import Result, Round, metric_title, read_result
 
 POLL_S = 0.25
@@ -117,7 +118,7 @@ def line(round: Round, total: int | None = None) -> str:
     scores = round.validation or {}
     parts += [f"{metric_title(key)} {scores[key]:.4f}" for key in ("accuracy", "macro_f1") if key in scores]
     if round.epsilon is not None:
-        parts.append(f"ε {round.epsilon:.2f}")
+        parts.append(f"ε {bound_text(round.epsilon, 2)}")
     if round.seconds is not None:
         parts += [f"up {bytes_text(round.uplink_bytes)}", f"down {bytes_text(round.downlink_bytes)}", f"{round.seconds:.1f} s"]
     return ", ".join(parts)
@@ -129,8 +130,10 @@ def conclusion(result: Result) -> str:
     if result.final:
         scores = (f"{key} {value:.4f}" for key, value in result.final.items() if isinstance(value, float))
         told += f": {result.final['split']} {', '.join(scores)}"
-    if result.privacy.max_epsilon is not None:
-        told += f"; ε at most {result.privacy.max_epsilon:.2f}"
+    if result.privacy.unit == "none":
+        told += "; no differential privacy"
+    elif result.privacy.max_epsilon is not None:
+        told += f"; ε at most {bound_text(result.privacy.max_epsilon, 2)}"
     return f"{told}: {result.error}" if result.error else told
 
 

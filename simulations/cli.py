@@ -43,6 +43,7 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print result.json at the end.")] = False,
 ) -> None:
     """Run a plan on this machine. Example: lichen simulate r8 --out runs/r8 --set privacy.epsilon=2."""
+    from lichen.common.privacy.statement import bound_text
     from lichen.common.result import metric_title
     from lichen.coordinator.run_directory import open_for
 
@@ -60,8 +61,12 @@ def simulate(
     final: dict[str, Any] = result.final or {}
     told = ", ".join(f"{metric_title(name)} {value:.4f}" for name, value in final.items() if isinstance(value, float))
     typer.echo(f"{final.get('split', 'no split')}: {told}" if final else "no evaluation data, so no score")
-    if result.privacy.max_epsilon is not None:
-        typer.echo(f"ε ≤ {result.privacy.max_epsilon:.3f} for each client at δ = {result.privacy.delta:g}, noise {result.privacy.noise}")
+    if result.privacy.unit == "none":
+        typer.echo("no differential privacy (privacy.unit: none): updates and model may reveal rows")
+    elif result.privacy.max_epsilon is not None:
+        typer.echo(
+            f"ε ≤ {bound_text(result.privacy.max_epsilon)} for each client at δ = {result.privacy.delta:g}, noise {result.privacy.noise}"
+        )
     typer.echo(f"model and report: {out}/model, {out}/report.html")
 
 

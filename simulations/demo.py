@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, load_plan
+from lichen.common.privacy.statement import bound_text
 from lichen.common.result import Result, read_result, write_atomically
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -109,7 +110,9 @@ def tell(result: Result, out: Path, console: Console) -> None:
         console.print(f"{final['split']}: accuracy {final['accuracy']:.4f}, macro-F1 {final['macro_f1']:.4f}")
     privacy = result.privacy
     if privacy.max_epsilon is not None:
-        console.print(f"ε ≤ {privacy.max_epsilon:.3f} for each client at δ = {privacy.delta:g} ({privacy.unit}, {privacy.adjacency})")
+        console.print(
+            f"ε ≤ {bound_text(privacy.max_epsilon)} for each client at δ = {privacy.delta:g} ({privacy.unit}, {privacy.adjacency})"
+        )
     card = out / "model" / "README.md"
     if card.exists():
         snippet = card.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from typing import cast
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
@@ -53,13 +54,13 @@ class Workers:
             self._next(pipe, left, busy)
         while busy:
             for ready in wait(list(busy)):
-                assert isinstance(ready, Connection)  # noqa: S101 - it is one of ours
-                number = busy.pop(ready)
+                pipe = cast("Connection", ready)
+                number = busy.pop(pipe)
                 try:
-                    reply = ready.recv()
+                    reply = pipe.recv()
                 except (EOFError, OSError):
-                    raise self._ended(ready) from None
-                self._next(ready, left, busy)
+                    raise self._ended(pipe) from None
+                self._next(pipe, left, busy)
                 yield number, reply
 
     def _next(self, pipe: Connection, left: Iterator[tuple[int, Message]], busy: dict[Connection, int]) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lichen.common.errors import Code, LichenError
+
 if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
     from lichen.common.tasks.task import Batch
@@ -68,7 +70,7 @@ class FrozenPrefix:
             return found
         finally:
             self._stop = False
-        raise AssertionError("the model did not call its layers")
+        raise LichenError(Code.INTERNAL, "the model's forward pass did not call its layers")
 
     @contextmanager
     def use(self) -> Iterator[Callable[[torch.Tensor | None], None]]:

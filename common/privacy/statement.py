@@ -128,7 +128,7 @@ def make_statement(plan: Plan, result: Result) -> Statement:
     worst = max(bounds.values(), key=lambda bound: bound.epsilon, default=None)
     told = "no client has taken a step"
     if worst is not None:
-        told = f"ε ≤ {_up(worst.epsilon)} at δ = {worst.delta:g} for {unit} ({adjacency})"
+        told = f"ε ≤ {bound_text(worst.epsilon)} at δ = {worst.delta:g} for {unit} ({adjacency})"
     central = plan.central
     against = "everyone who sees updates or the model, the coordinator included"
     if central:
@@ -273,7 +273,9 @@ def _leaving(plan: Plan) -> Iterator[Leaving]:
                 if isinstance(rule, Rule) and leaves(rule):
                     yield told(f"{kind.__name__}.{name}", rule)
     for field, rule in RULES.items():
-        if leaves(rule):
+        if rule is PAYLOAD_RULE:  # they carry the update
+            yield told(field, payload)
+        elif leaves(rule):
             yield told(field, rule)
 
 
@@ -312,15 +314,16 @@ def _never_protected() -> Iterator[str]:
 
 
 def _bound_in_words(name: str, bound: Bound) -> str:
-    line = f"{name}: ε ≤ {_up(bound.epsilon)} at δ = {bound.delta:g}"
+    line = f"{name}: ε ≤ {bound_text(bound.epsilon)} at δ = {bound.delta:g}"
     if bound.delta_sum != bound.delta:
-        line += f"; for a person in all segments ε ≤ {_up(bound.epsilon_sum)} at δ = {bound.delta_sum:g}"
+        line += f"; for a person in all segments ε ≤ {bound_text(bound.epsilon_sum)} at δ = {bound.delta_sum:g}"
     return f"{line} ({bound.how})"
 
 
-def _up(value: float) -> str:
-    """To three places, rounded up: a bound must not read lower than it is."""
-    return f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}" if math.isfinite(value) else "∞"
+def bound_text(epsilon: float, places: int = 3) -> str:
+    """An upper bound, rounded up: it must not read lower than it is."""
+    scale = 10**places
+    return f"{math.ceil(round(epsilon * scale, 6)) / scale:.{places}f}" if math.isfinite(epsilon) else "∞"
 
 
 def in_words(statement: Statement, most: int = 20) -> list[tuple[str, list[str]]]:
@@ -359,7 +362,10 @@ def as_markdown(statement: Statement) -> str:
     """The statement for a model card: it names no client, since a card travels with the model."""
     lines = ["## Privacy", "", statement.summary]
     if (worst := statement.worst) and worst.delta_sum != worst.delta:
-        lines += ["", f"For a person with records in all segments of a client: ε ≤ {_up(worst.epsilon_sum)} at δ = {worst.delta_sum:g}."]
+        lines += [
+            "",
+            f"For a person with records in all segments of a client: ε ≤ {bound_text(worst.epsilon_sum)} at δ = {worst.delta_sum:g}.",
+        ]
     for title, sentences in in_words(statement):
         if title in {"Protected", "Assumed", "Not protected", "What the same run would protect with secret noise"}:
             lines += ["", f"{title}:", "", *(f"- {sentence}" for sentence in sentences)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 
 from lichen.common.channel.rules import RULES
 from lichen.common.plan import Plan, parse_plan
-from lichen.common.privacy.statement import Statement, as_markdown, in_words, make_statement
+from lichen.common.privacy.statement import Statement, as_markdown, bound_text, in_words, make_statement
 from lichen.common.records import EvaluateReport, TrainReport
 from lichen.common.result import ClientPrivacy, Privacy, Result, Round, Transfer
 
@@ -182,3 +183,17 @@ def test_the_statement_needs_no_torch() -> None:
 
     code = "import sys, lichen.common.privacy.statement; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.strip() == "False"
+
+
+def test_a_bound_never_reads_lower_than_it_is() -> None:
+    assert [bound_text(value) for value in (7.99413, 9.997e-5, 7.0, math.inf, 0.0)] == ["7.995", "0.001", "7.000", "∞", "0.000"]
+    assert bound_text(7.994, 2) == "8.00"
+
+
+@pytest.mark.parametrize(("unit", "rule"), [("none", "plain"), ("example", "noised"), ("entity", "noised"), ("client", "summed")])
+def test_what_carries_the_update_has_the_updates_rule(unit: str, rule: str) -> None:
+    central = {"privacy": {"unit": "client", "noise": "central"}, "cohort": {"size": 4, "population": 8}} if unit == "client" else {}
+    statement = make_statement(plan := plan_of(unit, **central), result_of(plan))
+    told = {leaving.field: leaving.rule for leaving in statement.leaves}
+    carriers = {"update (every trained tensor)", "Chunk.digest", "Chunk.data", "Missing.digest"}
+    assert {told[field] for field in carriers} == {rule}

@@ -80,4 +80,4 @@ def test_ended(tmp_path: Path) -> None:
 
 def test_texts() -> None:
     assert [bytes_text(n) for n in (0, 999, 1000, 1_500_000, 2_000_000_000)] == ["0 B", "999 B", "1.0 kB", "1.5 MB", "2.0 GB"]
-    assert conclusion(result("finished")) == "finished: test accuracy 0.7500"
+    assert conclusion(result("finished")) == "finished: test accuracy 0.7500; no differential privacy"
