@@ -119,7 +119,7 @@ def data_add(
     text_rows: Annotated[str, typer.Option(help="What a row of a text file is: line or document.")] = "line",
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Add data, or replace an entry. Example: lichen client data add notes.csv --field text=BODY --field label=TOPIC."""
+    """Add data, or replace an entry. Example: lichen client data add a.csv --field text=BODY --field label=TOPIC --declared-size 512."""
     from lichen.client.data import add_source, check
 
     if text_rows not in ("line", "document"):
@@ -202,7 +202,7 @@ def ledger(
     from lichen.client.ledger import FILE, ledger_folder, open_ledger
     from lichen.client.ledger_book import Limit
     from lichen.client.policy import load_policy
-    from lichen.client.spending import spending
+    from lichen.client.spending import spending, unspent
     from lichen.common.privacy.statement import bound_text
 
     _need(home)
@@ -215,11 +215,12 @@ def ledger(
         return
     permitted = load_policy(home).privacy
     limit = Limit(permitted.max_epsilon, permitted.max_delta)
-    if not ((ledger_folder(home) / FILE).exists() or (home / FILE).exists()):
+    file = ledger_folder(home, make=False) / FILE
+    if not file.exists():
         if as_json:
-            _print_json({"delta": limit.delta, "max_epsilon": limit.epsilon, "runs": [], "splits": [], "segments": []})
+            _print_json(unspent(file, limit))
         else:
-            typer.echo(f"nothing was spent yet in {ledger_folder(home) / FILE}; ε = {limit.epsilon:g} at δ = {limit.delta:g} is left")
+            typer.echo(f"nothing was spent yet in {file}; ε = {limit.epsilon:g} at δ = {limit.delta:g} is left")
         return
     with open_ledger(home) as book:
         facts = spending(book, limit)
@@ -367,10 +368,9 @@ def model(
 
 
 def _need(home: Path) -> None:
-    if not home.is_dir():
-        raise LichenError(
-            Code.AGENT_HOME_MISSING, "no such home", where=str(home), fix="Run `lichen client join INVITE` first, or give --home."
-        )
+    if not any((home / made).exists() for made in ("pki", "data.yaml", "policy.yaml", "ledger.sqlite")):
+        what = "no node's home" if home.is_dir() else "no such home"
+        raise LichenError(Code.AGENT_HOME_MISSING, what, where=str(home), fix="Run `lichen client join INVITE` first, or give --home.")
 
 
 def _field(given: str) -> tuple[str, str]:

@@ -406,7 +406,7 @@ def open_ledger(home: Path, *, own: bool = False) -> Ledger:
     return Ledger(ledger_folder(home, own=own))
 
 
-def ledger_folder(home: Path, *, own: bool = False) -> Path:
+def ledger_folder(home: Path, *, own: bool = False, make: bool = True) -> Path:
     """Where the ledger of a home lies: `~/.lichen`, one for all homes of this user, or the folder that `LICHEN_LEDGER` names.
 
     A home that was made with a ledger of its own keeps it, whatever the environment says later.
@@ -419,7 +419,7 @@ def ledger_folder(home: Path, *, own: bool = False) -> Path:
     folder = Path(os.environ.get(FOLDER, "~/.lichen"))
     try:
         folder = home / folder.expanduser()
-        if folder != home:
+        if make and folder != home:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):  # made by another user, as whom an agent ran once
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -32,7 +32,7 @@ SUFFIXES: Mapping[str, Kind] = {
 }
 MAX_ROW_CHARACTERS = 16 * 2**20
 _BATCH_ROWS = 1024
-_LIST_ALL = "`lichen client data check` lists all bad rows."
+_LIST_ALL = "On a node `lichen client data check` lists all bad rows."
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Reader:
             Code.DATA_FIELD,
             f"no column {column!r} for the field {field!r}; columns: {', '.join(map(str, found))}",
             where=str(file),
-            fix=f"Map it: --field {field}=COLUMN.",
+            fix=f"Map {field!r} to one of these.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lichen.client.ledger import Ledger
@@ -42,6 +43,12 @@ def spending(ledger: Ledger, limit: Limit) -> dict[str, Any]:
         "segments": told,
         "record": max((row["epsilon"] for row in told), default=0.0),
     }
+
+
+def unspent(file: Path, limit: Limit) -> dict[str, Any]:
+    """What `spending` would tell of a ledger that is not there yet."""
+    empty: dict[str, Any] = {"runs": [], "splits": [], "segments": [], "record": 0.0}
+    return {"ledger": str(file), "entries": 0, "delta": limit.delta, "max_epsilon": limit.epsilon} | empty
 
 
 def _segment(ledger: Ledger, limit: Limit, segment: DataSegment, entries: list[Entry]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -363,7 +364,22 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         raise LichenError(Code.PLAN_INVALID, "a plan is a mapping of keys", where=str(path), fix="Start from `lichen plan new`.")
     for override in overrides:
         _override(document, override)
-    return parse_plan(document, where=str(path))
+    return parse_plan(document, where=" ".join([str(path), *(f"--set {override}" for override in overrides)]))
+
+
+def find_plan(name: str) -> Path:
+    """A plan file, or a scenario by name.
+
+    Raises:
+        LichenError: PLAN_UNREADABLE, if there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    scenarios = {path.stem: path for path in sorted((Path(str(files("lichen.simulations"))) / "scenarios").glob("*.yaml"))}
+    if (found := scenarios.get(name.removesuffix(".yaml"))) is not None:
+        return found
+    known = ", ".join(scenarios)
+    raise LichenError(Code.PLAN_UNREADABLE, "no such file, and no scenario of that name", where=name, fix=f"Scenarios: {known}.")
 
 
 _ASKS_FOR_PRIVACY = {"epsilon", "delta", "clip", "adaptive_clip", "noise", "sample_rate", "unit_field"}

@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import load_plan, parse_plan, schema
+from lichen.common.plan import find_plan, load_plan, parse_plan, schema
 
 app = typer.Typer(help="Make and check plans.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -54,7 +54,7 @@ aggregation: {{average_last: 6}}   # the final model is the mean of the last rou
 simulation: {{clients: 4, partition: "dirichlet:0.5", data: {{path: train.csv, fields: {{text: text, label: label}}}}}}
 """
 
-PlanFile = Annotated[Path, typer.Argument(help="The plan's file (YAML or JSON).", show_default=False)]
+PlanFile = Annotated[str, typer.Argument(help="A plan's file (YAML or JSON), or a scenario's name, such as r8.", show_default=False)]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a key of the plan. May be repeated.")]
 
 
@@ -79,7 +79,7 @@ def new(
 @app.command()
 def validate(plan: PlanFile, settings: Settings = None) -> None:
     """Check a plan; say what is wrong with it, where, and what would be right. Example: lichen plan validate plan.yaml."""
-    found = load_plan(plan, settings or ())
+    found = load_plan(find_plan(plan), settings or ())
     privacy = f"ε ≤ {found.privacy.epsilon:g} for one {found.privacy.unit}" if found.private else "no differential privacy"
     typer.echo(f"{plan}: valid; {found.name}, {found.rounds} rounds, {privacy}, sha256 {found.sha256()}")
 
@@ -94,6 +94,6 @@ def schema_() -> None:
 def show(
     plan: PlanFile, settings: Settings = None, as_json: Annotated[bool, typer.Option("--json", help="As canonical JSON.")] = False
 ) -> None:
-    """Print a plan with all defaults filled in. Example: lichen plan show plan.yaml --set rounds=10."""
-    found = load_plan(plan, settings or ())
+    """Print a plan with all defaults filled in. Example: lichen plan show r8 --set rounds=10."""
+    found = load_plan(find_plan(plan), settings or ())
     typer.echo(found.canonical_json() if as_json else found.to_yaml().rstrip())

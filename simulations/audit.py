@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from lichen.coordinator.charts import Chart
 
 ROWS = 2000
-"""Most rows of each kind that the membership attack looks at."""
+"""Most rows of each kind that the membership attack looks at, about."""
 BINS = 30
 FALSIFIER = (
     "An audit can show that a claim is false. It cannot show that it is true: a leak that it does not find may be there all the same."
@@ -110,6 +112,8 @@ def run_audit(directory: Path, homes: list[Path], confidence: float = 0.95) -> A
     from lichen.common.privacy.audit import audit_canaries, membership
     from lichen.common.tasks import workbench
 
+    if not (directory / "plan.yaml").is_file():
+        raise LichenError(Code.OUTPUT_UNUSABLE, "no run directory", where=str(directory), fix="Give the directory of a run that ended.")
     plan = load_plan(directory / "plan.yaml")
     run_id, claimed = _claim(directory, plan)
     if not (directory / "model").is_dir():
@@ -208,13 +212,21 @@ def _rows(plan: Plan, homes: list[Path], directory: Path, bench: Workbench) -> t
             table = pq.read_table(path)
             for field in fields:
                 held_out[field] += table.column(field).to_pylist()
-    return _some(train, bench), _some(held_out, bench)
+    counts = [Counter(columns[plan.task.label_field]) for columns in (train, held_out)]
+    # of each label as many of both: where a client's labels are skewed, a label's loss would else pass for membership
+    alike = {label: min(count, counts[1][label]) for label, count in counts[0].items() if counts[1][label]}
+    share = min(1.0, ROWS / max(1, sum(alike.values())))
+    take = {label: max(1, round(share * count)) for label, count in alike.items()}
+    return _some(train, take, plan, bench), _some(held_out, take, plan, bench)
 
 
-def _some(columns: dict[str, list[object]], bench: Workbench) -> Encoded | None:
-    """At most `ROWS` rows, encoded; None of no rows."""
-    count = min(len(values) for values in columns.values())
-    picked = sorted(random.Random(0).sample(range(count), min(count, ROWS)))  # noqa: S311 - which rows are looked at is no secret
+def _some(columns: dict[str, list[object]], take: Mapping[object, int], plan: Plan, bench: Workbench) -> Encoded | None:
+    """Of each label as many rows as ``take`` says, encoded; None of no rows."""
+    of_label: dict[object, list[int]] = defaultdict(list)
+    for index, label in enumerate(columns[plan.task.label_field]):
+        of_label[label].append(index)
+    draw = random.Random(0)  # noqa: S311 - which rows are looked at is no secret
+    picked = sorted(index for label, count in take.items() for index in draw.sample(of_label[label], count))
     if not picked:
         return None
     rows: Encoded = bench.task.encode({field: [values[index] for index in picked] for field, values in columns.items()})
@@ -307,7 +319,7 @@ def in_words(found: Audit) -> list[str]:
         low, high = attack.auc_interval
         least, most = attack.tpr_interval
         told.append(
-            f"Membership attack on {attack.members:,} training rows and {attack.others:,} others: AUC {attack.auc:.3f} "
+            f"Membership attack on {attack.members:,} training rows and {attack.others:,} others of the same labels: AUC {attack.auc:.3f} "
             f"({sure}: {low:.3f} to {high:.3f}), training rows found at 1 % false alarms {attack.tpr_at_1_percent_fpr:.3f} "
             f"({least:.3f} to {most:.3f}). A coin has .5 and .01."
         )

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from enum import Enum
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from lichen.common.errors import Code, LichenError
-from lichen.common.plan import Plan, load_plan
+from lichen.common.plan import Plan, find_plan, load_plan
 
 if TYPE_CHECKING:
     from lichen.common.result import Result
@@ -88,18 +86,3 @@ def run_shown(plan: Plan, out: Path, engine: str, console: Console, *, resume: b
     finally:
         done.set()
         watcher.join(timeout=10)
-
-
-def find_plan(name: str) -> Path:
-    """A plan file, or a scenario by name.
-
-    Raises:
-        LichenError: PLAN_UNREADABLE, if there is neither.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    scenarios = {path.stem: path for path in sorted((Path(str(files("lichen.simulations"))) / "scenarios").glob("*.yaml"))}
-    if (found := scenarios.get(name.removesuffix(".yaml"))) is not None:
-        return found
-    known = ", ".join(scenarios)
-    raise LichenError(Code.PLAN_UNREADABLE, "no such file, and no scenario of that name", where=name, fix=f"Scenarios: {known}.")

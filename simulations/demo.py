@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import Plan, load_plan
+from lichen.common.plan import Plan, find_plan, load_plan
 from lichen.common.privacy.statement import bound_text
 from lichen.common.result import Result, read_result, write_atomically
 
@@ -38,7 +38,6 @@ def demo(
 ) -> None:
     """Run a real federation on this machine. Example: lichen demo --out lichen-demo."""
     from lichen.coordinator.run_directory import open_for
-    from lichen.simulations.cli import find_plan
 
     console = Console()
     found = load_plan(find_plan(plan), settings or ())

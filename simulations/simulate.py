@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,21 @@ def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: P
     Raises:
         LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE, DATA_…, PARTITION_INVALID, MODEL_…, or what stopped the run.
     """
+    open_for(out, resume=resume)
+    made = not out.exists() or not any(out.iterdir())
+    try:
+        return _run(plan, out, engine, resume, progress, workers)
+    except LichenError:
+        if made and not (out / "result.json").exists():  # nothing that another try could go on from, or that it would lose
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | None, workers: int | None) -> Result:
     from lichen.client.app import app as client_app
     from lichen.client.data import CACHE
     from lichen.coordinator.app import app as server_app
 
-    open_for(out, resume=resume)
     if resume:
         # refuses another plan before its data are dealt over this one's; the same cohort is drawn again, and Ray's node ids are new
         RunDirectory(out, plan).forget_cohort()
@@ -141,6 +152,8 @@ def deal(plan: Plan, root: Path) -> tuple[list[Path], dict[str, str]]:
         )
     # without federated evaluation a hold-out would only take rows from training
     holdout = 0.1 if plan.evaluation.federated_every else 0.0
+    if entity := plan.privacy.unit_field:
+        _tell_split_entities(train, parts, entity)
     homes = write_node_homes(parts, train, root, holdout=holdout, seed=plan.seed)
     splits: dict[str, str] = {}
     for name, rows in (("validation", validation), ("test", found.test)):
@@ -150,6 +163,24 @@ def deal(plan: Plan, root: Path) -> tuple[list[Path], dict[str, str]]:
     sizes = {home.name: len(part) for home, part in zip(homes, parts, strict=True)}
     write_atomically(root.parent / "simulation.json", _facts(plan, sizes, len(validation), len(found.test or ())))
     return homes, splits
+
+
+def _tell_split_entities(rows: Sequence[Row], parts: Sequence[Sequence[int]], entity: str) -> None:
+    """Warn where an entity has rows at several clients: each client's ε is for its part of them only."""
+    from lichen.client.data import said
+
+    at: dict[str, set[int]] = defaultdict(set)
+    for client, part in enumerate(parts):
+        for row in part:
+            at[said(rows[row].get(entity))].add(client)
+    if several := sum(len(clients) > 1 for clients in at.values()):
+        log.warning(
+            "%d of %d entities (%s) have rows at several clients, and each client's ε is for its own rows of them: "
+            "simulation.partition by:FIELD deals by a natural field",
+            several,
+            len(at),
+            entity,
+        )
 
 
 def _facts(plan: Plan, sizes: dict[str, int], validation: int, test: int) -> str:

@@ -10,7 +10,7 @@ import psutil
 from rich.console import Console
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import load_plan
+from lichen.common.plan import find_plan, load_plan
 
 SETTLE_S = 3.0
 _MB = 1_000_000
@@ -26,7 +26,6 @@ def bench_agent() -> dict[str, float]:
     Raises:
         LichenError: CHECK_FAILED, if the round did not succeed.
     """
-    from lichen.simulations.cli import find_plan
     from lichen.simulations.demo import federate
 
     settings = ["rounds=1", "aggregation.average_last=1", "local.steps=2", "privacy.sample_rate=0.02", "cohort.size=1", "cohort.minimum=1"]

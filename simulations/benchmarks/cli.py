@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+T = TypeVar("T")
+
+
+def _list(given: str, of: Callable[[str], T], known: Collection[T] | None = None) -> list[T]:
+    """An option's values, between commas.
+
+    Raises:
+        typer.BadParameter: for a value that is none, or not ``known``.
+    """
+    try:
+        values = [of(value.strip()) for value in given.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{given!r} is no list of numbers with commas between them") from None
+    if known is not None and (odd := [value for value in values if value not in known]):
+        raise typer.BadParameter(f"{odd[0]!r} is none of {', '.join(map(str, known))}")
+    return values
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -58,13 +77,15 @@ def privacy(
     as_json: AsJson = False,
 ) -> None:
     """A private step beside the same step without privacy: time and memory. Example: lichen bench privacy --adapter lora."""
-    from lichen.simulations.benchmarks.privacy import bench_privacy
+    from lichen.simulations.benchmarks.privacy import ROWS, TARGETS, bench_privacy
+
+    asked, adapters = _list(lengths, int, ROWS), _list(adapter, str, TARGETS)
 
     table = Table(title="a private step over the same step without privacy (at most)")
     for column in ("model", "adapter", "batch", "plain ms", "CPU time", "wall time", "peak memory", "Opacus' hooks, CPU"):
         table.add_column(column, justify="left" if column in {"model", "adapter"} else "right")
     found: list[dict[str, Any]] = []
-    for row in bench_privacy(repeats, [int(length) for length in lengths.split(",")], adapter.split(","), hooks):
+    for row in bench_privacy(repeats, asked, adapters, hooks):
         found.append(row)
         ratios = [f"{row[key]:.3f} ({row['targets'][key]:g})" for key in ("cpu", "wall", "memory")]
         other = "-" if row["hooks_cpu"] is None else f"{row['hooks_cpu']:.3f}"
@@ -141,9 +162,7 @@ def r8(
 
     console = Console(stderr=as_json)
     runs: list[dict[str, Any]] = []
-    for found in bench_r8(
-        [int(seed) for seed in seeds.split(",")], [float(value) for value in epsilon.split(",")], adapter.split(","), keep
-    ):
+    for found in bench_r8(_list(seeds, int), _list(epsilon, float), _list(adapter, str, ("lora", "head", "full")), keep):
         runs.append(found)
         console.print(
             f"{found['adapter']}, ε {found['epsilon']:g}, seed {found['seed']}: accuracy {found['accuracy']:.4f}, "
@@ -174,7 +193,7 @@ def clients(
 
     console = Console(stderr=as_json)
     runs: list[dict[str, Any]] = []
-    for found in bench_clients([int(seed) for seed in seeds.split(",")], [float(value) for value in epsilon.split(",")], keep):
+    for found in bench_clients(_list(seeds, int), _list(epsilon, float), keep):
         runs.append(found)
         spent = "" if found["spent"] is None else f", ε by PLD {found['spent']:.3f}, by PRV {found['spent_prv']:.3f}"
         console.print(

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import load_plan
+from lichen.common.plan import find_plan, load_plan
 
 # Chosen on the validation split (docs/experiments.md). Without a clip the learning rate sets a step's length.
 WITHOUT_PRIVACY = (
@@ -35,7 +35,6 @@ def bench_clients(seeds: Sequence[int], epsilons: Sequence[float], keep: Path | 
     Raises:
         LichenError: CHECK_FAILED, if a run spent more than its ε.
     """
-    from lichen.simulations.cli import find_plan
     from lichen.simulations.simulate import run
 
     for target in epsilons:

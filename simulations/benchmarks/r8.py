@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import load_plan
+from lichen.common.plan import find_plan, load_plan
 
 # Chosen on the validation split (docs/experiments.md). The less noise, the larger a step may be: from each ε on, the head's rate.
 PRIVATE_HEAD_RATES = {8.0: 120, 4.0: 80, 2.0: 80, 0.0: 50}
@@ -35,7 +35,6 @@ def bench_r8(
     Raises:
         LichenError: CHECK_FAILED, if a run spent more than its ε.
     """
-    from lichen.simulations.cli import find_plan
     from lichen.simulations.simulate import run
 
     for adapter in adapters:

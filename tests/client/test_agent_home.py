@@ -189,8 +189,15 @@ def test_policy_and_approvals(home: Path, tiny_plan: dict[str, Any]) -> None:
     assert pending(home) == []
 
 
-def test_ledger_tells_what_is_left(home: Path) -> None:
-    assert "nothing was spent" in client("ledger", home=home)
+def test_ledger_tells_what_is_left(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client("ledger", home=tmp_path / "no-home", fails=Code.AGENT_HOME_MISSING)
+    client("ledger", home=home, fails=Code.AGENT_HOME_MISSING)  # a folder, in which no node lives
+    client("policy", "--init", home=home)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("LICHEN_LEDGER", str(tmp_path / "ledgers"))
+        assert "nothing was spent" in client("ledger", home=home)
+        empty = json.loads(client("ledger", "--json", home=home))
+        assert not (tmp_path / "ledgers").exists(), "looking makes nothing"
     limits = Limits("example", Limit(8.0, 1e-5))
     with Ledger(home) as ledger:
         train, holdout = set(ledger.assign("train", [1, 2])), set(ledger.assign("holdout", [3]))
@@ -200,6 +207,7 @@ def test_ledger_tells_what_is_left(home: Path) -> None:
         ledger.reserve("holdout", "7", "7" * 32, 1, Segment(9.0, 1.0, 1), limits, holdout)
         spent, held_out = (ledger.spent(number, Limit(8.0, 1e-5)).epsilon for number in (1, 2))
     found = json.loads(client("ledger", "--json", home=home))
+    assert found.keys() == empty.keys()
     assert [(run["split"], run["run"], run["rounds"], run["steps"]) for run in found["runs"]] == [
         ("train", "7", 2, 10),
         ("train", "8", 1, 5),

@@ -35,6 +35,10 @@ def test_new_validate_show_and_schema(tmp_path: Path) -> None:
     (tmp_path / "full.yaml").write_text(lichen("plan", "show", "p.yaml", cwd=tmp_path).stdout)
     assert load_plan(tmp_path / "full.yaml") == plan
 
+    assert "name: r8\n" in lichen("plan", "show", "r8", cwd=tmp_path).stdout  # a scenario, to start from
+    assert lichen("plan", "validate", "r8", cwd=tmp_path).returncode == 0
+    assert "--set rounds=0" in lichen("plan", "validate", "r8", "--set", "rounds=0", cwd=tmp_path).stderr
+
     told = json.loads(lichen("plan", "schema", cwd=tmp_path).stdout)
     assert set(told["properties"]) == set(Plan.model_fields)
 

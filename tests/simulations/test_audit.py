@@ -155,6 +155,19 @@ def test_without_canaries_the_membership_attack_is_left(audited: Callable[..., A
     assert "cannot show that it is true" in written.note
 
 
+def test_members_are_compared_with_rows_of_the_same_labels(
+    audited: Callable[..., Audit], document: dict[str, Any], tmp_path: Path
+) -> None:
+    """A client whose rows are all of one label is told from the others by that label, not by what it trained on."""
+    with (tmp_path / "train.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *((f"gold copper mine {index}", "metal") for index in range(40))])
+    found = audited(privacy=document["privacy"] | {"audit": {}})
+    with (tmp_path / "test.csv").open(encoding="utf-8") as file:
+        metal = sum(row["label"] == "metal" for row in csv.DictReader(file))
+    assert found.membership is not None
+    assert (found.membership.members, found.membership.others) == (metal, metal)
+
+
 def test_what_cannot_be_audited_is_told(audited: Callable[..., Audit], document: dict[str, Any], tmp_path: Path) -> None:
     audited()
     out = tmp_path / "run"
@@ -166,6 +179,9 @@ def test_what_cannot_be_audited_is_told(audited: Callable[..., Audit], document:
 
     other = tmp_path / "elsewhere"
     other.mkdir()
+    told = CliRunner().invoke(app, [str(other)])
+    assert isinstance(told.exception, LichenError)
+    assert told.exception.code is Code.OUTPUT_UNUSABLE
     refused(Code.DATA_NOT_FOUND, [other])
     (out / "simulation" / "client-0" / "canaries").rename(tmp_path / "moved")
     refused(Code.DATA_NOT_FOUND)

@@ -28,6 +28,21 @@ def test_it_prints_ratios_beside_their_targets(monkeypatch: pytest.MonkeyPatch) 
         assert row["hooks_cpu"] > 0.2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("privacy", "--lengths", "abc"), "'abc' is no list of numbers"),
+        (("privacy", "--lengths", "128"), "128 is none of 64, 256"),
+        (("privacy", "--adapter", "head"), "'head' is none of lora, full"),
+        (("r8", "--seeds", "0,,1"), "is no list of numbers"),
+    ],
+)
+def test_a_bad_option_is_told_as_such(arguments: tuple[str, ...], told: str) -> None:
+    found = CliRunner(env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).invoke(app, arguments)
+    assert found.exit_code == 2
+    assert told in found.output
+
+
 @pytest.mark.long
 def test_the_peak_of_a_step_is_its_own() -> None:
     peak = privacy._peak_memory(privacy.Config("bert", "lora", 64), "plain")

@@ -23,11 +23,10 @@ from rich.console import Console
 from lichen.client.ledger import Ledger
 from lichen.common import cli
 from lichen.common.errors import Code
-from lichen.common.plan import load_plan
+from lichen.common.plan import find_plan, load_plan
 from lichen.common.result import read_result
 from lichen.coordinator.watch import follow
-from lichen.simulations.cli import find_plan
-from lichen.simulations.simulate import run
+from lichen.simulations.simulate import deal, run
 
 PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.2}
 MODEL = Path("model", "adapter_model.safetensors")
@@ -201,6 +200,7 @@ def test_every_refusal_has_its_number_and_says_what_to_look_at(
     if isinstance(number, Code):
         assert f"error {int(number)} ({number.name.lower().replace('_', '-')})" in errors
     assert (tmp_path / "FOREIGN" / "plan.yaml").read_text() == (tmp_path / "FILE").read_text() == "mine"
+    assert (tmp_path / "OUT").exists() == (number is Code.COHORT_TOO_SMALL), "only a run that began is in the way of the next"
 
 
 def test_a_run_that_is_there_is_not_shown_as_this_one_and_not_overwritten(
@@ -217,6 +217,16 @@ def test_a_run_that_is_there_is_not_shown_as_this_one_and_not_overwritten(
     code, output, _ = lichen(plan_file(), "--out", out, *GOOD, "--resume")  # finished already: told again
     assert code == 0
     assert "test: accuracy" in output
+
+
+def test_entities_at_several_clients_are_told(tmp_path: Path, plan_file: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    entity = PRIVATE | {"unit": "entity", "unit_field": "site"}
+    for partition, told in (("iid", "2 of 2 entities (site)"), ("by:site", "")):
+        caplog.clear()
+        simulation = yaml.safe_load(plan_file().read_text())["simulation"] | {"partition": partition}
+        deal(load_plan(plan_file(privacy=entity, simulation=simulation | {"clients": 2})), tmp_path / partition[:2])
+        assert told in caplog.text
+        assert bool(told) == ("rows at several clients" in caplog.text)
 
 
 def test_a_failed_run_says_so_in_its_directory(tmp_path: Path, plan_file: Callable[..., Path], lichen: Command) -> None:
