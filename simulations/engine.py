@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -22,6 +22,15 @@ Progress = Callable[[str, int, int], None]
 """Called with a message's type, clients done and clients asked."""
 
 
+class Together(NamedTuple):
+    """Cohort batching (client/together.py)."""
+
+    size: Callable[[], int]
+    """How many clients should be trained at once."""
+    train: Callable[[Sequence[Message], Sequence[Context]], list[Message]]
+    """Trains them."""
+
+
 class InProcessGrid(Grid):  # type: ignore[misc]
     """Runs each message's client when its reply is asked for.
 
@@ -34,6 +43,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         run_id: of the run.
         progress: told of each client that is done.
         fork: makes worker processes, before the first message is served; None to serve in this one.
+        together: trains several clients at once.
     """
 
     def __init__(
@@ -43,11 +53,13 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         run_id: int,
         progress: Progress | None = None,
         fork: Callable[[Work], Workers] | None = None,
+        together: Together | None = None,
     ) -> None:
         self._app = client_app
         self._run_id = run_id
         self._progress = progress
         self._fork = fork
+        self._together = together
         self._workers: Workers | None = None
         self._contexts = {
             FIRST + number: Context(
@@ -104,7 +116,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Run the clients, and return their replies."""
-        return [self._work(self._pushed.pop(message_id)) for message_id in message_ids]
+        return [self._work([self._pushed.pop(message_id)])[0] for message_id in message_ids]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Run the clients. A simulated one is never late: ``timeout`` is not used."""
@@ -122,11 +134,20 @@ class InProcessGrid(Grid):  # type: ignore[misc]
             self._workers.close()
 
     def _replies(self, messages: list[Message]) -> Iterator[tuple[int, Message]]:
-        if self._fork is None:
-            return ((number, self._work(message)) for number, message in enumerate(messages))
-        if self._workers is None:
+        if not messages:
+            return iter(())
+        if self._fork and self._workers is None:
             self._workers = self._fork(self._work)
-        return self._workers.replies(messages)
+        size = self._together.size() if self._together and messages[0].metadata.message_type == records.TRAIN else 1
+        if self._workers:
+            size = min(size, -(-len(messages) // self._workers.count))  # work for each
+        groups = [list(range(start, min(start + size, len(messages)))) for start in range(0, len(messages), size)]
+        asked = ([messages[number] for number in group] for group in groups)
+        answered = self._workers.replies(list(asked)) if self._workers else enumerate(map(self._work, asked))
+        return ((number, reply) for place, replies in answered for number, reply in zip(groups[place], replies, strict=True))
 
-    def _work(self, message: Message) -> Message:
-        return self._app(message, self._contexts[message.metadata.dst_node_id])
+    def _work(self, messages: Sequence[Message]) -> list[Message]:
+        contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
+        if self._together and len(messages) > 1:
+            return self._together.train(messages, contexts)
+        return [self._app(message, context) for message, context in zip(messages, contexts, strict=True)]
