@@ -170,7 +170,7 @@ def test_learning_rates_of_head_and_rounds(make: Callable[..., Trainer]) -> None
         assert len(body["params"]) + len(head["params"]) == len(trainer.model.trainable)
         assert body["weight_decay"] == 0.2
     cosine = make(rounds=4, local={"learning_rate": 0.1, "learning_rate_decay": "cosine"})
-    rates = [cosine._optimizer(round).param_groups[0]["lr"] for round in (1, 2, 3, 4)]
+    rates = [cosine._optimizer(round, cosine.model.trainable).param_groups[0]["lr"] for round in (1, 2, 3, 4)]
     assert rates[0] == 0.1
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] > 0
