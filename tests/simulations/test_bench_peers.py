@@ -128,7 +128,7 @@ def test_a_peer_has_a_process_a_core_as_far_as_it_can_deal_the_cohort(
         "print('a line before')\nprint(json.dumps({'seconds': [9, 2, 3], 'first': time.time(), 'said': said}))\nprint('and after')\n"
     )
     monkeypatch.setattr(peers, "__file__", str(tmp_path / "peers.py"))
-    row, told = run_peer(peer._replace(script="peer.py"), tmp_path, cores, 10)
+    row, told = run_peer(peer._replace(script="peer.py"), tmp_path, cores)
     assert row["updates_per_s"] == 4  # 20 clients in the last two rounds' 5 s
     assert row["layout"] == f"{ranks if peer.module == 'pfl' else cores}×1"
     assert len(set(told["said"][0])) == ranks
