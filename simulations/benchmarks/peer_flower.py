@@ -2,8 +2,9 @@
 
 python peer_flower.py WORK.json START.safetensors FINAL.safetensors THREADS [private]
 
-Tuned: one process a core, of one thread; an actor keeps model and tokenizer from client to client, and Opacus' engine wraps the model that
-it finds; no evaluation by clients; the adapter alone travels; Ray's workers are not niced, so that a shared machine is fair to them.
+Tuned: one process a core, of one thread (on 2 cores faster than one of two); an actor keeps model and tokenizer from client to client, and
+Opacus' engine wraps the model that it finds; no evaluation by clients; the adapter alone travels; Ray's workers are not niced, so that a
+shared machine is fair to them.
 """
 
 import json
