@@ -2,11 +2,13 @@
 
 python peer_flower.py WORK.json START.safetensors FINAL.safetensors THREADS [private]
 
-Tuned: one process a core, of one thread; an actor keeps model and tokenizer from client to client, and Opacus' engine wraps the model that
-it finds; no evaluation by clients; the adapter alone travels.
+Tuned: one process a core, of one thread (on 2 cores faster than one of two); an actor keeps model and tokenizer from client to client, and
+Opacus' engine wraps the model that it finds; no evaluation by clients; the adapter alone travels; Ray's workers are not niced, so that a
+shared machine is fair to them.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -106,4 +108,5 @@ def main(grid: Grid, _: Context) -> None:
     print(json.dumps({"seconds": seconds, **found.train_metrics_clientapp[1]}), flush=True)
 
 
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray spells it so)
 run_simulation(server_app, client_app, WORK["clients"], backend_config={"client_resources": {"num_cpus": THREADS, "num_gpus": 0.0}})
