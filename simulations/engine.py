@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -22,11 +22,19 @@ Progress = Callable[[str, int, int], None]
 """Called with a message's type, clients done and clients asked."""
 
 
+class Homes(Protocol):
+    """The clients' node homes, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Path: ...
+
+
 class InProcessGrid(Grid):  # type: ignore[misc]
     """Runs each message's client when its reply is asked for.
 
-    Node ids follow the order of the homes. Message ids follow from the run, the round and the node, as on the channel, so a round that
-    is done again after a crash is the same round.
+    Node ids follow the order of the homes; of a client that is never asked nothing is kept. Message ids follow from the run, the round
+    and the node, as on the channel, so a round that is done again after a crash is the same round.
 
     Args:
         client_app: what each client runs.
@@ -34,31 +42,26 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         run_id: of the run.
         progress: told of each client that is done.
         fork: makes worker processes, before the first message is served; None to serve in this one.
+        open_home: called with a client's number before it is first served, in the process that serves it.
     """
 
     def __init__(
         self,
         client_app: ClientApp,
-        homes: list[Path],
+        homes: Homes,
         run_id: int,
         progress: Progress | None = None,
         fork: Callable[[Work], Workers] | None = None,
+        open_home: Callable[[int], object] | None = None,
     ) -> None:
         self._app = client_app
+        self._homes = homes
         self._run_id = run_id
         self._progress = progress
         self._fork = fork
         self._workers: Workers | None = None
-        self._contexts = {
-            FIRST + number: Context(
-                run_id=run_id,
-                node_id=FIRST + number,
-                node_config={"home": str(home), "name": home.name, "simulated": True},
-                state=RecordDict(),
-                run_config={},
-            )
-            for number, home in enumerate(homes)
-        }
+        self._open_home = open_home
+        self._contexts: dict[int, Context] = {}
         self._pushed: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:
@@ -77,11 +80,11 @@ class InProcessGrid(Grid):  # type: ignore[misc]
 
     def name_of(self, node_id: int) -> str:
         """The client's name."""
-        return str(self._contexts[node_id].node_config["name"])
+        return self._homes[node_id - FIRST].name
 
     def get_node_ids(self) -> list[int]:
         """All clients: each is always there."""
-        return list(self._contexts)
+        return list(range(FIRST, FIRST + len(self._homes)))
 
     def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
         """A message to one client."""
@@ -129,4 +132,13 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         return self._workers.replies(messages)
 
     def _work(self, message: Message) -> Message:
-        return self._app(message, self._contexts[message.metadata.dst_node_id])
+        return self._app(message, self._context(message.metadata.dst_node_id))
+
+    def _context(self, node_id: int) -> Context:
+        if node_id not in self._contexts:
+            if self._open_home:
+                self._open_home(node_id - FIRST)
+            home = self._homes[node_id - FIRST]
+            config = {"home": str(home), "name": home.name, "simulated": True}
+            self._contexts[node_id] = Context(self._run_id, node_id, config, RecordDict(), {})
+        return self._contexts[node_id]

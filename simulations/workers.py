@@ -46,7 +46,7 @@ class Workers:
         """Deal the messages out, and give each reply, with its message's number, when it comes.
 
         Raises:
-            LichenError: INTERNAL, if a process ends by itself.
+            LichenError: INTERNAL, if a process ends by itself; what the work raised.
         """
         left = iter(enumerate(messages))
         busy: dict[Connection, int] = {}
@@ -60,6 +60,8 @@ class Workers:
                     reply = pipe.recv()
                 except (EOFError, OSError):
                     raise self._ended(pipe) from None
+                if isinstance(reply, LichenError):
+                    raise reply
                 self._next(pipe, left, busy)
                 yield number, reply
 
@@ -126,4 +128,7 @@ def _serve(pipe: Connection, others: list[Connection], threads: int, work: Work)
             return
         payload = payload if new is None else new
         message.content["payload"] = payload
-        pipe.send(work(message))
+        try:
+            pipe.send(work(message))
+        except LichenError as error:
+            pipe.send(error)

@@ -112,7 +112,7 @@ def _prepare(plan: Plan, folder: Path) -> Path:
         drawn = [names[place] for place in draw_cohort(plan, range(len(names)), number)]
         clients = []
         for name in sorted(drawn):
-            rows = parts[int(name.removeprefix("client-"))]
+            rows = parts[int(name.removeprefix("client-"))].tolist()
             steps = list(batches(plan.local, len(rows), SeededSource("order", plan.seed, name, number)))
             clients.append({"rows": rows, "steps": steps})
         rounds.append(clients)
