@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lichen.client.data import MANIFEST, Manifest, Source, check, write_manifest
-from lichen.client.readers import refuse
+from lichen.client.data import MANIFEST, Manifest, Source, count_training, write_manifest
 from lichen.common.errors import Code, LichenError
 from lichen.simulations.rows import Groups, StoredRows
 
@@ -104,19 +103,11 @@ class NodeHomes:
         source = Source(
             path="data.parquet", fields=self._fields, declared_size=1, holdout=self._holdout, added_at="1970-01-01T00:00:00+00:00"
         )
-        write_manifest(home, Manifest(holdout_key=key, sources=(source,)))
-        kept = _training_rows(home)
+        kept = count_training(home, source, key)
         if not kept:
             source, kept = source.model_copy(update={"holdout": 0.0}), len(part)
         source = source.model_copy(update={"declared_size": self._declared_size or nearest_power_of_two(kept)})
-        write_manifest(home, Manifest(holdout_key=key, sources=(source,)))
-
-
-def _training_rows(home: Path) -> int:
-    report = check(home, limit=1).sources[0]
-    if report.bad:
-        refuse(report.bad[0])
-    return report.train
+        write_manifest(home, Manifest(holdout_key=key, sources=(source,)), durable=False)  # after a power cut it is dealt again
 
 
 def nearest_power_of_two(count: int) -> int:
