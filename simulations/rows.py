@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,8 +113,7 @@ def store(path: Path, batches: Iterable[Any]) -> StoredRows:
     starts, temporary = [0], path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file, pa.ipc.new_file(file, first.schema) as writer:
             for batch in chain([first], rest):
                 for start in range(0, batch.num_rows, BATCH):
@@ -124,7 +124,8 @@ def store(path: Path, batches: Iterable[Any]) -> StoredRows:
     except OSError as error:
         raise LichenError(Code.OUTPUT_UNUSABLE, f"cannot write: {error.strerror or error}", where=str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return StoredRows(path, np.array(starts))
 
 

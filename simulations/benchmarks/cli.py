@@ -119,7 +119,9 @@ def simulate(rounds: Annotated[int, typer.Option(min=2, help="Rounds of 10 clien
 
 @app.command()
 def scale(
-    clients: Annotated[str, typer.Option(help="Populations, commas between them; the first is what others are held against.")] = "100,100000",
+    clients: Annotated[
+        str, typer.Option(help="Populations, commas between them; the first is what others are held against.")
+    ] = "100,100000",
     cohort: Annotated[int, typer.Option(min=1, help="Clients of a round.")] = 50,
     rounds: Annotated[int, typer.Option(min=1, help="Of each run.")] = 2,
     as_json: AsJson = False,

@@ -80,6 +80,8 @@ def _measure(plan: Plan, folder: Path) -> dict[str, Any]:
             time.sleep(POLL_S)
     seconds = time.monotonic() - began
     if running.returncode or read_result(out).status != "finished":
-        raise LichenError(Code.CHECK_FAILED, f"lichen simulate failed: {log.read_text()[-500:]}", where=f"{plan.simulation.clients} clients")
+        raise LichenError(
+            Code.CHECK_FAILED, f"lichen simulate failed: {log.read_text()[-500:]}", where=f"{plan.simulation.clients} clients"
+        )
     homes = sum(1 for _ in (out / "simulation").glob("client-*"))
     return {"peak": peak, "first_round_s": asked, "seconds": seconds, "homes": homes}

@@ -73,6 +73,17 @@ def test_a_clients_state_lasts_from_round_to_round() -> None:
         assert {told(reply)["times"] for reply in replies} == {round}
 
 
+def test_a_home_is_opened_once_when_its_client_is_first_served() -> None:
+    opened: list[int] = []
+    grid = InProcessGrid(echo(), [Path("/homes") / name for name in NAMES], 7, open_home=opened.append)
+    asked = messages(grid)
+    assert opened == []
+    grid.send_and_receive(asked[1:2])
+    assert opened == [1]
+    grid.send_and_receive(messages(grid, group="2")[1:])
+    assert opened == [1, 2]
+
+
 def test_ids_follow_from_run_kind_round_and_node_alone() -> None:
     def ids(grid: InProcessGrid, kind: str = records.TRAIN, group: str = "1") -> list[str]:
         return [message.metadata.message_id for message in messages(grid, kind, group)]
@@ -155,6 +166,20 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_reason() -> None:
         with pytest.raises(LichenError, match="exit code -9") as caught:
             grid.send_and_receive(with_payload(grid, b"x"))
         assert caught.value.code is Code.INTERNAL
+
+
+def test_what_opening_a_home_raises_in_a_worker_is_raised_here_by_its_number() -> None:
+    def full(number: int) -> None:
+        raise LichenError(Code.OUTPUT_UNUSABLE, "cannot write: no space", where=f"client {number}")
+
+    homes = [Path("/homes") / name for name in NAMES]
+    grid = InProcessGrid(echo(), homes, 7, fork=lambda work: Workers(2, 1, work), open_home=full)
+    try:
+        with pytest.raises(LichenError, match=r"client \d: cannot write: no space") as caught:
+            grid.send_and_receive(with_payload(grid, b"x"))
+    finally:
+        grid.close()
+    assert caught.value.code is Code.OUTPUT_UNUSABLE
 
 
 def test_the_layout_is_a_process_a_core_and_no_more_than_there_are_clients(monkeypatch: pytest.MonkeyPatch) -> None:
