@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import Result, read_result, write_atomically
-from lichen.coordinator.run_directory import RunDirectory, open_for
+from lichen.coordinator.run_directory import COHORT, RunDirectory, open_for
 from lichen.simulations.datasets import load_spec, split_validation
 from lichen.simulations.engine import InProcessGrid, Progress
 from lichen.simulations.homes import NodeHomes
@@ -50,7 +50,7 @@ def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: P
     try:
         return _run(plan, out, engine, resume, progress, workers)
     except LichenError:
-        if made and not (out / "result.json").exists():  # nothing that another try could go on from, or that it would lose
+        if made and not (out / COHORT).exists():  # nobody was asked: nothing that another try could go on from, or that it would lose
             shutil.rmtree(out, ignore_errors=True)
         raise
 
