@@ -43,6 +43,8 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         progress: told of each client that is done.
         fork: makes worker processes, before the first message is served; None to serve in this one.
         open_home: called with a client's number before it is first served, in the process that serves it.
+        spool: a folder of its own, where payloads lie beside their messages until the next are sent: updates then take no memory before
+            they are summed, however many there are. None where they travel inside.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         progress: Progress | None = None,
         fork: Callable[[Work], Workers] | None = None,
         open_home: Callable[[int], object] | None = None,
+        spool: Path | None = None,
     ) -> None:
         self._app = client_app
         self._homes = homes
@@ -61,6 +64,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         self._fork = fork
         self._workers: Workers | None = None
         self._open_home = open_home
+        self._spool = spool
         self._contexts: dict[int, Context] = {}
         self._pushed: dict[str, Message] = {}
 
@@ -112,6 +116,8 @@ class InProcessGrid(Grid):  # type: ignore[misc]
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Run the clients. A simulated one is never late: ``timeout`` is not used."""
         asked = list(messages)
+        if self._spool:
+            _collect(self._spool, asked)
         replies: dict[int, Message] = {}
         for done, (number, reply) in enumerate(self._replies(asked), 1):
             replies[number] = reply
@@ -139,6 +145,16 @@ class InProcessGrid(Grid):  # type: ignore[misc]
             if self._open_home:
                 self._open_home(node_id - FIRST)
             home = self._homes[node_id - FIRST]
-            config = {"home": str(home), "name": home.name, "simulated": True}
+            config: dict[str, Any] = {"home": str(home), "name": home.name, "simulated": True}
+            if self._spool:
+                config["spool"] = str(self._spool)
             self._contexts[node_id] = Context(self._run_id, node_id, config, RecordDict(), {})
         return self._contexts[node_id]
+
+
+def _collect(spool: Path, asked: list[Message]) -> None:
+    """Remove the payloads that no message refers to: who sends has read all that came before."""
+    needed = {ref.digest for message in asked for ref in records.payload_refs(message)}
+    for path in spool.iterdir():
+        if path.name not in needed:
+            path.unlink()

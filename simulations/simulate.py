@@ -71,8 +71,9 @@ def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | 
 
         run_on_ray(server_app, client_app, homes.write_all(), config, threads=1)
     else:
-        with _forking(plan, *layout(plan.cohort.size, workers)) as fork:
-            grid = InProcessGrid(client_app, homes, run_id, progress, fork, homes.open)
+        with _forking(plan, *layout(plan.cohort.size, workers)) as fork, _spool(out / "simulation") as spool:
+            grid = InProcessGrid(client_app, homes, run_id, progress, fork, homes.open, spool)
+            config["spool"] = str(spool)
             try:
                 server_app(grid, Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=config))
             finally:
@@ -80,6 +81,18 @@ def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | 
     for cache in (out / "simulation").glob(f"*/{CACHE}"):
         shutil.rmtree(cache, ignore_errors=True)
     return read_result(out)
+
+
+@contextmanager
+def _spool(folder: Path) -> Iterator[Path]:
+    """An empty folder for payloads, which goes at the end, as does one that a killed run has left."""
+    spool = folder / "spool"
+    shutil.rmtree(spool, ignore_errors=True)
+    spool.mkdir(mode=0o700)
+    try:
+        yield spool
+    finally:
+        shutil.rmtree(spool, ignore_errors=True)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -116,6 +117,34 @@ def test_there_is_no_flower_run_record() -> None:
     with pytest.raises(LichenError) as caught:
         _ = grid_of().run
     assert caught.value.code is Code.INTERNAL
+
+
+def test_payloads_lie_in_the_spool_until_the_next_are_sent(tmp_path: Path) -> None:
+    app, kept = ClientApp(), tmp_path / "spool"
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def serve(message: Message, context: Context) -> Message:
+        found = records.get_tensors(message.content, Path(str(context.node_config["spool"])))
+        content = RecordDict()
+        update = {"weight": found["weight"] + int(context.node_id)}
+        records.put_tensors(content, update, Path(str(context.node_config["spool"])), durable=False)
+        return records.reply(message, content)
+
+    kept.mkdir()
+    for grid in (
+        InProcessGrid(app, [Path("/homes") / name for name in NAMES], 7, spool=kept),
+        InProcessGrid(app, [Path("/homes") / name for name in NAMES], 7, fork=lambda work: Workers(2, 1, work), spool=kept),
+    ):
+        for round in (1, 2):
+            content = RecordDict()
+            records.put_tensors(content, {"weight": torch.full((1000,), float(round))}, kept)
+            asked = [grid.create_message(content, records.TRAIN, node, str(round)) for node in grid.get_node_ids()]
+            replies = grid.send_and_receive(asked)
+            assert all(records.payload_refs(reply) for reply in replies)
+            assert [float(records.get_tensors(reply.content, kept)["weight"][0]) for reply in replies] == [round + 2, round + 3, round + 4]
+            needed = {ref.digest for message in [*asked, *replies] for ref in records.payload_refs(message)}
+            assert {path.name for path in kept.iterdir()} == needed
+        grid.close()
 
 
 # --- worker processes ------------------------------------------------------------------------------------------------------------
