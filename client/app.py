@@ -6,13 +6,13 @@ simulator alone, and makes noise repeatable, hence not private. Whatever fails l
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 from lichen.client import canaries
 from lichen.client.data import CACHE, Split, fingerprints, load, read_manifest, said, stamp
 from lichen.client.gate import Gate
+from lichen.client.jobs import Job, Private
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit, Limits
 from lichen.client.policy import enforce, load_policy
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     from lichen.client.trainer import Trained, Trainer
     from lichen.common.model.adapter import State
     from lichen.common.tasks.task import Encoded
+
+    Work = tuple[Trainer, Job]
+    T = TypeVar("T")
+    Serving = Generator[Work, Trained, T]
+    """What asks for training on its way to a result."""
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -57,16 +63,53 @@ class Node:
 @app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Fine-tune on the node's rows; the reply holds the update and a `TrainReport`."""
-    return _serve(message, context, _train)
+    return train_together([message], [context])[0]
 
 
 @app.evaluate()  # type: ignore[untyped-decorator]
 def evaluate(message: Message, context: Context) -> Message:
     """Score the model on the node's hold-out; the reply holds an `EvaluateReport`."""
-    return _serve(message, context, _evaluate)
+    serving = _serve(message, context, _evaluate)
+    try:
+        next(serving)
+    except StopIteration as done:
+        return cast("Message", done.value)
+    raise LichenError(Code.INTERNAL, "an evaluation asked for training")
 
 
-def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, Message], RecordDict]) -> Message:
+def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """`train` for several simulated clients of one round and plan at once; replies are those of one after another, but for rounding."""
+    servings = [_serve(message, context, _train) for message, context in zip(messages, contexts, strict=True)]
+    replies: dict[int, Message] = {}
+    waiting: dict[int, Work] = {}
+
+    def go_on(number: int, call: Callable[[], Work]) -> None:
+        try:
+            waiting[number] = call()
+        except StopIteration as done:
+            replies[number] = done.value
+
+    for number, serving in enumerate(servings):
+        go_on(number, functools.partial(next, serving))
+    jobs, waiting = waiting, {}
+    if jobs:
+        trainer = next(iter(jobs.values()))[0]
+        for number, trained in zip(jobs, trainer.run_together([job for _, job in jobs.values()]), strict=True):
+            serving = servings[number]
+            go_on(number, functools.partial(serving.throw if isinstance(trained, Exception) else serving.send, trained))  # type: ignore[arg-type]
+    return [replies[number] for number in range(len(messages))]
+
+
+def clients_at_once(plan: Plan) -> int:
+    """How many clients `train_together` should get: more than one where a model is so small that calling it takes longest."""
+    try:
+        return trainer_of(plan).at_once
+    except LichenError:
+        return 1  # each client's own reply tells
+
+
+def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, Message], Serving[RecordDict]]) -> Serving[Message]:
+    """Serve a message, and let the caller do what training it asks for: its `Job` is yielded, what came of it sent or thrown in."""
     private = True  # until the plan says otherwise
     try:
         assignment = records.from_config(records.Assignment, message.content.config_records["assignment"])
@@ -76,7 +119,7 @@ def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, 
         node = Node(context)
         if not node.simulated:
             enforce(node.home, plan, datetime.now().astimezone())
-        return records.reply(message, work(node, plan, assignment.round, message))
+        return records.reply(message, (yield from work(node, plan, assignment.round, message)))
     except LichenError as error:
         log.error("%s", error)
         return records.error_reply(message, int(error.code), "" if private else error.what)
@@ -85,7 +128,7 @@ def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, 
         return records.error_reply(message, int(Code.INTERNAL), "" if private else type(error).__name__)
 
 
-def _train(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
+def _train(node: Node, plan: Plan, round: int, message: Message) -> Serving[RecordDict]:
     trainer = trainer_of(plan)
     start = records.get_tensors(message.content, node.spool)
     trainer.model.load(start)  # what does not fit is refused before it is charged
@@ -93,14 +136,15 @@ def _train(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
     if plan.privacy.audit.canaries:
         rows = _with_canaries(node, plan, str(message.metadata.run_id), trainer, rows)
     if not plan.private:
-        trained = trainer.train(start, rows.encoded, round, SeededSource("order", plan.seed, node.name, round), node.cache)
+        source = SeededSource("order", plan.seed, node.name, round)
+        trained = yield trainer, Job(start, rows.encoded, round, source, node.cache)
         report = records.TrainReport(
             client=node.name, round=round, steps=trained.steps, examples=len(rows.encoded), train_loss=trained.loss
         )
     elif plan.central:
-        trained, report = _train_central(node, plan, round, message, trainer, start, rows)
+        trained, report = yield from _train_central(node, plan, round, message, trainer, start, rows)
     else:
-        trained, report = _train_private(node, plan, round, message, trainer, start, rows)
+        trained, report = yield from _train_private(node, plan, round, message, trainer, start, rows)
     records.check_release(report, private=plan.private, central=plan.central)
     content = RecordDict({"report": records.to_config(report)})
     records.put_tensors(content, trained.delta, node.spool, durable=not node.simulated)  # a simulation asks nobody for it again
@@ -109,7 +153,7 @@ def _train(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
 
 def _train_private(
     node: Node, plan: Plan, round: int, message: Message, trainer: Trainer, start: State, rows: Rows
-) -> tuple[Trained, records.TrainReport]:
+) -> Serving[tuple[Trained, records.TrainReport]]:
     if rows.declared_size is None:
         raise LichenError(
             Code.DATA_DECLARED_SIZE,
@@ -126,9 +170,8 @@ def _train_private(
         source = _source(node, "train", plan.seed, node.name, round)
         units = rows.readable_units(grant.readable)
         try:
-            trained = trainer.train_private(
-                start, rows.encoded, units, segment, rows.declared_size, round, source, Gate(segment), node.cache
-            )
+            private = Private(units, segment, rows.declared_size, Gate(segment))
+            trained = yield trainer, Job(start, rows.encoded, round, source, node.cache, private)
         finally:
             ledger.released("train", run, message_id, again=node.simulated)  # after a failure too: its number tells of the noised steps
         report = records.TrainReport(
@@ -144,7 +187,7 @@ def _train_private(
 
 def _train_central(
     node: Node, plan: Plan, round: int, message: Message, trainer: Trainer, start: State, rows: Rows
-) -> tuple[Trained, records.TrainReport]:
+) -> Serving[tuple[Trained, records.TrainReport]]:
     """Train without noise, and clip: the coordinator promises the noise, and the policy has permitted to believe it.
 
     The first message of a run pays for the whole of it, since ε counts the rounds in which this node is not drawn as well.
@@ -157,7 +200,7 @@ def _train_central(
     readable = [row for unit in rows.readable_units(grant.readable) for row in unit]
     if not readable:
         raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(node.home / "data.yaml"))
-    trained = trainer.train(start, rows.encoded.select(readable), round, SeededSource("order", plan.seed, node.name, round))
+    trained = yield trainer, Job(start, rows.encoded.select(readable), round, SeededSource("order", plan.seed, node.name, round))
     clip = records.from_config(records.Assignment, message.content.config_records["assignment"]).clip or plan.privacy.clip
     delta, norm = clipped(trained.delta, clip)
     report = records.TrainReport(
@@ -169,7 +212,8 @@ def _train_central(
     return replace(trained, delta={name: tensor.float() for name, tensor in delta.items()}), report
 
 
-def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> RecordDict:
+def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> Serving[RecordDict]:
+    yield from ()  # it asks for no training
     every = plan.evaluation.federated_every  # what the policy has permitted
     if not every or round % every:
         raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")
@@ -227,7 +271,7 @@ def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer) -> Rows:
     return _read_rows(node.home, plan, split, trainer, changed, node.simulated)
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: object, simulated: bool) -> Rows:
     """Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
     entity = plan.privacy.unit_field
@@ -275,7 +319,7 @@ def _with_canaries(node: Node, plan: Plan, run: str, trainer: Trainer, rows: Row
     return replace(rows, encoded=trainer.task.join(rows.encoded, made), units=[*rows.units, *added], read_from=read_from)
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def trainer_of(plan: Plan) -> Trainer:
     """One model a process, made ready at the first call; imported here, so that an idle agent does not load torch."""
     from lichen.client.trainer import Trainer

@@ -38,7 +38,7 @@ class Batches:
     def __init__(self, task: Task[Any], model: TunedModel, local: Local, pass_cost: float) -> None:
         self._task, self._local, self._pass_cost = task, local, pass_cost
         self._width = int(model.network.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
-        self._prefix = frozen_prefix(model) if local.compute == "lean" and local.prefix_cache != "off" else None
+        self.prefix = frozen_prefix(model) if local.compute == "lean" and local.prefix_cache != "off" else None
         self._stores: dict[Path, tuple[Encoded, PrefixStore | None]] = {}
 
     @contextmanager
@@ -49,11 +49,11 @@ class Batches:
             data: the examples.
             folder: of the node, where what is computed may be kept; None: nothing is kept.
         """
-        if self._prefix is None or folder is None or (store := self._store(self._prefix, data, folder)) is None:
+        if self.prefix is None or folder is None or (store := self._store(self.prefix, data, folder)) is None:
             yield Collate(self._task, data)
             return
-        with self._prefix.use() as feed:
-            yield _CollateKnown(self._task, data, self._prefix, store, feed, self.parts)
+        with self.prefix.use() as feed:
+            yield _CollateKnown(self._task, data, self.prefix, store, feed, self.parts)
 
     def parts(self, rows: Sequence[int], data: Encoded) -> list[list[int]]:
         """Rows by pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lichen.client.batches import Batches
-from lichen.common.batching import pass_cost
+from lichen.client.jobs import Job
+from lichen.client.together import Member, Noise, Together
+from lichen.common.batching import clients_at_once, pass_cost
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.lean import skip_unread
 from lichen.common.privacy.accounting import Segment
@@ -19,6 +22,7 @@ from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients, Uni
 from lichen.common.privacy.randomness import RandomSource, poisson_sample
 from lichen.common.privacy.self_check import ROWS, self_check
 from lichen.common.privacy.single_backward.fused import fuse_lora
+from lichen.common.privacy.single_backward.grouped import group_weights
 from lichen.common.tasks import workbench
 
 if TYPE_CHECKING:
@@ -56,7 +60,8 @@ class Trainer:
         self._lean = plan.local.compute == "lean"
         if self._lean:
             skip_unread(self.model)
-        self._batches = Batches(self.task, self.model, plan.local, pass_cost(self.model))
+        cost = pass_cost(self.model)
+        self._batches = Batches(self.task, self.model, plan.local, cost)
         if not plan.private or plan.central:
             if self._lean and plan.model.adapter.kind == "lora":
                 self._fused = _fused(self.model)
@@ -68,6 +73,65 @@ class Trainer:
             except LichenError:
                 self._gradients.remove()  # another attempt on this model starts from the model as it was
                 raise
+        self.at_once = clients_at_once(cost, plan.local.batch_size * plan.task.max_length) if self._lean else 1
+        """How many clients `run_together` should get."""
+        self._together: Together | None = None
+        if self.at_once > 1 and (groups := None if self._batches.prefix else group_weights(self.model)):
+            clip = plan.privacy.clip if self._gradients else None
+            self._together = Together(groups, self.model, self.task, plan.local.max_physical_batch_size * self.at_once, cost, clip)
+            if self._gradients:
+                self._together.check(self._clipped_sum)
+        self.at_once = self.at_once if self._together else 1
+
+    def run(self, job: Job) -> Trained:
+        """Train one client. Raises as `train` and `train_private`."""
+        if (private := job.private) is None:
+            return self.train(job.start, job.data, job.round, job.source, job.cache)
+        return self.train_private(
+            job.start, job.data, private.units, private.segment, private.declared_size, job.round, job.source, private.gate, job.cache
+        )
+
+    def run_together(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
+        """Train several clients from one start in one round, and let each fail alone; where they can't pass together, one after another."""
+        able = [
+            number for number, job in enumerate(jobs) if len(job.data) and (job.private is None or max(map(len, job.private.units)) == 1)
+        ]
+        if self._together is None or len(able) < 2:
+            able = []
+        found: dict[int, Trained | Exception] = {}
+        for number, job in enumerate(jobs):
+            if number not in able:
+                try:
+                    found[number] = self.run(job)
+                except Exception as error:  # its own client tells of it
+                    found[number] = error
+        if self._together and able:
+            members = [self._member(jobs[number]) for number in able]
+            start = jobs[able[0]].start
+            self.model.load(start)
+            states = self._together.train(start, members, functools.partial(self._optimizer, jobs[able[0]].round))
+            for number, member, state in zip(able, members, states, strict=True):
+                try:
+                    loss = None if member.noise else member.loss_sum / max(member.seen, 1)
+                    found[number] = Trained(self._delta(start, state, member.steps), member.steps, loss)
+                except LichenError as error:
+                    found[number] = error
+        return [found[number] for number in range(len(jobs))]
+
+    def _member(self, job: Job) -> Member:
+        if (private := job.private) is None:
+            drawn = list(batches(self.plan.local, len(job.data), job.source))
+            return Member(job.data, len(drawn), iter(drawn))
+        rows, segment = [row for (row,) in private.units], private.segment
+        draws = ([rows[index] for index in poisson_sample(len(rows), segment.sample_rate, job.source)] for _ in range(segment.steps))
+        return Member(job.data, segment.steps, draws, Noise(segment, private.declared_size, private.gate, job.source))
+
+    def _clipped_sum(self, rows: Sequence[int], data: Encoded, clip: float) -> State:
+        """Of rows that are a unit each, for the weights as they are."""
+        if self._gradients is None:
+            raise LichenError(Code.INTERNAL, "the trainer was made for a plan without differential privacy")
+        sums = [self._gradients.clipped_sum([[row]], lambda part: self.task.collate(data, part), clip) for row in rows]
+        return {name: torch.stack([found[parameter] for found in sums]).sum(0) for name, parameter in self.model.trainable.items()}
 
     def train(self, start: State, data: Encoded, round: int, source: RandomSource, cache: Path | None = None) -> Trained:
         """Train without differential privacy.
@@ -84,7 +148,7 @@ class Trainer:
         """
         self.model.load(start)
         self._seed_dropout(source)
-        optimizer = self._optimizer(round)
+        optimizer = self._optimizer(round, self.model.trainable)
         loss_sum, seen, steps = 0.0, 0, 0
         with self._batches.of(data, cache) as collate:
             for batch in batches(self.plan.local, len(data), source):
@@ -98,7 +162,7 @@ class Trainer:
                 optimizer.step()
                 seen += len(batch)
                 steps += 1
-        return Trained(self._delta(start, steps), steps, loss_sum / max(seen, 1))
+        return Trained(self._delta(start, self.model.trainable, steps), steps, loss_sum / max(seen, 1))
 
     def train_private(
         self,
@@ -133,7 +197,7 @@ class Trainer:
         self.model.load(start)
         self._seed_dropout(source)
         optimizer = NoisyOptimizer(
-            self._optimizer(round),
+            self._optimizer(round, self.model.trainable),
             noise_multiplier=segment.noise_multiplier,
             max_grad_norm=self.plan.privacy.clip,
             expected_batch_size=segment.sample_rate * declared_size,
@@ -145,19 +209,19 @@ class Trainer:
                 drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
                 collate.prepare([row for unit in drawn for row in unit])
                 self._gradients.step(optimizer, drawn, collate, data.lengths if self._lean else None)
-        return Trained(self._delta(start, segment.steps), segment.steps, None)
+        return Trained(self._delta(start, self.model.trainable, segment.steps), segment.steps, None)
 
     def _seed_dropout(self, source: RandomSource) -> None:
         """The adapter's dropout draws from torch's own generator: let it follow ``source``, so that what repeats does so whole."""
         if self.plan.model.adapter.dropout:
             torch.manual_seed(int(source.uniform(1)[0] * 2**53))
 
-    def _optimizer(self, round: int) -> torch.optim.Optimizer:
+    def _optimizer(self, round: int, trained: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
         local = self.plan.local
         progress = (round - 1) / self.plan.rounds
         factor = {"none": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[local.learning_rate_decay]
-        body = [parameter for name, parameter in self.model.trainable.items() if name not in self.model.head]
-        head = [self.model.trainable[name] for name in self.model.trainable if name in self.model.head]
+        body = [tensor for name, tensor in trained.items() if name not in self.model.head]
+        head = [tensor for name, tensor in trained.items() if name in self.model.head]
         groups: list[dict[str, Any]] = [
             {"params": parameters, "lr": rate * factor}
             for parameters, rate in ((body, local.learning_rate), (head, local.head_learning_rate or local.learning_rate))
@@ -167,8 +231,8 @@ class Trainer:
             return torch.optim.SGD(groups, momentum=local.betas[0], weight_decay=local.weight_decay)
         return torch.optim.AdamW(groups, betas=local.betas, weight_decay=local.weight_decay)
 
-    def _delta(self, start: Mapping[str, torch.Tensor], steps: int) -> State:
-        delta = {name: parameter.detach() - start[name] for name, parameter in self.model.trainable.items()}
+    def _delta(self, start: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor], steps: int) -> State:
+        delta = {name: tensor.detach() - start[name] for name, tensor in trained.items()}
         moved = {name for name, tensor in delta.items() if bool(tensor.any())}
         body = delta.keys() - self.model.head
         wrong = ""

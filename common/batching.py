@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,10 @@ LAYER_OVERHEAD = 5e7
 """Multiply-adds that a layer's forward and backward pass could have done in the time that calling it takes: 1 to 2 ms of one CPU core."""
 LEAST_PASS = 16
 """Tokens below which the products of matrices themselves get slower."""
+MOST_AT_ONCE = 16
+"""Clients whose batches pass together at most: their calls cost a sixteenth each, and what more would save is little."""
+WORTH = 0.25
+"""The part of a batch's work that its calls must take before clients are put together."""
 GRADIENT_TOKENS = 60
 """Tokens whose passes take as long as adding one gradient of all weights to another."""
 
@@ -25,6 +30,16 @@ def pass_cost(model: TunedModel) -> float:
     trained = sum(parameter.numel() for parameter in model.trainable.values())
     layers = network.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     return max(LEAST_PASS, LAYER_OVERHEAD * float(layers) / computed) + GRADIENT_TOKENS * trained / sum(sizes.values())
+
+
+def clients_at_once(cost: float, tokens: int) -> int:
+    """How many clients' batches should pass together (cohort batching); one where that saves little.
+
+    Args:
+        cost: of a pass, in tokens: `pass_cost`.
+        tokens: of a client's batch, about.
+    """
+    return min(MOST_AT_ONCE, math.ceil(MOST_AT_ONCE * cost / tokens)) if cost > WORTH * tokens else 1
 
 
 def passes(rows: Sequence[int], lengths: Sequence[int], most: int, cost: float) -> list[list[int]]:

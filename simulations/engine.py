@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -30,6 +30,15 @@ class Homes(Protocol):
     def __getitem__(self, number: int, /) -> Path: ...
 
 
+class Together(NamedTuple):
+    """Cohort batching (client/together.py)."""
+
+    size: Callable[[], int]
+    """How many clients should be trained at once."""
+    train: Callable[[Sequence[Message], Sequence[Context]], list[Message]]
+    """Trains them."""
+
+
 class InProcessGrid(Grid):  # type: ignore[misc]
     """Runs each message's client when its reply is asked for.
 
@@ -42,6 +51,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         run_id: of the run.
         progress: told of each client that is done.
         fork: makes worker processes, before the first message is served; None to serve in this one.
+        together: trains several clients at once.
         open_home: called with a client's number before it is first served, in the process that serves it.
         spool: a folder of its own, where payloads lie beside their messages until the next are sent: updates then take no memory before
             they are summed, however many there are. None where they travel inside.
@@ -54,6 +64,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         run_id: int,
         progress: Progress | None = None,
         fork: Callable[[Work], Workers] | None = None,
+        together: Together | None = None,
         open_home: Callable[[int], object] | None = None,
         spool: Path | None = None,
     ) -> None:
@@ -62,6 +73,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         self._run_id = run_id
         self._progress = progress
         self._fork = fork
+        self._together = together
         self._workers: Workers | None = None
         self._open_home = open_home
         self._spool = spool
@@ -111,7 +123,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Run the clients, and return their replies."""
-        return [self._work(self._pushed.pop(message_id)) for message_id in message_ids]
+        return [self._work([self._pushed.pop(message_id)])[0] for message_id in message_ids]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Run the clients. A simulated one is never late: ``timeout`` is not used."""
@@ -131,14 +143,23 @@ class InProcessGrid(Grid):  # type: ignore[misc]
             self._workers.close()
 
     def _replies(self, messages: list[Message]) -> Iterator[tuple[int, Message]]:
-        if self._fork is None:
-            return ((number, self._work(message)) for number, message in enumerate(messages))
-        if self._workers is None:
+        if not messages:
+            return iter(())
+        if self._fork and self._workers is None:
             self._workers = self._fork(self._work)
-        return self._workers.replies(messages)
+        size = self._together.size() if self._together and messages[0].metadata.message_type == records.TRAIN else 1
+        if self._workers:
+            size = min(size, -(-len(messages) // self._workers.count))  # work for each
+        groups = [list(range(start, min(start + size, len(messages)))) for start in range(0, len(messages), size)]
+        asked = ([messages[number] for number in group] for group in groups)
+        answered = self._workers.replies(list(asked)) if self._workers else enumerate(map(self._work, asked))
+        return ((number, reply) for place, replies in answered for number, reply in zip(groups[place], replies, strict=True))
 
-    def _work(self, message: Message) -> Message:
-        return self._app(message, self._context(message.metadata.dst_node_id))
+    def _work(self, messages: Sequence[Message]) -> list[Message]:
+        contexts = [self._context(message.metadata.dst_node_id) for message in messages]
+        if self._together and len(messages) > 1:
+            return self._together.train(messages, contexts)
+        return [self._app(message, context) for message, context in zip(messages, contexts, strict=True)]
 
     def _context(self, node_id: int) -> Context:
         if node_id not in self._contexts:

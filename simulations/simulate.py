@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.result import Result, read_result, write_atomically
 from lichen.coordinator.run_directory import COHORT, RunDirectory, open_for
 from lichen.simulations.datasets import load_spec, split_validation
-from lichen.simulations.engine import InProcessGrid, Progress
+from lichen.simulations.engine import InProcessGrid, Progress, Together
 from lichen.simulations.homes import NodeHomes
 from lichen.simulations.partition import partition
 from lichen.simulations.rows import Groups, StoredRows, numbered
@@ -57,6 +58,7 @@ def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: P
 
 def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | None, workers: int | None) -> Result:
     from lichen.client.app import app as client_app
+    from lichen.client.app import clients_at_once, train_together
     from lichen.client.data import CACHE
     from lichen.coordinator.app import app as server_app
 
@@ -72,7 +74,8 @@ def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | 
         run_on_ray(server_app, client_app, homes.write_all(), config, threads=1)
     else:
         with _forking(plan, *layout(plan.cohort.size, workers)) as fork, _spool(out / "simulation") as spool:
-            grid = InProcessGrid(client_app, homes, run_id, progress, fork, homes.open, spool)
+            together = Together(functools.partial(clients_at_once, plan), train_together)
+            grid = InProcessGrid(client_app, homes, run_id, progress, fork, together, homes.open, spool)
             config["spool"] = str(spool)
             try:
                 server_app(grid, Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=config))

@@ -13,11 +13,11 @@ from flwr.app import ArrayRecord, Message, RecordDict
 
 from lichen.common.errors import Code, LichenError
 
-Work = Callable[[Message], Message]
+Work = Callable[[Sequence[Message]], list[Message]]
 
 
 class Workers:
-    """A few processes, one message at a time each.
+    """A few processes, one group of messages at a time each.
 
     A process is forked, not started afresh: the base model, its tokenizer and all modules are there, and take memory once. What it
     gets and gives passes through pipes of this program's own.
@@ -25,10 +25,11 @@ class Workers:
     Args:
         count: of processes.
         threads: of each, for torch.
-        work: what is done with a message; of what it changes only the reply comes back.
+        work: what is done with a group of messages that have one payload; of what it changes only the replies come back.
     """
 
     def __init__(self, count: int, threads: int, work: Work) -> None:
+        self.count = count
         context = multiprocessing.get_context("fork")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -42,13 +43,13 @@ class Workers:
         self._has: dict[Connection, ArrayRecord | None] = {}
         """The payload that each process was sent last: a round's is one object in all its messages, and is sent once."""
 
-    def replies(self, messages: Sequence[Message]) -> Iterator[tuple[int, Message]]:
-        """Deal the messages out, and give each reply, with its message's number, when it comes.
+    def replies(self, groups: Sequence[Sequence[Message]]) -> Iterator[tuple[int, list[Message]]]:
+        """Deal the groups out, and give each one's replies, with the group's number, when they come.
 
         Raises:
             LichenError: INTERNAL, if a process ends by itself; what the work raised.
         """
-        left = iter(enumerate(messages))
+        left = iter(enumerate(groups))
         busy: dict[Connection, int] = {}
         for pipe in self._pipes:
             self._next(pipe, left, busy)
@@ -65,12 +66,11 @@ class Workers:
                 self._next(pipe, left, busy)
                 yield number, reply
 
-    def _next(self, pipe: Connection, left: Iterator[tuple[int, Message]], busy: dict[Connection, int]) -> None:
-        for number, message in left:
-            payload = message.content.array_records["payload"]
-            rest = RecordDict({name: record for name, record in message.content.items() if record is not payload})
+    def _next(self, pipe: Connection, left: Iterator[tuple[int, Sequence[Message]]], busy: dict[Connection, int]) -> None:
+        for number, group in left:
+            payload = group[0].content.array_records["payload"]
             try:
-                pipe.send((None if payload is self._has.get(pipe) else payload, Message(rest, metadata=message.metadata)))
+                pipe.send((None if payload is self._has.get(pipe) else payload, [_without(payload, message) for message in group]))
             except OSError:
                 raise self._ended(pipe) from None
             self._has[pipe] = payload
@@ -123,12 +123,18 @@ def _serve(pipe: Connection, others: list[Connection], threads: int, work: Work)
     payload: ArrayRecord | None = None
     while True:
         try:
-            new, message = pipe.recv()
+            new, group = pipe.recv()
         except (EOFError, OSError):
             return
         payload = payload if new is None else new
-        message.content["payload"] = payload
+        for message in group:
+            message.content["payload"] = payload
         try:
-            pipe.send(work(message))
+            pipe.send(work(group))
         except LichenError as error:
             pipe.send(error)
+
+
+def _without(payload: ArrayRecord, message: Message) -> Message:
+    rest = RecordDict({name: record for name, record in message.content.items() if record is not payload})
+    return Message(rest, metadata=message.metadata)

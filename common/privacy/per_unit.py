@@ -106,7 +106,7 @@ class PerUnitGradients:
         packs = self._packs(units) if lengths is None else self._packs_by_length(units, lengths)
         for number, pack in enumerate(packs):
             optimizer.zero_grad(set_to_none=True)
-            optimizer.take(self._clipped_sum(pack, collate, optimizer.max_grad_norm))
+            optimizer.take(self.clipped_sum(pack, collate, optimizer.max_grad_norm))
             optimizer.signal_skip_step(do_skip=number + 1 < len(packs))
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -129,7 +129,7 @@ class PerUnitGradients:
         found = passes([len(unit) for unit in units], longest, self._max_rows, self._pass_cost)
         return [[units[index] for index in pack] for pack in found] or [[]]
 
-    def _clipped_sum(
+    def clipped_sum(
         self, units: Sequence[Unit], collate: Callable[[Sequence[int]], Batch], clip: float
     ) -> dict[nn.Parameter, torch.Tensor]:
         """The clipped sum of a pack's gradients, where a unit's gradient is the mean over its rows."""

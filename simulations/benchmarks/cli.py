@@ -97,24 +97,62 @@ def privacy(
 
 
 @app.command()
-def simulate(rounds: Annotated[int, typer.Option(min=2, help="Rounds of 10 clients.")] = 4, as_json: AsJson = False) -> None:
-    """The simulation beside a plain PyTorch loop of the same steps. Example: lichen bench simulate --rounds 4."""
+def simulate(
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds of 10 clients.")] = 4,
+    peers: Annotated[bool, typer.Option(help="Run pfl-research and Flower on Ray too, where installed (the extra `peers`).")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """The simulation beside a plain PyTorch loop of the same steps, and beside its peers. Example: lichen bench simulate --rounds 4."""
+    from lichen.simulations.benchmarks.peers import INSTALL, PEERS
     from lichen.simulations.benchmarks.simulate import bench_simulate
 
+    for peer in PEERS if peers else ():
+        if not peer.installed:
+            typer.echo(f"{peer.name} is not installed, and left out: {INSTALL}", err=True)
+    rows = list(bench_simulate(rounds, [peer for peer in PEERS if peers and peer.installed]))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    console = Console()
+    console.print(_speeds([row for row in rows if "beside" not in row]))
+    if theirs := [row for row in rows if "beside" in row]:
+        console.print(_beside(theirs))
+
+
+def _speeds(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="R8, MiniLM, LoRA: client updates a second")
     columns = ("what", "processes × threads", "updates/s", "over plain, same layout", "over plain's best", "at least", "apart")
-    for column in columns:
+    for column in (*columns, "start-up (at most), s", "memory (PSS), MB"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    found: list[dict[str, Any]] = []
-    for row in bench_simulate(rounds):
-        found.append(row)
+    for row in rows:
         ratios = [f"{row[key]:.3f}" if key in row else "" for key in ("over", "over_best")]
         rest = [f"{row['target']:g}", f"{row['apart']:.1e}"] if "target" in row else ["", ""]
-        table.add_row(row["what"], row["layout"], f"{row['updates_per_s']:.3f}", *ratios, *rest)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        Console().print(table)
+        startup = f"{row['startup_s']:.1f}" + (f" ({row['startup_target']:g})" if "startup_target" in row else "")
+        table.add_row(row["what"], row["layout"], f"{row['updates_per_s']:.3f}", *ratios, *rest, startup, f"{row['memory_mb']:.0f}")
+    return table
+
+
+def _beside(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="the same work elsewhere, and how many times better ours is")
+    columns = (
+        "what",
+        "processes × threads",
+        "updates/s",
+        "start-up, s",
+        "memory (PSS), MB",
+        "apart",
+        "beside",
+        "ours: updates/s (at least)",
+    )
+    for column in (*columns, "10 rounds with start-up", "start-up", "memory (at most)"):
+        table.add_column(column, justify="left" if column in {"what", "beside"} else "right")
+    for row in rows:
+        theirs = [f"{row['updates_per_s']:.3f}", f"{row['startup_s']:.1f}", f"{row['memory_mb']:.0f}"]
+        apart = f"{row['apart']:.1e}" if "apart" in row else ""
+        most = f" ({row['memory_target']:g})" if "memory_target" in row else ""
+        ours = [f"{row['ours_over']:.2f} ({row['ours_target']:g})", *(f"{row[key]:.2f}" for key in ("ten_rounds_over", "startup_over"))]
+        table.add_row(row["what"], row["layout"], *theirs, apart, row["beside"], *ours, f"{row['memory_share']:.2f}{most}")
+    return table
 
 
 @app.command()

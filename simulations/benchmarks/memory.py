@@ -1,9 +1,12 @@
-"""Resident memory of a process, as Linux tells it."""
+"""Memory of processes, as Linux tells it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 
 def resident(field: str, process: int | str = "self") -> int:
@@ -17,24 +20,35 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def of_tree(process: int) -> int:
-    """Memory of a process and of all that it has started, in bytes.
+def of_trees(roots: Iterable[int]) -> int:
+    """Bytes of processes and all that descend from them: their proportional set sizes (PSS), so that what they share counts once.
 
-    Memory of their own counts by proportion (PSS), so that a page that a fork shares counts once. Of files that are mapped the process
-    counts that has most of them: their proportion would fall with every other program of the machine that has mapped the same libraries.
+    Where the system tells none (not Linux) it is what each has to itself (USS).
     """
-    found = list(_tree(process))
-    return sum(own for own, _ in found) + max((mapped for _, mapped in found), default=0)
+    total = 0
+    for number in roots:
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(number)
+            for process in (root, *root.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    told = process.memory_full_info()
+                    total += getattr(told, "pss", told.uss)
+    return total
 
 
-def _tree(process: int) -> Iterator[tuple[int, int]]:
-    """Of each process its own memory and its mapped files."""
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
-        children = [child for task in Path(f"/proc/{process}/task").iterdir() for child in (task / "children").read_text().split()]
-    except OSError:  # it has ended
-        return
-    sizes = {field: 1024 * int(size) for field, size, *_ in map(str.split, lines)}
-    yield sizes["Pss_Anon:"], sizes["Rss:"] - sizes["Anonymous:"]
-    for child in children:
-        yield from _tree(int(child))
+def of_tree(root: int) -> int:
+    """Bytes of a process and all that descend from it, however many other programs share its libraries (Linux only).
+
+    Memory of their own counts by proportion, so that what a fork shares counts once; mapped files as in the process that has most of
+    them, because their proportion (PSS) falls with every program on the machine that has mapped the same.
+    """
+    own, mapped = 0, 0
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(root)
+        for number in (root, *(child.pid for child in process.children(recursive=True))):
+            with suppress(OSError):  # it has ended
+                lines = Path(f"/proc/{number}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+                sizes = {field: 1024 * int(size) for field, size, *_ in map(str.split, lines)}
+                own += sizes["Pss_Anon:"]
+                mapped = max(mapped, sizes["Rss:"] - sizes["Anonymous:"])
+    return own + mapped

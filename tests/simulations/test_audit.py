@@ -155,9 +155,7 @@ def test_without_canaries_the_membership_attack_is_left(audited: Callable[..., A
     assert "cannot show that it is true" in written.note
 
 
-def test_members_are_compared_with_rows_of_the_same_labels(
-    audited: Callable[..., Audit], document: dict[str, Any], tmp_path: Path
-) -> None:
+def test_members_are_compared_with_rows_of_the_same_labels(audited: Callable[..., Audit], document: dict[str, Any], tmp_path: Path) -> None:
     """A client whose rows are all of one label is told from the others by that label, not by what it trained on."""
     with (tmp_path / "train.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("text", "label"), *((f"gold copper mine {index}", "metal") for index in range(40))])

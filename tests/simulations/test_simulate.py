@@ -75,13 +75,26 @@ def test_it_repeats_bit_for_bit_and_another_seed_differs(play: Play) -> None:
 
 @pytest.mark.parametrize("privacy", [{"unit": "none"}, PRIVATE])
 def test_workers_give_the_bytes_of_one_process(play: Play, csv_plan: dict[str, Any], tmp_path: Path, privacy: dict[str, Any]) -> None:
-    _, alone = play(privacy=privacy)
-    run(parse_plan(csv_plan | {"privacy": privacy}), tmp_path / "workers", "inprocess", workers=2)
+    plan = csv_plan | {"privacy": privacy, "local": csv_plan["local"] | {"compute": "plain"}}
+    _, alone = play(plan)
+    run(parse_plan(plan), tmp_path / "workers", "inprocess", workers=2)
     assert digest(alone) == digest(tmp_path / "workers")
     between, beside = (read_result(out) for out in (alone, tmp_path / "workers"))
     assert [told.validation for told in between.rounds] == [told.validation for told in beside.rounds]
     assert between.rounds[0].validation
     assert between.final == beside.final
+
+
+@pytest.mark.parametrize("privacy", [{"unit": "none"}, PRIVATE])
+def test_clients_that_pass_together_learn_the_same(play: Play, csv_plan: dict[str, Any], privacy: dict[str, Any]) -> None:
+    local = csv_plan["local"] | {"optimizer": "sgd", "learning_rate": 0.2}  # AdamW would take a step for what rounding left of a zero
+    together, alone = (play(privacy=privacy, local=local | {"compute": compute}) for compute in ("lean", "plain"))
+    left, right = (load_file(out / "model" / "adapter_model.safetensors") for _, out in (together, alone))
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(together[0].rounds, alone[0].rounds, strict=True):
+        assert ours.train_loss == (theirs.train_loss and pytest.approx(theirs.train_loss, rel=1e-5))
+    assert together[0].privacy == alone[0].privacy
 
 
 def test_private_runs_repeat_too_and_keep_to_the_plans_epsilon(play: Play) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.single_backward.nodes import LinearNode, LoraNode
 from lichen.common.privacy.single_backward.records import Looked, Outer, Record, Units, Whole, squared_norms, wide
 
 WHOLE_BELOW = 1.5
@@ -72,6 +74,25 @@ class Book:
         if self.units is None:
             raise LichenError(Code.INTERNAL, "a layer's backward ran after its private step had ended")
         return self.units
+
+    def linear(self, x: torch.Tensor, layer: Any, transposed: bool) -> torch.Tensor:
+        """A trained linear layer whose backward pass books: (B, …, d) to (B, …, p)."""
+        found: torch.Tensor = LinearNode.apply(x, self.anchor, layer, transposed, self)  # type: ignore[no-untyped-call]
+        return found
+
+    def lora(
+        self,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        base: nn.Linear,
+        a: nn.Parameter,
+        b: nn.Parameter,
+        scaling: float,
+        transposed: bool,
+    ) -> torch.Tensor:
+        """LoRA over a frozen linear layer, the same: (B, …, d) to (B, …, p)."""
+        found: torch.Tensor = LoraNode.apply(x, dropped, self.anchor, base, a, b, scaling, transposed, self)  # type: ignore[no-untyped-call]
+        return found
 
     def add(self, parameter: nn.Parameter, gradients: torch.Tensor) -> None:
         """Book each row's gradient, (B, …parameter)."""

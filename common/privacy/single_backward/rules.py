@@ -14,8 +14,6 @@ from lichen.common.privacy.single_backward.book import Book
 from lichen.common.privacy.single_backward.nodes import (
     EmbeddingNode,
     LayerNormNode,
-    LinearNode,
-    LoraNode,
     RmsNormNode,
     SharedBiasNode,
 )
@@ -40,7 +38,7 @@ def replacements(network: nn.Module, book: Book) -> list[Replacement]:
     inside: set[int] = set()  # layers whose work a layer around them does
     for name, layer in network.named_modules():
         _refuse_coupling(name, layer)
-        if _is_lora(layer):
+        if is_lora(layer):
             found.append((layer, "forward", _lora(name, layer, book)))
             adapter = layer.active_adapters[0]
             parts = [layer.lora_A[adapter], layer.lora_B[adapter], layer.get_base_layer()]
@@ -99,7 +97,7 @@ def _linear(name: str, layer: Any, transposed: bool, book: Book) -> Forward:
     def forward(x: torch.Tensor) -> Any:
         if not book.open:
             return original(x)
-        return LinearNode.apply(book.rows_first(x, name), book.anchor, layer, transposed, book)  # type: ignore[no-untyped-call]
+        return book.linear(book.rows_first(x, name), layer, transposed)
 
     return forward
 
@@ -167,7 +165,8 @@ def _same(original: Forward, argument: torch.Tensor, ours: torch.Tensor) -> bool
     return theirs.shape == ours.shape and torch.allclose(theirs.float(), ours.float(), rtol=1e-3, atol=1e-5)
 
 
-def _is_lora(layer: nn.Module) -> bool:
+def is_lora(layer: nn.Module) -> bool:
+    """Whether it is one of PEFT's LoRA layers, of whatever kind."""
     return any(kind.__module__.startswith("peft.tuners.lora") and kind.__name__ == "LoraLayer" for kind in type(layer).__mro__)
 
 
@@ -198,9 +197,7 @@ def _lora(name: str, layer: Any, book: Book) -> Forward:
         if not isinstance(dropout, nn.Identity):
             seen = dropout(seen)
         own = None if seen is x else seen
-        return LoraNode.apply(  # type: ignore[no-untyped-call]
-            x, own, book.anchor, base, down.weight, up.weight, layer.scaling[adapter], transposed, book
-        )
+        return book.lora(x, own, base, down.weight, up.weight, layer.scaling[adapter], transposed)
 
     return forward
 
