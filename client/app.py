@@ -147,7 +147,7 @@ def _train(node: Node, plan: Plan, round: int, message: Message) -> Serving[Reco
         trained, report = yield from _train_private(node, plan, round, message, trainer, start, rows)
     records.check_release(report, private=plan.private, central=plan.central)
     content = RecordDict({"report": records.to_config(report)})
-    records.put_tensors(content, trained.delta, node.spool)
+    records.put_tensors(content, trained.delta, node.spool, durable=not node.simulated)  # a simulation asks nobody for it again
     return content
 
 

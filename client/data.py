@@ -178,13 +178,14 @@ def read_manifest(home: Path) -> Manifest:
         raise LichenError(Code.DATA_FORMAT, f"{key or 'the document'}: {detail['msg']}", where=str(path)) from None
 
 
-def write_manifest(home: Path, manifest: Manifest) -> None:
+def write_manifest(home: Path, manifest: Manifest, *, durable: bool = True) -> None:
     """Write `data.yaml`, whole or not at all, readable by its owner only (its key would tell which rows are held out).
 
-    What was computed of the rows before goes: nothing of rows that the owner takes away may stay.
+    What was computed of the rows before goes: nothing of rows that the owner takes away may stay. It is on the disk when this returns,
+    unless it need not be ``durable``.
     """
     text = yaml.safe_dump(manifest.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    write_private(home / MANIFEST, text.encode())
+    write_private(home / MANIFEST, text.encode(), durable=durable)
     shutil.rmtree(home / CACHE, ignore_errors=True)
 
 
@@ -228,11 +229,16 @@ def add_source(
         detail = error.errors(include_url=False)[0]
         raise LichenError(Code.DATA_FIELD, f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}", where=str(path)) from None
     manifest = read_manifest(home) if (home / MANIFEST).exists() else Manifest(holdout_key=secrets.token_hex(16))
-    if sum(1 for side, _ in _sides(home, source, manifest) if side == "train") == 0:
+    if not count_training(home, source, manifest.holdout_key):
         raise LichenError(Code.DATA_EMPTY, "every row is held out", where=str(path), fix="Lower --holdout.")
     others = tuple(other for other in manifest.sources if other.path != source.path)
     write_manifest(home, manifest.model_copy(update={"sources": (*others, source)}))
     return source
+
+
+def count_training(home: Path, source: Source, holdout_key: str) -> int:
+    """A source's rows to train on, each checked. Raises as :class:`lichen.client.readers.Reader`."""
+    return sum(side == "train" for side, _ in _sides(home, source, holdout_key))
 
 
 def load(home: Path, split: Split, fields: Sequence[str], *, fault: Callable[[Row], str | None] | None = None) -> LocalData:
@@ -269,7 +275,7 @@ def load(home: Path, split: Split, fields: Sequence[str], *, fault: Callable[[Ro
             raise LichenError(Code.DATA_FIELD, what, where=source.path, fix=f"Add it again with --field {missing[0]}=COLUMN.")
         left_out = _LeftOut(source.path)
         reader = _reader(home, source, left_out if fault else refuse, apart=fault is not None)
-        rows: Iterator[Row] = (row for side, row in _sides(home, source, manifest, reader) if side == split)
+        rows: Iterator[Row] = (row for side, row in _sides(home, source, manifest.holdout_key, reader) if side == split)
         if fault:
             rows = left_out.without(rows, fault)
         tables.append(to_table(reader, rows, home).select(list(fields)))
@@ -354,7 +360,7 @@ def _report(home: Path, source: Source, manifest: Manifest, limit: int) -> Sourc
     lengths: dict[str, list[int]] = {}
     seen: set[int] = set()
     repeated = 0
-    for side, row in _sides(home, source, manifest, reader):
+    for side, row in _sides(home, source, manifest.holdout_key, reader):
         sides[side] += 1
         if "label" in row:
             labels[str(row["label"])] += 1
@@ -417,9 +423,9 @@ def _reader(home: Path, source: Source, on_bad: Callable[[BadRow], None] = refus
     return Reader(home / source.path, source.fields, text_rows=source.text_rows, on_bad=on_bad, apart=apart)
 
 
-def _sides(home: Path, source: Source, manifest: Manifest, reader: Reader | None = None) -> Iterator[tuple[Split, Row]]:
+def _sides(home: Path, source: Source, holdout_key: str, reader: Reader | None = None) -> Iterator[tuple[Split, Row]]:
     """Every usable row with its side. A number of held-out rows takes one pass more, to find the hash below which they lie."""
-    key = bytes.fromhex(manifest.holdout_key)
+    key = bytes.fromhex(holdout_key)
     if source.holdout < 1:
         bound = int(source.holdout * _EVERYTHING)
     else:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -141,7 +142,7 @@ class Reader:
         if kind == "parquet":
             yield from _parquet_rows(file, set(self._fields.values()))
             return
-        # Bytes that are no UTF-8 become lone surrogates here, so that _value_fault finds them in their row.
+        # Bytes that are no UTF-8 become lone surrogates here, so that value_fault finds them in their row.
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="" if kind == "csv" else "\n") as stream:
             if kind == "csv":
                 yield from _csv_rows(file, stream)
@@ -163,7 +164,7 @@ class Reader:
             if column not in found:
                 return {}, f"has no {column!r}"
             value = found[column]
-            fault = _value_fault(value)
+            fault = value_fault(value)
             if fault is None:
                 types[field], fault = _arrow_type(value, self._types.get(field))
             if fault is not None:
@@ -181,7 +182,7 @@ class Reader:
                     return {}, f"has no {column!r}"
                 raise self._no_column(file, field, column, found)
             value = found[column]
-            fault = _value_fault(value)
+            fault = value_fault(value)
             if fault is None and isinstance(value, list | tuple | dict | bytes):
                 fault = "is neither text nor a number"
             if fault is not None:
@@ -239,6 +240,14 @@ def read_path(path: Path, fields: Mapping[str, str]) -> Any:
     return to_table(reader, iter(reader), None)
 
 
+def to_batches(reader: Reader, rows: Iterator[Row]) -> Iterator[Any]:
+    """Rows as ``pyarrow.RecordBatch``es. Raises as :class:`Reader`."""
+    import pyarrow as pa
+
+    while pending := list(islice(rows, _BATCH_ROWS)):
+        yield pa.RecordBatch.from_pylist(pending, schema=reader.schema)
+
+
 def to_table(reader: Reader, rows: Iterator[Row], folder: Path | None) -> Any:
     """Rows as a ``pyarrow.Table``: memory-mapped from an unnamed file in ``folder``, or in memory where that is None.
 
@@ -252,31 +261,15 @@ def to_table(reader: Reader, rows: Iterator[Row], folder: Path | None) -> Any:
 
     import pyarrow as pa
 
-    batches: list[Any] = []
-
-    def fill(write: Callable[[Any], object]) -> None:
-        pending: list[Row] = []
-        for row in rows:
-            pending.append(row)
-            if len(pending) == _BATCH_ROWS:
-                write(pa.RecordBatch.from_pylist(pending, schema=reader.schema))
-                pending.clear()
-        if pending:
-            write(pa.RecordBatch.from_pylist(pending, schema=reader.schema))
-
     if folder is None:
-        fill(batches.append)
+        batches = list(to_batches(reader, rows))
         return pa.Table.from_batches(batches, schema=reader.schema)
     with tempfile.TemporaryFile(dir=folder) as file:
         writer: Any = None
-
-        def spill(batch: Any) -> None:
-            nonlocal writer
-            writer = writer or pa.ipc.new_stream(file, batch.schema)
-            writer.write_batch(batch)
-
         try:
-            fill(spill)
+            for batch in to_batches(reader, rows):
+                writer = writer or pa.ipc.new_stream(file, batch.schema)
+                writer.write_batch(batch)
             if writer is None:
                 return reader.schema.empty_table()
             writer.close()
@@ -416,7 +409,7 @@ def _parquet_row(one: Any) -> Row | str:
         return "holds bytes that are not UTF-8"
 
 
-def _value_fault(value: Any) -> str | None:
+def value_fault(value: Any) -> str | None:
     """Why a value can't be used, or None."""
     if value is None:
         return "is null"
@@ -425,7 +418,7 @@ def _value_fault(value: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return "is not a finite number"
     if isinstance(value, list | tuple):
-        return next((fault for item in value if (fault := _value_fault(item))), None if value else "is empty")
+        return next((fault for item in value if (fault := value_fault(item))), None if value else "is empty")
     return None
 
 

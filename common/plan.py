@@ -293,7 +293,7 @@ class Simulation(Section):
     partition: str = "iid"
     """`iid`, `dirichlet:ALPHA` or `by:FIELD`."""
     data: str | DataSource | None = None
-    """A named data set, or files."""
+    """A named data set, `made-up:ROWS` for tests of scale, or files."""
 
 
 class Plan(Section):

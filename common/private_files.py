@@ -9,19 +9,22 @@ from pathlib import Path
 from lichen.common.errors import Code, LichenError
 
 
-def write_private(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Write a file that only its owner may read: complete or not at all, and on the disk when this returns."""
+def write_private(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
+    """Write a file that only its owner may read: complete or not at all, and on the disk when this returns, unless it need not be."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         # Created with its final mode: no moment at which another user could open it.
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    if not durable:
+        return
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

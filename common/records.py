@@ -162,8 +162,11 @@ class PayloadRef:
     """In bytes."""
 
 
-def put_tensors(content: RecordDict, tensors: Mapping[str, torch.Tensor], spool: Path | None) -> None:
-    """Add named tensors to a message as one safetensors payload: inline, or as a file of ``spool`` and a reference to it."""
+def put_tensors(content: RecordDict, tensors: Mapping[str, torch.Tensor], spool: Path | None, *, durable: bool = True) -> None:
+    """Add named tensors to a message as one safetensors payload: inline, or as a file of ``spool`` and a reference to it.
+
+    The file is on the disk when this returns, unless it need not be ``durable``.
+    """
     from flwr.app import Array, ArrayRecord
     from safetensors.torch import save
 
@@ -172,7 +175,7 @@ def put_tensors(content: RecordDict, tensors: Mapping[str, torch.Tensor], spool:
         data = save(plain)
         array = Array(dtype="uint8", shape=(len(data),), stype=INLINE, data=data)
     else:
-        array = reference(_put_file(plain, spool))
+        array = reference(_put_file(plain, spool, durable=durable))
     content["payload"] = ArrayRecord({"payload": array})
 
 
@@ -187,14 +190,15 @@ def reference(ref: PayloadRef) -> Array:
     return Array(dtype="uint8", shape=(len(data),), stype=BY_REFERENCE, data=data)
 
 
-def _put_file(tensors: dict[str, torch.Tensor], spool: Path) -> PayloadRef:
+def _put_file(tensors: dict[str, torch.Tensor], spool: Path, *, durable: bool) -> PayloadRef:
     from safetensors.torch import save_file
 
     temporary = spool / f"{os.getpid()}.{threading.get_ident()}.tmp"
     save_file(tensors, temporary)
     with temporary.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     ref = PayloadRef(digest, temporary.stat().st_size)
     temporary.replace(spool / digest)  # one that is there already is made new again, and so spared by the next collection
     return ref

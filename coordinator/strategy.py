@@ -384,7 +384,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
     def _with_budget(self, kind: str, nodes: list[int]) -> list[int]:
         """The nodes that have not answered, in this run, that they have nothing left for such a message."""
-        spent = self.state.exhausted.get(kind, [])
+        spent = set(self.state.exhausted.get(kind, ()))
         return [node for node in nodes if self._name(node) not in spent]
 
     def _messages(self, kind: str, round: int, arrays: ArrayRecord, nodes: list[int], grid: Grid) -> Iterator[Message]:

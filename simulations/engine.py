@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -22,6 +22,14 @@ Progress = Callable[[str, int, int], None]
 """Called with a message's type, clients done and clients asked."""
 
 
+class Homes(Protocol):
+    """The clients' node homes, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Path: ...
+
+
 class Together(NamedTuple):
     """Cohort batching (client/together.py)."""
 
@@ -34,8 +42,8 @@ class Together(NamedTuple):
 class InProcessGrid(Grid):  # type: ignore[misc]
     """Runs each message's client when its reply is asked for.
 
-    Node ids follow the order of the homes. Message ids follow from the run, the round and the node, as on the channel, so a round that
-    is done again after a crash is the same round.
+    Node ids follow the order of the homes; of a client that is never asked nothing is kept. Message ids follow from the run, the round
+    and the node, as on the channel, so a round that is done again after a crash is the same round.
 
     Args:
         client_app: what each client runs.
@@ -44,33 +52,32 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         progress: told of each client that is done.
         fork: makes worker processes, before the first message is served; None to serve in this one.
         together: trains several clients at once.
+        open_home: called with a client's number before it is first served, in the process that serves it.
+        spool: a folder of its own, where payloads lie beside their messages until the next are sent: updates then take no memory before
+            they are summed, however many there are. None where they travel inside.
     """
 
     def __init__(
         self,
         client_app: ClientApp,
-        homes: list[Path],
+        homes: Homes,
         run_id: int,
         progress: Progress | None = None,
         fork: Callable[[Work], Workers] | None = None,
         together: Together | None = None,
+        open_home: Callable[[int], object] | None = None,
+        spool: Path | None = None,
     ) -> None:
         self._app = client_app
+        self._homes = homes
         self._run_id = run_id
         self._progress = progress
         self._fork = fork
         self._together = together
         self._workers: Workers | None = None
-        self._contexts = {
-            FIRST + number: Context(
-                run_id=run_id,
-                node_id=FIRST + number,
-                node_config={"home": str(home), "name": home.name, "simulated": True},
-                state=RecordDict(),
-                run_config={},
-            )
-            for number, home in enumerate(homes)
-        }
+        self._open_home = open_home
+        self._spool = spool
+        self._contexts: dict[int, Context] = {}
         self._pushed: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:
@@ -89,11 +96,11 @@ class InProcessGrid(Grid):  # type: ignore[misc]
 
     def name_of(self, node_id: int) -> str:
         """The client's name."""
-        return str(self._contexts[node_id].node_config["name"])
+        return self._homes[node_id - FIRST].name
 
     def get_node_ids(self) -> list[int]:
         """All clients: each is always there."""
-        return list(self._contexts)
+        return list(range(FIRST, FIRST + len(self._homes)))
 
     def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
         """A message to one client."""
@@ -121,6 +128,8 @@ class InProcessGrid(Grid):  # type: ignore[misc]
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Run the clients. A simulated one is never late: ``timeout`` is not used."""
         asked = list(messages)
+        if self._spool:
+            _collect(self._spool, asked)
         replies: dict[int, Message] = {}
         for done, (number, reply) in enumerate(self._replies(asked), 1):
             replies[number] = reply
@@ -147,7 +156,26 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         return ((number, reply) for place, replies in answered for number, reply in zip(groups[place], replies, strict=True))
 
     def _work(self, messages: Sequence[Message]) -> list[Message]:
-        contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
+        contexts = [self._context(message.metadata.dst_node_id) for message in messages]
         if self._together and len(messages) > 1:
             return self._together.train(messages, contexts)
         return [self._app(message, context) for message, context in zip(messages, contexts, strict=True)]
+
+    def _context(self, node_id: int) -> Context:
+        if node_id not in self._contexts:
+            if self._open_home:
+                self._open_home(node_id - FIRST)
+            home = self._homes[node_id - FIRST]
+            config: dict[str, Any] = {"home": str(home), "name": home.name, "simulated": True}
+            if self._spool:
+                config["spool"] = str(self._spool)
+            self._contexts[node_id] = Context(self._run_id, node_id, config, RecordDict(), {})
+        return self._contexts[node_id]
+
+
+def _collect(spool: Path, asked: list[Message]) -> None:
+    """Remove the payloads that no message refers to: who sends has read all that came before."""
+    needed = {ref.digest for message in asked for ref in records.payload_refs(message)}
+    for path in spool.iterdir():
+        if path.name not in needed:
+            path.unlink()

@@ -5,20 +5,22 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from flwr.app import Context, RecordDict
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import Result, read_result, write_atomically
-from lichen.coordinator.run_directory import RunDirectory, open_for
-from lichen.simulations.datasets import Row, load_spec, split_validation
+from lichen.coordinator.run_directory import COHORT, RunDirectory, open_for
+from lichen.simulations.datasets import load_spec, split_validation
 from lichen.simulations.engine import InProcessGrid, Progress, Together
-from lichen.simulations.partition import partition, write_node_homes
+from lichen.simulations.homes import NodeHomes
+from lichen.simulations.partition import partition
+from lichen.simulations.rows import Groups, StoredRows, numbered
 from lichen.simulations.workers import Work, Workers, layout
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: P
     try:
         return _run(plan, out, engine, resume, progress, workers)
     except LichenError:
-        if made and not (out / "result.json").exists():  # nothing that another try could go on from, or that it would lose
+        if made and not (out / COHORT).exists():  # nobody was asked: nothing that another try could go on from, or that it would lose
             shutil.rmtree(out, ignore_errors=True)
         raise
 
@@ -69,18 +71,31 @@ def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | 
     if engine == "ray":
         from lichen.simulations.ray import run_on_ray
 
-        run_on_ray(server_app, client_app, homes, config, threads=1)
+        run_on_ray(server_app, client_app, homes.write_all(), config, threads=1)
     else:
-        with _forking(plan, *layout(plan.cohort.size, workers)) as fork:
+        with _forking(plan, *layout(plan.cohort.size, workers)) as fork, _spool(out / "simulation") as spool:
             together = Together(functools.partial(clients_at_once, plan), train_together)
-            grid = InProcessGrid(client_app, homes, run_id, progress, fork, together)
+            grid = InProcessGrid(client_app, homes, run_id, progress, fork, together, homes.open, spool)
+            config["spool"] = str(spool)
             try:
                 server_app(grid, Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=config))
             finally:
                 grid.close()
-    for home in homes:
-        shutil.rmtree(home / CACHE, ignore_errors=True)
+    for cache in (out / "simulation").glob(f"*/{CACHE}"):
+        shutil.rmtree(cache, ignore_errors=True)
     return read_result(out)
+
+
+@contextmanager
+def _spool(folder: Path) -> Iterator[Path]:
+    """An empty folder for payloads, which goes at the end, as does one that a killed run has left."""
+    spool = folder / "spool"
+    shutil.rmtree(spool, ignore_errors=True)
+    spool.mkdir(mode=0o700)
+    try:
+        yield spool
+    finally:
+        shutil.rmtree(spool, ignore_errors=True)
 
 
 @contextmanager
@@ -112,8 +127,10 @@ def _forking(plan: Plan, count: int, threads: int) -> Iterator[Callable[[Work], 
         torch.set_num_threads(before)
 
 
-def deal(plan: Plan, root: Path) -> tuple[list[Path], dict[str, str]]:
-    """Write the clients' node homes and the coordinator's splits; the same for the same plan.
+def deal(plan: Plan, root: Path) -> tuple[NodeHomes, dict[str, str]]:
+    """Deal the rows to the clients, whose homes are written when they are asked for, and write the coordinator's splits.
+
+    The same for the same plan. Homes that are there already are written again.
 
     Args:
         plan: its `simulation` section says which data, and how it is dealt.
@@ -123,7 +140,7 @@ def deal(plan: Plan, root: Path) -> tuple[list[Path], dict[str, str]]:
         The homes, and the files of the splits ``validation`` and ``test``, where there are any.
 
     Raises:
-        LichenError: PLAN_INVALID without data; DATA_…, PARTITION_INVALID.
+        LichenError: PLAN_INVALID without data; DATA_…, PARTITION_INVALID, OUTPUT_UNUSABLE.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -132,11 +149,14 @@ def deal(plan: Plan, root: Path) -> tuple[list[Path], dict[str, str]]:
         raise LichenError(
             Code.PLAN_INVALID, "a simulation needs data", where="simulation.data", fix="Name a data set (r8), or a path and fields."
         )
-    found = load_spec(plan.simulation.data)
+    train, test = load_spec(plan.simulation.data, root / "train.arrow")
+    splits = {"test": pa.Table.from_pylist(test)} if test else {}
     label = plan.task.label_field
-    train, validation = found.train, list[Row]()
     if plan.evaluation.validation_fraction:
-        train, validation = split_validation(train, plan.evaluation.validation_fraction, plan.seed, label=label)
+        kept, held = split_validation(train, plan.evaluation.validation_fraction, plan.seed, label=label)
+        if len(held):
+            splits["validation"] = train.take(held)
+        train = train.choose(kept)
     clients = None if plan.simulation.partition.startswith("by:") else plan.simulation.clients
     parts = partition(train, plan.simulation.partition, clients, plan.seed, label=label)
     if len(parts) < plan.cohort.size:  # no other node will ever connect
@@ -157,31 +177,28 @@ def deal(plan: Plan, root: Path) -> tuple[list[Path], dict[str, str]]:
     holdout = 0.1 if plan.evaluation.federated_every else 0.0
     if entity := plan.privacy.unit_field:
         _tell_split_entities(train, parts, entity)
-    homes = write_node_homes(parts, train, root, holdout=holdout, seed=plan.seed)
-    splits: dict[str, str] = {}
-    for name, rows in (("validation", validation), ("test", found.test)):
-        if rows:
-            pq.write_table(pa.Table.from_pylist(rows), root / f"{name}.parquet")
-            splits[name] = str(root / f"{name}.parquet")
-    sizes = {home.name: len(part) for home, part in zip(homes, parts, strict=True)}
-    write_atomically(root.parent / "simulation.json", _facts(plan, sizes, len(validation), len(found.test or ())))
-    return homes, splits
+    homes = NodeHomes(root, train, parts, holdout=holdout, seed=plan.seed)
+    homes.write_again()
+    for name, table in splits.items():
+        pq.write_table(table, root / f"{name}.parquet")
+    sizes = {home.name: size for home, size in zip(homes, parts.sizes.tolist(), strict=True)}
+    rows = {name: splits[name].num_rows if name in splits else 0 for name in ("validation", "test")}
+    write_atomically(root.parent / "simulation.json", _facts(plan, sizes, **rows))
+    return homes, {name: str(root / f"{name}.parquet") for name in splits}
 
 
-def _tell_split_entities(rows: Sequence[Row], parts: Sequence[Sequence[int]], entity: str) -> None:
+def _tell_split_entities(rows: StoredRows, parts: Groups, entity: str) -> None:
     """Warn where an entity has rows at several clients: each client's ε is for its part of them only."""
     from lichen.client.data import said
 
-    at: dict[str, set[int]] = defaultdict(set)
-    for client, part in enumerate(parts):
-        for row in part:
-            at[said(rows[row].get(entity))].add(client)
-    if several := sum(len(clients) > 1 for clients in at.values()):
+    numbers, names = numbered(map(said, rows.column(entity)))
+    pairs = np.unique(numbers * len(parts) + parts.each())
+    if several := np.count_nonzero(np.bincount(pairs // len(parts)) > 1):
         log.warning(
             "%d of %d entities (%s) have rows at several clients, and each client's ε is for its own rows of them: "
             "simulation.partition by:FIELD deals by a natural field",
             several,
-            len(at),
+            len(names),
             entity,
         )
 

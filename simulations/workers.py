@@ -47,7 +47,7 @@ class Workers:
         """Deal the groups out, and give each one's replies, with the group's number, when they come.
 
         Raises:
-            LichenError: INTERNAL, if a process ends by itself.
+            LichenError: INTERNAL, if a process ends by itself; what the work raised.
         """
         left = iter(enumerate(groups))
         busy: dict[Connection, int] = {}
@@ -61,6 +61,8 @@ class Workers:
                     reply = pipe.recv()
                 except (EOFError, OSError):
                     raise self._ended(pipe) from None
+                if isinstance(reply, LichenError):
+                    raise reply
                 self._next(pipe, left, busy)
                 yield number, reply
 
@@ -127,7 +129,10 @@ def _serve(pipe: Connection, others: list[Connection], threads: int, work: Work)
         payload = payload if new is None else new
         for message in group:
             message.content["payload"] = payload
-        pipe.send(work(group))
+        try:
+            pipe.send(work(group))
+        except LichenError as error:
+            pipe.send(error)
 
 
 def _without(payload: ArrayRecord, message: Message) -> Message:

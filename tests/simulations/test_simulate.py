@@ -257,6 +257,41 @@ def test_a_resume_with_another_plan_touches_nothing(tmp_path: Path, csv_plan: di
     assert files() == before
 
 
+def test_only_clients_that_were_asked_have_homes_and_a_resume_gives_the_same(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
+    plan = parse_plan(csv_plan | {"rounds": 3, "simulation": csv_plan["simulation"] | {"clients": 30}})
+
+    def homes(out: Path) -> set[str]:
+        return {path.parent.name for path in out.glob("simulation/*/data.yaml")}
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(plan, whole, "inprocess")
+    run(plan, cut, "inprocess", workers=2)
+    assert 2 <= len(homes(whole)) <= 6
+    assert not (whole / "simulation" / "spool").exists()
+    assert homes(cut) == homes(whole)
+    for round in (2, 3):  # as if it had been killed in the second round, when some homes were not yet there
+        (cut / "checkpoints" / f"round-{round:05d}.safetensors").unlink(missing_ok=True)
+    for home in sorted((cut / "simulation").glob("client-*"))[:2]:
+        (home / "data.yaml").unlink()
+    result = run(plan, cut, "inprocess", resume=True)
+    assert (result.status, len(result.rounds)) == ("finished", 3)
+    assert digest(cut) == digest(whole)
+    assert len(json.loads((cut / "simulation.json").read_text())["examples"]) == 30
+
+
+def test_a_bad_row_of_a_client_that_may_never_be_asked_is_told_before_the_first_round(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
+    data = csv_plan["simulation"]["data"]
+    broken = tmp_path / "broken.csv"
+    lines = Path(data["path"]).read_text().splitlines(keepends=True)
+    broken.write_text("".join([*lines[:5], ",crop,a\n", *lines[5:]]))
+    plan = parse_plan(csv_plan | {"simulation": {"clients": 30, "data": data | {"path": str(broken)}}})
+    with pytest.raises(LichenError) as caught:
+        run(plan, tmp_path / "out", "inprocess")
+    assert caught.value.code is Code.DATA_ROW
+    assert caught.value.where == f"{broken}, row 6"
+    assert not (tmp_path / "out").exists()
+
+
 def test_progress_is_told_within_a_round(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
     heard: list[tuple[str, int, int]] = []
     plan = parse_plan(csv_plan | {"rounds": 1, "evaluation": {"federated_every": 1}})
