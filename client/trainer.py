@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lichen.client.batches import Batches
-from lichen.common.batching import pass_cost
 from lichen.common.errors import Code, LichenError
-from lichen.common.model.lean import skip_unread
+from lichen.common.model.lean import run_lean
+from lichen.common.model.packing import Packing
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients, Unit
 from lichen.common.privacy.randomness import RandomSource, poisson_sample
@@ -54,14 +54,16 @@ class Trainer:
         self._gradients: PerUnitGradients | None = None
         self._fused: Callable[[], AbstractContextManager[None]] = nullcontext
         self._lean = plan.local.compute == "lean"
-        if self._lean:
-            skip_unread(self.model)
-        self._batches = Batches(self.task, self.model, plan.local, pass_cost(self.model))
+        packing = run_lean(self.model, pack=plan.privacy.gradients != "hooks") if self._lean else Packing(on=False)
+        self._batches = Batches(self.task, self.model, plan.local, packing)
+        # what full tuning books of a pass is padded, packed or not
+        self._by_length = self._lean and (not packing.on or plan.model.adapter.kind == "full")
         if not plan.private or plan.central:
             if self._lean and plan.model.adapter.kind == "lora":
                 self._fused = _fused(self.model)
         else:
-            self._gradients = PerUnitGradients(self.model, self.task.losses, plan.local.max_physical_batch_size, plan.privacy.gradients)
+            most, engine = plan.local.max_physical_batch_size, plan.privacy.gradients
+            self._gradients = PerUnitGradients(self.model, self.task.losses, most, engine, packing)
             made_up = self.task.made_up(ROWS)
             try:
                 self_check(self._gradients, self.task.losses, lambda rows: self.task.collate(made_up, rows))
@@ -144,7 +146,7 @@ class Trainer:
                 gate.step(Segment(optimizer.noise_multiplier, segment.sample_rate, 1))
                 drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
                 collate.prepare([row for unit in drawn for row in unit])
-                self._gradients.step(optimizer, drawn, collate, data.lengths if self._lean else None)
+                self._gradients.step(optimizer, drawn, collate, data.lengths if self._by_length else None)
         return Trained(self._delta(start, segment.steps), segment.steps, None)
 
     def _seed_dropout(self, source: RandomSource) -> None:
