@@ -34,11 +34,12 @@ def run_lean(model: TunedModel, *, pack: bool) -> Packing:
     base: Any = model.network
     if hasattr(base, "get_base_model"):  # PEFT's wrapper
         base = base.get_base_model()
-    kind = type(base).__name__
-    if kind not in {family + head for family in FAMILIES for head in (FIRST_TOKEN, ALL_TOKENS)} or base.config._attn_implementation != "sdpa":
+    kind, config = type(base).__name__, base.config
+    known = {family + head for family in FAMILIES for head in (FIRST_TOKEN, ALL_TOKENS)}
+    if kind not in known or config._attn_implementation != "sdpa" or config.is_decoder:
         return Packing(on=False)
     layers = base.base_model.encoder.layer
-    ids = torch.arange(1, 19).view(3, 6) % base.config.vocab_size
+    ids = torch.arange(1, 19).view(3, 6) % config.vocab_size
     mask = (torch.arange(6) < torch.tensor([[4], [6], [1]])).long()
     before = _logits(model.network, ids, mask)
     packing = Packing(on=pack)

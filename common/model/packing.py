@@ -39,10 +39,8 @@ class Padded:
         return hidden[:, :1]
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
-        """Attention within rows (Vaswani et al. 2017), of all tokens' keys and values; queries are all tokens' or `first`."""
-        split = (values.unflatten(-1, (heads, -1)).transpose(1, 2) for values in (query, key, value))
-        mask = self._mask if self._mask is None else self._mask[..., : query.shape[1], :]
-        return F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2).flatten(2)
+        """Attention within rows, of all tokens' keys and values; queries are all tokens' or `first`."""
+        return _attention(query, key, value, heads, None if self._mask is None else self._mask[..., : query.shape[1], :])
 
     def by_rows(self, formula: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
         """A formula of (N, S, …) tensors with N results, for each row's tokens; N and S are any rows of one length."""
@@ -62,7 +60,7 @@ class Packed(Padded):
         lengths, self._order = real.sum(1).sort(stable=True)
         self._ranks = self._order.argsort()
         self._firsts = (lengths.cumsum(0) - lengths)[self._ranks]
-        self._places = torch.arange(real.numel()).view(real.shape)[self._order][real[self._order]]
+        self._places = torch.arange(real.numel(), device=real.device).view(real.shape)[self._order][real[self._order]]
         self._runs = list(zip(*(found.tolist() for found in torch.unique_consecutive(lengths, return_counts=True)), strict=True))
         self._sizes = [length * rows for length, rows in self._runs]
 
@@ -87,14 +85,15 @@ class Packed(Padded):
         return hidden[0, self._firsts].unsqueeze(1)
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
-        """Attention within rows (Vaswani et al. 2017), of all tokens' keys and values; queries are all tokens' or `first`."""
+        """Attention within rows, of all tokens' keys and values; queries are all tokens' or `first`."""
         whole = self.holds(query)
         sizes = self._sizes if whole else [rows for _, rows in self._runs]
-        queries = query[0] if whole else query[self._order, 0]
+        queries = torch.split(query[0] if whole else query[self._order, 0], sizes)
+        keys, values = torch.split(key[0], self._sizes), torch.split(value[0], self._sizes)
         found = []
-        for (_, rows), *parts in zip(self._runs, queries.split(sizes), key[0].split(self._sizes), value[0].split(self._sizes), strict=True):
-            split = (part.view(rows, -1, heads, part.shape[1] // heads).transpose(1, 2) for part in parts)
-            found.append(F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(-1, query.shape[2]))
+        for (_, rows), *run in zip(self._runs, queries, keys, values, strict=True):
+            q, k, v = (part.view(rows, -1, part.shape[1]) for part in run)
+            found.append(_attention(q, k, v, heads).flatten(0, 1))
         context = torch.cat(found)
         return context.unsqueeze(0) if whole else context[self._ranks].unsqueeze(1)
 
@@ -102,8 +101,14 @@ class Packed(Padded):
         """A formula of (N, S, …) tensors with N results, for each row's tokens; N and S are any rows of one length."""
         if not self.holds(values[0]):
             return super().by_rows(formula, *values)
-        parts = zip(self._runs, *(tensor[0].split(self._sizes) for tensor in values), strict=True)
-        return torch.cat([formula(*(part.view(rows, -1, part.shape[1]) for part in each)) for (_, rows), *each in parts])[self._ranks]
+        runs = zip(self._runs, *(torch.split(tensor[0], self._sizes) for tensor in values), strict=True)
+        return torch.cat([formula(*(part.view(rows, -1, part.shape[1]) for part in run)) for (_, rows), *run in runs])[self._ranks]
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of several heads (Vaswani et al. 2017): queries (N, S, d), keys and values (N, R, d), to (N, S, d)."""
+    q, k, v = (values.view(*values.shape[:2], heads, -1).transpose(1, 2) for values in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class Packing:
@@ -115,7 +120,9 @@ class Packing:
 
     def __init__(self, *, on: bool) -> None:
         self.on = on
-        self.forget()
+        self.layout = Padded()
+        """Of the batch in flight."""
+        self._mask: torch.Tensor | None = None
 
     def of(self, mask: torch.Tensor | None) -> Padded:
         """The layout of a batch, the same for all layers, by their attention mask: (B, 1, L, L), true at real keys."""
@@ -125,8 +132,7 @@ class Packing:
 
     def forget(self) -> None:
         """No batch is in flight."""
-        self._mask: torch.Tensor | None = None
-        self.layout = Padded()
+        self._mask, self.layout = None, Padded()
 
     def _layout(self, mask: torch.Tensor | None) -> Padded:
         # in a batch of one row, packed values could not be told from others by their shape
