@@ -88,8 +88,9 @@ class Packed(Padded):
         """Attention within rows, of all tokens' keys and values; queries are all tokens' or `first`."""
         whole = self.holds(query)
         sizes = self._sizes if whole else [rows for _, rows in self._runs]
-        queries = torch.split(query[0] if whole else query[self._order, 0], sizes)
-        keys, values = torch.split(key[0], self._sizes), torch.split(value[0], self._sizes)
+        # not `key[0]`, whose backward pass fills a tensor with zeros and copies into it
+        queries = torch.split(query.flatten(0, 1) if whole else query.flatten(0, 1)[self._order], sizes)
+        keys, values = (torch.split(tensor.flatten(0, 1), self._sizes) for tensor in (key, value))
         found = []
         for (_, rows), *run in zip(self._runs, queries, keys, values, strict=True):
             q, k, v = (part.view(rows, -1, part.shape[1]) for part in run)
