@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lichen.common.model.packing import Packing
+from lichen.common.model.packing import Packing, Padded
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
@@ -63,13 +63,29 @@ def _logits(network: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.
 def _layer(layer: Any, packing: Packing, *, last: bool, first_token: bool) -> Any:
     """BERT's layer (Devlin et al. 2019): (B, L, d) or packed (1, T, d) to the same, or with ``first_token`` to (B, 1, d)."""
     attention = layer.attention.self
-    heads = attention.num_attention_heads
+    heads, key, value = attention.num_attention_heads, attention.key, attention.value
+    scale = attention.attention_head_size**-0.5
+    frozen = type(key) is nn.Linear and not any(parameter.requires_grad for parameter in key.parameters())
+    # a dropout draws for each token what it would draw once for a sum of them
+    swapped = first_token and frozen and not any(isinstance(part, nn.Dropout) for part in value.modules())
+
+    def of_first(query: torch.Tensor, hidden: torch.Tensor, layout: Padded) -> torch.Tensor:
+        """Attention of one query a row, (B, 1, d), whose products are taken in the order that costs least.
+
+        ⟨q, W x + b⟩ is ⟨Wᵀ q, x⟩ and a number that softmax cancels; Σ p (W x + b) is W Σ p x + b, because Σ p = 1. So the linear
+        layers work on a vector for each head and row, not for each token.
+        """
+        weight = key.weight.view(heads, -1, key.in_features)
+        asked = torch.einsum("bhw,hwd->bhd", query.view(len(query), heads, -1), weight)
+        found: torch.Tensor = value(layout.attention(asked, hidden, hidden, 1, scale))
+        return found.view(len(query), heads, heads, -1).diagonal(dim1=1, dim2=2).mT.reshape(query.shape)
 
     def forward(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: object, **__: object) -> torch.Tensor:
         layout = packing.of(attention_mask)
         hidden = layout.enter(hidden)
         seen = layout.first(hidden) if first_token else hidden
-        context = layout.attention(attention.query(seen), attention.key(hidden), attention.value(hidden), heads)
+        query = attention.query(seen)
+        context = of_first(query, hidden, layout) if swapped else layout.attention(query, key(hidden), value(hidden), heads)
         found: torch.Tensor = layer.feed_forward_chunk(layer.attention.output(context, seen))
         return layout.leave(found) if last else found
 

@@ -38,9 +38,11 @@ class Padded:
         """The first token of each row, (B, 1, d)."""
         return hidden[:, :1]
 
-    def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
-        """Attention within rows, of all tokens' keys and values; queries are all tokens' or `first`."""
-        return _attention(query, key, value, heads, None if self._mask is None else self._mask[..., : query.shape[1], :])
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float | None = None
+    ) -> torch.Tensor:
+        """Attention within rows, of all tokens' keys and values; queries are all tokens' or some (B, S, d) of each row."""
+        return _attention(query, key, value, heads, scale, None if self._mask is None else self._mask[..., :1, :])
 
     def by_rows(self, formula: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
         """A formula of (N, S, …) tensors with N results, for each row's tokens; N and S are any rows of one length."""
@@ -84,19 +86,21 @@ class Packed(Padded):
         """The first token of each row, (B, 1, d)."""
         return hidden[0, self._firsts].unsqueeze(1)
 
-    def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
-        """Attention within rows, of all tokens' keys and values; queries are all tokens' or `first`."""
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float | None = None
+    ) -> torch.Tensor:
+        """Attention within rows, of all tokens' keys and values; queries are all tokens' or some (B, S, d) of each row."""
         whole = self.holds(query)
-        sizes = self._sizes if whole else [rows for _, rows in self._runs]
+        sizes = self._sizes if whole else [rows * query.shape[1] for _, rows in self._runs]
         # not `key[0]`, whose backward pass fills a tensor with zeros and copies into it
-        queries = torch.split(query.flatten(0, 1) if whole else query.flatten(0, 1)[self._order], sizes)
+        queries = torch.split((query if whole else query[self._order]).flatten(0, 1), sizes)
         keys, values = (torch.split(tensor.flatten(0, 1), self._sizes) for tensor in (key, value))
         found = []
         for (_, rows), *run in zip(self._runs, queries, keys, values, strict=True):
             q, k, v = (part.view(rows, -1, part.shape[1]) for part in run)
-            found.append(_attention(q, k, v, heads).flatten(0, 1))
-        context = torch.cat(found)
-        return context.unsqueeze(0) if whole else context[self._ranks].unsqueeze(1)
+            found.append(_attention(q, k, v, heads, scale).flatten(0, 1))
+        context = torch.cat(found).view(query.shape)
+        return context if whole else context[self._ranks]
 
     def by_rows(self, formula: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
         """A formula of (N, S, …) tensors with N results, for each row's tokens; N and S are any rows of one length."""
@@ -106,10 +110,12 @@ class Packed(Padded):
         return torch.cat([formula(*(part.view(rows, -1, part.shape[1]) for part in run)) for (_, rows), *run in runs])[self._ranks]
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float | None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention of several heads (Vaswani et al. 2017): queries (N, S, d), keys and values (N, R, d), to (N, S, d)."""
     q, k, v = (values.view(*values.shape[:2], heads, -1).transpose(1, 2) for values in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
 
 
 class Packing:

@@ -9,6 +9,7 @@ import torch
 import transformers as t
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
@@ -46,6 +47,15 @@ def losses(network: nn.Module, lengths: list[int]) -> torch.Tensor:
     if logits.dim() == 3:
         logits = (logits * real.unsqueeze(2)).sum(1) / real.sum(1, keepdim=True)
     return F.cross_entropy(logits, torch.arange(len(lengths)) % 3, reduction="none")
+
+
+def with_lora(network: nn.Module, dropout: float = 0.0) -> Any:
+    found = get_peft_model(network, LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=dropout))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in found.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return found
 
 
 def lean(network: nn.Module, *, pack: bool = True) -> Packing:
@@ -92,10 +102,13 @@ def test_attention_is_each_rows_own(lengths: list[int]) -> None:
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("head", ["Sequence", "Token"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradients_are_the_padded_models(family: str, head: str, pack: bool) -> None:
+@pytest.mark.parametrize("tuned", ["all", "query and value"])
+def test_losses_and_gradients_are_the_padded_models(tuned: str, family: str, head: str, pack: bool) -> None:
     network = build(family, head)
+    if tuned != "all":
+        network = with_lora(network)
     batches = [[9, 1, 4, 9, 30], [1, 2], [7, 7, 7], [5], [1], [3, 3, 12]]
-    trained = list(network.parameters())
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     expected = [(found := losses(network, lengths), torch.autograd.grad(found.sum(), trained, allow_unused=True)) for lengths in batches]
     assert lean(network, pack=pack).on == pack
     for lengths, (right, gradients) in zip(batches, expected, strict=True):
@@ -118,6 +131,17 @@ def test_no_padding_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         layer.output.register_forward_hook(lambda *found, seen=seen: seen.append(tuple(found[2].shape)))
     losses(network, [9, 1, 4])
     assert shapes == [[(1, 14, 16)], [(1, 14, 16)], [(3, 1, 16)]]
+
+
+@pytest.mark.parametrize(("dropout", "shape"), [(0.0, (3, HEADS, 16)), (0.5, (1, 14, 16))])
+def test_the_last_layer_makes_a_value_for_each_head_where_dropout_does_not_see_tokens(dropout: float, shape: tuple[int, ...]) -> None:
+    network = build("Bert", "Sequence")
+    tuned = with_lora(network, dropout).eval()
+    lean(tuned)
+    shapes: list[tuple[int, ...]] = []
+    network.bert.encoder.layer[-1].attention.self.value.register_forward_hook(lambda *found: shapes.append(tuple(found[2].shape)))
+    losses(tuned, [9, 1, 4])
+    assert shapes == [shape]
 
 
 def test_rows_padded_on_the_left_and_rows_of_nothing_are_left_padded() -> None:
