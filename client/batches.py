@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lichen.common.batching import passes
+from lichen.common.batching import pass_cost, passes
 from lichen.common.model.prefix import FrozenPrefix, PrefixStore, frozen_prefix, store_of
 from lichen.common.privacy.self_check import ROWS
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from lichen.common.model.adapter import TunedModel
+    from lichen.common.model.packing import Packing
     from lichen.common.plan import Local
     from lichen.common.tasks.task import Batch, Encoded, Task
 
@@ -32,13 +33,15 @@ class Batches:
         task: collates.
         model: whose frozen prefix is left out where what it gives is kept.
         local: the plan's section.
-        pass_cost: see `common/batching.py`.
+        packing: tells how a batch lies in the model.
     """
 
-    def __init__(self, task: Task[Any], model: TunedModel, local: Local, pass_cost: float) -> None:
-        self._task, self._local, self._pass_cost = task, local, pass_cost
+    def __init__(self, task: Task[Any], model: TunedModel, local: Local, packing: Packing) -> None:
+        self._task, self._local = task, local
+        self._by_length = local.compute == "lean" and not packing.on
+        self._pass_cost = pass_cost(model)
         self._width = int(model.network.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
-        self.prefix = frozen_prefix(model) if local.compute == "lean" and local.prefix_cache != "off" else None
+        self.prefix = frozen_prefix(model, packing) if local.compute == "lean" and local.prefix_cache != "off" else None
         self._stores: dict[Path, tuple[Encoded, PrefixStore | None]] = {}
 
     @contextmanager
@@ -56,9 +59,9 @@ class Batches:
             yield _CollateKnown(self._task, data, self.prefix, store, feed, self.parts)
 
     def parts(self, rows: Sequence[int], data: Encoded) -> list[list[int]]:
-        """Rows by pass."""
+        """Rows by pass: by length, but where nothing is padded anyway."""
         most = self._local.max_physical_batch_size
-        if self._local.compute == "plain":
+        if not self._by_length:
             return [list(rows[start : start + most]) for start in range(0, len(rows), most)]
         found = passes([1] * len(rows), [int(data.lengths[row]) for row in rows], most, self._pass_cost)
         return [[rows[index] for index in part] for part in found]

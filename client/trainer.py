@@ -16,7 +16,8 @@ from lichen.client.jobs import Job
 from lichen.client.together import Member, Noise, Together
 from lichen.common.batching import clients_at_once, pass_cost
 from lichen.common.errors import Code, LichenError
-from lichen.common.model.lean import skip_unread
+from lichen.common.model.lean import run_lean
+from lichen.common.model.packing import Packing
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients, Unit
 from lichen.common.privacy.randomness import RandomSource, poisson_sample
@@ -58,30 +59,38 @@ class Trainer:
         self._gradients: PerUnitGradients | None = None
         self._fused: Callable[[], AbstractContextManager[None]] = nullcontext
         self._lean = plan.local.compute == "lean"
-        if self._lean:
-            skip_unread(self.model)
-        cost = pass_cost(self.model)
-        self._batches = Batches(self.task, self.model, plan.local, cost)
+        packing = run_lean(self.model, pack=plan.privacy.gradients != "hooks") if self._lean else Packing(on=False)
+        self._batches = Batches(self.task, self.model, plan.local, packing)
+        # what full tuning books of a pass is padded, packed or not
+        self._by_length = self._lean and (not packing.on or plan.model.adapter.kind == "full")
         if not plan.private or plan.central:
             if self._lean and plan.model.adapter.kind == "lora":
                 self._fused = _fused(self.model)
         else:
-            self._gradients = PerUnitGradients(self.model, self.task.losses, plan.local.max_physical_batch_size, plan.privacy.gradients)
+            most, engine = plan.local.max_physical_batch_size, plan.privacy.gradients
+            self._gradients = PerUnitGradients(self.model, self.task.losses, most, engine, packing)
             made_up = self.task.made_up(ROWS)
             try:
                 self_check(self._gradients, self.task.losses, lambda rows: self.task.collate(made_up, rows))
             except LichenError:
                 self._gradients.remove()  # another attempt on this model starts from the model as it was
                 raise
-        self.at_once = clients_at_once(cost, plan.local.batch_size * plan.task.max_length) if self._lean else 1
+        self.at_once = 1
         """How many clients `run_together` should get."""
-        self._together: Together | None = None
-        if self.at_once > 1 and (groups := None if self._batches.prefix else group_weights(self.model)):
-            clip = plan.privacy.clip if self._gradients else None
-            self._together = Together(groups, self.model, self.task, plan.local.max_physical_batch_size * self.at_once, cost, clip)
-            if self._gradients:
-                self._together.check(self._clipped_sum)
-        self.at_once = self.at_once if self._together else 1
+        self._together = self._put_together(packing)
+
+    def _put_together(self, packing: Packing) -> Together | None:
+        """What trains several clients at once, where that is worth it."""
+        local, cost = self.plan.local, pass_cost(self.model)
+        count = clients_at_once(cost, local.batch_size * self.plan.task.max_length)
+        if not self._lean or self._batches.prefix or count == 1 or (groups := group_weights(self.model, packing)) is None:
+            return None
+        clip = self.plan.privacy.clip if self._gradients else None
+        together = Together(groups, self.model, self.task, local.max_physical_batch_size * count, cost, clip)
+        if self._gradients:
+            together.check(self._clipped_sum)
+        self.at_once = count
+        return together
 
     def run(self, job: Job) -> Trained:
         """Train one client. Raises as `train` and `train_private`."""
@@ -208,7 +217,7 @@ class Trainer:
                 gate.step(Segment(optimizer.noise_multiplier, segment.sample_rate, 1))
                 drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
                 collate.prepare([row for unit in drawn for row in unit])
-                self._gradients.step(optimizer, drawn, collate, data.lengths if self._lean else None)
+                self._gradients.step(optimizer, drawn, collate, data.lengths if self._by_length else None)
         return Trained(self._delta(start, self.model.trainable, segment.steps), segment.steps, None)
 
     def _seed_dropout(self, source: RandomSource) -> None:

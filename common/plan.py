@@ -136,7 +136,7 @@ class Local(Section):
     max_physical_batch_size: int = Field(default=32, ge=1)
     """Rows that pass through the model at once; larger batches are accumulated."""
     compute: Literal["lean", "plain"] = "lean"
-    """`lean`: rows of about one length pass together, nothing is computed that the head does not read, LoRA is fused with its layer.
+    """`lean`: no padding (or rows of about one length together), nothing that the head does not read, LoRA fused with its layer.
     `plain`: batches as they are drawn, padded to `task.max_length`, by PEFT's own passes. Sums are the same but for rounding."""
     prefix_cache: Literal["float32", "float16", "off"] = "float32"
     """How a client keeps what the layers below the lowest trained one give for each row, under `compute: lean`. `float32` changes

@@ -1,4 +1,4 @@
-"""Less work for the same function: what a model computes that nothing reads."""
+"""Less work for the same function: no padding inside the layers, and nothing that the head does not read."""
 
 from __future__ import annotations
 
@@ -6,60 +6,87 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
+
+from lichen.common.model.packing import Packing, Padded
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
 
-FIRST_TOKEN = {"BertForSequenceClassification", "RobertaForSequenceClassification", "XLMRobertaForSequenceClassification"}
-"""Models whose own head reads the first token alone, and whose last layer is of the kind that `_first_token` writes out."""
+FAMILIES = ("Bert", "Roberta", "XLMRoberta")
+"""Models with layers of the kind that `_layer` writes out, by what transformers calls them."""
+FIRST_TOKEN, ALL_TOKENS = "ForSequenceClassification", "ForTokenClassification"
+"""Heads that read the first token alone, and all."""
 
 
-def skip_unread(model: TunedModel) -> bool:
-    """Let the last layer compute the first token only, where the head reads no other: a sixth of a six-layer model's work.
+def run_lean(model: TunedModel, *, pack: bool) -> Packing:
+    """Let the layers compute real tokens only, and the last one the first token only where the head reads no other.
 
-    Keys and values are those of all tokens, so the first token's output is what it was. Whether it is, is tried out first.
+    That is a sixth of a six-layer model's work. Keys and values are those of all tokens, so outputs are what they were. Whether they
+    are, is tried out first.
+
+    Args:
+        model: whose layers' forward methods are replaced.
+        pack: whether padding is left out.
 
     Returns:
-        Whether that is so; else the model is left as it was.
+        What tells how a batch lies in the layers; it is off, too, where the model is of another kind, and left as it was.
     """
     base: Any = model.network
     if hasattr(base, "get_base_model"):  # PEFT's wrapper
         base = base.get_base_model()
-    if type(base).__name__ not in FIRST_TOKEN or base.config._attn_implementation != "sdpa":
-        return False
-    layer = base.base_model.encoder.layer[-1]
-    ids = torch.arange(1, 13).view(2, 6) % base.config.vocab_size
-    mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
+    kind, config = type(base).__name__, base.config
+    known = {family + head for family in FAMILIES for head in (FIRST_TOKEN, ALL_TOKENS)}
+    if kind not in known or config._attn_implementation != "sdpa" or config.is_decoder:
+        return Packing(on=False)
+    layers = base.base_model.encoder.layer
+    ids = torch.arange(1, 19).view(3, 6) % config.vocab_size
+    mask = (torch.arange(6) < torch.tensor([[4], [6], [1]])).long()
     before = _logits(model.network, ids, mask)
-    layer.forward = _first_token(layer)
+    packing = Packing(on=pack)
+    for layer in layers:
+        last = layer is layers[-1]
+        layer.forward = _layer(layer, packing, last=last, first_token=last and kind.endswith(FIRST_TOKEN))
     if torch.allclose(before, _logits(model.network, ids, mask), rtol=1e-4, atol=1e-5):
-        return True
-    del layer.forward
-    return False
+        return packing
+    for layer in layers:
+        del layer.forward
+    return Packing(on=False)
 
 
 @torch.no_grad()
 def _logits(network: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Of the first token, or of the row: where padding is left out, no other token's need be the same."""
     found: torch.Tensor = network(input_ids=ids, attention_mask=mask).logits
-    return found
+    return found if found.dim() == 2 else found[mask.bool()]
 
 
-def _first_token(layer: Any) -> Any:
-    """BERT's layer (Devlin et al. 2019) for the queries of the first token: (B, T, d) to (B, 1, d)."""
+def _layer(layer: Any, packing: Packing, *, last: bool, first_token: bool) -> Any:
+    """BERT's layer (Devlin et al. 2019): (B, L, d) or packed (1, T, d) to the same, or with ``first_token`` to (B, 1, d)."""
     attention = layer.attention.self
-    heads, width = attention.num_attention_heads, attention.attention_head_size
+    heads, key, value = attention.num_attention_heads, attention.key, attention.value
+    scale = attention.attention_head_size**-0.5
+    frozen = type(key) is nn.Linear and not any(parameter.requires_grad for parameter in key.parameters())
+    # a dropout draws for each token what it would draw once for a sum of them
+    swapped = first_token and frozen and not any(isinstance(part, nn.Dropout) for part in value.modules())
 
-    def split(values: torch.Tensor) -> torch.Tensor:
-        return values.view(*values.shape[:-1], heads, width).transpose(1, 2)
+    def of_first(query: torch.Tensor, hidden: torch.Tensor, layout: Padded) -> torch.Tensor:
+        """Attention of one query a row, (B, 1, d), whose products are taken in the order that costs least.
+
+        ⟨q, W x + b⟩ is ⟨Wᵀ q, x⟩ and a number that softmax cancels; Σ p (W x + b) is W Σ p x + b, because Σ p = 1. So the linear
+        layers work on a vector for each head and row, not for each token.
+        """
+        weight = key.weight.view(heads, -1, key.in_features)
+        asked = torch.einsum("bhw,hwd->bhd", query.view(len(query), heads, -1), weight)
+        found: torch.Tensor = value(layout.attention(asked, hidden, hidden, 1, scale))
+        return found.view(len(query), heads, heads, -1).diagonal(dim1=1, dim2=2).mT.reshape(query.shape)
 
     def forward(hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: object, **__: object) -> torch.Tensor:
-        first = hidden[:, :1]
-        query, key, value = split(attention.query(first)), split(attention.key(hidden)), split(attention.value(hidden))
-        mask = None if attention_mask is None else attention_mask[..., :1, :]
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
-        found: torch.Tensor = layer.feed_forward_chunk(layer.attention.output(context, first))
-        return found
+        layout = packing.of(attention_mask)
+        hidden = layout.enter(hidden)
+        seen = layout.first(hidden) if first_token else hidden
+        query = attention.query(seen)
+        context = of_first(query, hidden, layout) if swapped else layout.attention(query, key(hidden), value(hidden), heads)
+        found: torch.Tensor = layer.feed_forward_chunk(layer.attention.output(context, seen))
+        return layout.leave(found) if last else found
 
     return forward

@@ -21,6 +21,7 @@ from lichen.common.errors import Code, LichenError
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
+    from lichen.common.model.packing import Packing
     from lichen.common.tasks.task import Batch
 
 MOST_OF_DISK = 0.1
@@ -38,10 +39,11 @@ class FrozenPrefix:
         network: the model; the forward methods of its lowest layers are replaced, and call the layers' own but within `use`.
         layers: all layers of its encoder or decoder, in order.
         count: how many of them are frozen, at least 1.
+        packing: tells how a batch lies in the layers, where it may be packed.
     """
 
-    def __init__(self, network: nn.Module, layers: Sequence[Any], count: int) -> None:
-        self._network = network
+    def __init__(self, network: nn.Module, layers: Sequence[Any], count: int, packing: Packing | None = None) -> None:
+        self._network, self._packing = network, packing
         self.count = count
         self._known: torch.Tensor | None = None
         self._stop = False
@@ -67,7 +69,7 @@ class FrozenPrefix:
             self._network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         except _FoundError as stopped:
             found: torch.Tensor = stopped.args[0]
-            return found
+            return found if self._packing is None else self._packing.layout.leave(found)
         finally:
             self._stop = False
         raise LichenError(Code.INTERNAL, "the model's forward pass did not call its layers")
@@ -85,11 +87,16 @@ class FrozenPrefix:
             self._known = None
 
 
-def frozen_prefix(model: TunedModel) -> FrozenPrefix | None:
+def frozen_prefix(model: TunedModel, packing: Packing | None = None) -> FrozenPrefix | None:
     """The model's frozen prefix, if it has one that can be left out.
 
-    None where a trained parameter lies below the layers (tuned embeddings), where the lowest layer is trained, or where layers give
-    something else than one tensor.
+    Args:
+        model: the forward methods of its lowest layers are replaced.
+        packing: tells how a batch lies in the layers, where it may be packed.
+
+    Returns:
+        None where a trained parameter lies below the layers (tuned embeddings), where the lowest layer is trained, or where layers
+        give something else than one tensor.
     """
     base: Any = model.network
     if hasattr(base, "get_base_model"):  # PEFT's wrapper
@@ -114,7 +121,7 @@ def frozen_prefix(model: TunedModel) -> FrozenPrefix | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return FrozenPrefix(model.network, layers, count) if kinds == [True] * count else None
+    return FrozenPrefix(model.network, layers, count, packing) if kinds == [True] * count else None
 
 
 class PrefixStore:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lichen.common.model.adapter import TunedModel
+    from lichen.common.model.packing import Packing
     from lichen.common.privacy.randomness import RandomSource
     from lichen.common.tasks.task import Batch
 
@@ -44,14 +45,14 @@ class Engine(Protocol):
         ...
 
 
-def _engine(name: str, network: nn.Module) -> Engine:
+def _engine(name: str, network: nn.Module, packing: Packing | None) -> Engine:
     if name == "hooks":
         from lichen.common.privacy.hooks import HooksModule
 
         return HooksModule(network)
     from lichen.common.privacy.single_backward import SingleBackwardModule
 
-    return SingleBackwardModule(network)
+    return SingleBackwardModule(network, packing)
 
 
 class PerUnitGradients:
@@ -61,7 +62,8 @@ class PerUnitGradients:
         model: what is trained.
         losses: the loss of each row of a batch, shape (B,); see `Task.losses`.
         max_rows: rows that pass through the model at once.
-        engine: ``single-backward``, our own, or ``hooks``, Opacus'.
+        engine: ``single-backward``, our own, or ``hooks``, Opacus', which can't follow packed batches.
+        packing: tells how a batch lies in the model, where it may be packed.
 
     Raises:
         LichenError: MODEL_DP_UNSUPPORTED, if a trainable module has no per-example gradient rule.
@@ -73,11 +75,12 @@ class PerUnitGradients:
         losses: Callable[[nn.Module, Batch], torch.Tensor],
         max_rows: int,
         engine: Literal["single-backward", "hooks"] = "single-backward",
+        packing: Packing | None = None,
     ) -> None:
         self.model = model
         self._losses = losses
         self._max_rows = max_rows
-        self._engine = _engine(engine, model.network)
+        self._engine = _engine(engine, model.network, packing)
 
     @cached_property
     def _pass_cost(self) -> float:

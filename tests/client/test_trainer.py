@@ -15,6 +15,7 @@ from lichen.client.gate import Gate
 from lichen.client.trainer import Trainer, batches
 from lichen.common import tasks
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.lean import run_lean
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.per_unit import PerUnitGradients
@@ -395,22 +396,23 @@ def test_shuffles_come_from_the_source_not_from_the_global_seed(make: Callable[.
     assert orders[0] == orders[1]
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("pooling", ["mean", "pooler"])
 @pytest.mark.parametrize("kind", ["lora", "head", "full"])
-def test_less_work_gives_the_same_weights(kind: str, pooling: str, make: Callable[..., Trainer], tiny_rows: Rows) -> None:
-    """Rows by length, the last layer for the first token alone, and fused LoRA, against padded batches by PEFT's own passes."""
+def test_less_work_gives_the_same_weights(kind: str, pooling: str, packed: bool, make: Callable[..., Trainer], tiny_rows: Rows) -> None:
+    """Rows packed or by length, the last layer for the first token alone, and fused LoRA, against padded batches by PEFT's own passes."""
     moved = []
+    monkey = pytest.MonkeyPatch()
+    if not packed:
+        monkey.setattr(trainer_module, "run_lean", lambda model, pack: run_lean(model, pack=False))
     for compute in ("lean", "plain"):
         trainer = make(
             local={"compute": compute, "optimizer": "sgd", "learning_rate": 0.1, "max_physical_batch_size": 8},
             model={"adapter": {"kind": kind, "rank": 2}, "head": {"pooling": pooling, "init": "random"}},
         )
-        monkey = pytest.MonkeyPatch()
         monkey.setattr(trainer._batches, "_pass_cost", 2.0)  # the tiny model's own would not divide such batches
-        with monkey.context():
-            found = trained(trainer, encoded(trainer, tiny_rows(40)))
-        moved.append(found)
-        monkey.undo()
+        moved.append(trained(trainer, encoded(trainer, tiny_rows(40))))
+    monkey.undo()
     lean, plain = moved
     assert lean.steps == plain.steps
     assert lean.loss == pytest.approx(plain.loss, rel=1e-5)
@@ -419,13 +421,14 @@ def test_less_work_gives_the_same_weights(kind: str, pooling: str, make: Callabl
 
 
 @pytest.mark.parametrize("pooling", ["mean", "pooler"])
-def test_less_work_gives_the_same_private_steps(pooling: str, make: Callable[..., Trainer], tiny_rows: Rows) -> None:
+@pytest.mark.parametrize("kind", ["lora", "head", "full"])
+def test_less_work_gives_the_same_private_steps(kind: str, pooling: str, make: Callable[..., Trainer], tiny_rows: Rows) -> None:
     moved = []
     for compute in ("lean", "plain"):
         trainer = make(
             privacy=PRIVATE,
             local={"compute": compute, "optimizer": "sgd", "learning_rate": 0.1, "max_physical_batch_size": 8},
-            model={"adapter": {"kind": "lora", "rank": 2}, "head": {"pooling": pooling, "init": "random"}},
+            model={"adapter": {"kind": kind, "rank": 2}, "head": {"pooling": pooling, "init": "random"}},
         )
         moved.append(private(trainer, encoded(trainer, tiny_rows(48)), Segment(0.5, 0.25, 4)).delta)
     for name, delta in moved[1].items():
@@ -440,6 +443,8 @@ def test_what_runs_lean_is_what_was_meant_to(make: Callable[..., Trainer], tiny_
         local={"max_physical_batch_size": 8},
     )
     base: Any = trainer.model.network.get_base_model()  # type: ignore[operator]
+    inner: list[tuple[int, ...]] = []
+    base.bert.encoder.layer[0].register_forward_hook(lambda *found: inner.append(tuple(found[2].shape)))
     base.bert.encoder.layer[-1].output.register_forward_hook(lambda *found: shapes.append(tuple(found[2].shape)))
     nodes: list[str] = []
     query = base.bert.encoder.layer[0].attention.self.query
@@ -448,3 +453,5 @@ def test_what_runs_lean_is_what_was_meant_to(make: Callable[..., Trainer], tiny_
     assert shapes
     assert {shape[1] for shape in shapes} == {1}
     assert set(nodes) == {"LoraNodeBackward"}
+    assert {len(shape) for shape in inner} == {3}
+    assert {shape[0] for shape in inner} == {1}, "one row of all real tokens"

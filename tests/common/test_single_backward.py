@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.adapter import TunedModel
+from lichen.common.model.lean import run_lean
 from lichen.common.privacy.hooks import HooksModule
 from lichen.common.privacy.single_backward import SingleBackwardModule
 
@@ -149,6 +151,24 @@ def test_the_clipped_sum_is_the_loops(family: str, adapter: str) -> None:
     right, _ = by_loop(network, losses, SINGLES, math.inf)
     for ours, theirs in zip(in_one(module, losses, SINGLES, math.inf), right, strict=True):
         assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("adapter", ["lora", "all-linear", "full"])
+@pytest.mark.parametrize("family", ["bert", "bert-tokens", "roberta"])
+def test_packed_batches(family: str, adapter: str, reentrant: bool | None) -> None:
+    """Where the layers compute no padding, with gradient checkpointing too."""
+    network: Any = build(family, adapter)
+    losses = losses_for(family)
+    expected = [(sizes, *by_loop(network, losses, sizes)) for sizes in (SINGLES, ENTITIES, [ROWS])]
+    packing = run_lean(TunedModel(network, {}, frozenset()), pack=True)
+    assert packing.on
+    if reentrant is not None:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        network.enable_input_require_grads()
+    module = SingleBackwardModule(network, packing)
+    for sizes, right, clip in expected:
+        assert distance(in_one(module, losses, sizes, clip), right) <= 2e-6
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

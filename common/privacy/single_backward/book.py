@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.packing import Packing
 from lichen.common.privacy.single_backward.nodes import LinearNode, LoraNode
 from lichen.common.privacy.single_backward.records import Looked, Outer, Record, Units, Whole, squared_norms, wide
 
@@ -25,9 +26,14 @@ LEFT = 2.0**-20
 
 
 class Book:
-    """Open while a private step is in flight; while it is closed the layers behave as they always did."""
+    """Open while a private step is in flight; while it is closed the layers behave as they always did.
 
-    def __init__(self) -> None:
+    Args:
+        packing: tells how a batch lies in the model, where it may be packed.
+    """
+
+    def __init__(self, packing: Packing | None = None) -> None:
+        self._packing = packing or Packing(on=False)
         self.units: Units | None = None
         self.anchor = torch.zeros(())
         """An input that wants a gradient, so that a layer's backward runs though its own input wants none."""
@@ -42,6 +48,7 @@ class Book:
     def of(self, sizes: Sequence[int], device: torch.device) -> Iterator[None]:
         """Open the book for units of so many rows; whatever happens it is closed and empty afterwards."""
         self.units = Units(sizes, device)
+        self._packing.forget()
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         try:
             yield
@@ -50,13 +57,13 @@ class Book:
             self._records = {}
 
     def rows_first(self, values: torch.Tensor, layer: str) -> torch.Tensor:
-        """Values whose first axis is the batch's rows; what comes once for all rows is repeated.
+        """Values whose first axis is the batch's rows, or packed ones; what comes once for all rows is repeated.
 
         Raises:
             LichenError: MODEL_DP_UNSUPPORTED, if it is something else: then a unit's part can't be told apart.
         """
         rows = self.rows
-        if values.dim() > 1 and values.shape[0] == rows:
+        if self._packing.layout.holds(values) or (values.dim() > 1 and values.shape[0] == rows):
             return values
         if values.dim() > 1 and values.shape[0] == 1:
             return values.expand(rows, *values.shape[1:])
@@ -100,20 +107,21 @@ class Book:
             self._write(parameter, Whole(self._in_flight.of_rows(gradients)))
 
     def add_tokens(self, parameter: nn.Parameter, gradients: torch.Tensor) -> None:
-        """Book the gradient of a vector, given for each token: (B, …, k)."""
+        """Book the gradient of a vector, given for each token: (B, …, k) or packed."""
         if parameter.requires_grad:
-            self.add(parameter, wide(gradients.reshape(self.rows, -1, gradients.shape[-1])).sum(1))
+            self.add(parameter, self._packing.layout.by_rows(lambda g: wide(g).sum(1), gradients))
 
     def add_linear(self, parameter: nn.Parameter, inputs: torch.Tensor, backprops: torch.Tensor, *, transposed: bool = False) -> None:
-        """Book a matrix's use: its inputs (B, …, d) and its outputs' gradients (B, …, p), of one type."""
+        """Book a matrix's use: its inputs (B, …, d) and its outputs' gradients (B, …, p), of one type, or both packed."""
         if not parameter.requires_grad:
             return
-        rows = self.rows
-        x, g = (tensor.detach().reshape(rows, -1, tensor.shape[-1]) for tensor in (inputs, backprops))
-        (tokens, d), p = x.shape[1:], g.shape[2]
-        if d * p <= WHOLE_BELOW * tokens * (d + p):
-            self.add(parameter, torch.bmm(x.mT, g) if transposed else torch.bmm(g.mT, x))
+        rows, layout = self.rows, self._packing.layout
+        x, g = inputs.detach(), backprops.detach()
+        d, p = x.shape[-1], g.shape[-1]
+        if d * p <= WHOLE_BELOW * x.numel() / (rows * d) * (d + p):
+            self.add(parameter, layout.by_rows(lambda x, g: torch.bmm(x.mT, g) if transposed else torch.bmm(g.mT, x), x, g))
         else:
+            x, g = (layout.leave(tensor).reshape(rows, -1, tensor.shape[-1]) for tensor in (x, g))
             self._write(parameter, Outer(x, g, transposed))
 
     def add_looked(self, parameter: nn.Parameter, ids: torch.Tensor, backprops: torch.Tensor, padding: int | None) -> None:

@@ -16,6 +16,7 @@ from lichen.common.privacy.single_backward.rules import is_lora, replacements
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
+    from lichen.common.model.packing import Packing
 
 Weights = Mapping[str, torch.Tensor]
 """Of each trained tensor one for each group, (G, …), by the names of `TunedModel.trainable`."""
@@ -26,10 +27,11 @@ class Groups(Book):
 
     Args:
         trainable: as the model has them.
+        packing: switched off meanwhile, since groups are told apart by their rows.
     """
 
-    def __init__(self, trainable: Mapping[str, nn.Parameter]) -> None:
-        super().__init__()
+    def __init__(self, trainable: Mapping[str, nn.Parameter], packing: Packing) -> None:
+        super().__init__(packing)
         self._names = {id(parameter): name for name, parameter in trainable.items()}
         self._weights: Weights | None = None
         self._rows = 0
@@ -49,7 +51,8 @@ class Groups(Book):
         """Use the groups' weights within, for a batch of so many rows: as many of each group, in the groups' order."""
         self._weights, self._rows = weights, rows
         try:
-            yield
+            with self._packing.off():
+                yield
         finally:
             self._weights = None
 
@@ -78,13 +81,17 @@ class Groups(Book):
         return self._weights[self._names[id(parameter)]]
 
 
-def group_weights(model: TunedModel) -> Groups | None:
+def group_weights(model: TunedModel, packing: Packing) -> Groups | None:
     """Let the trained layers of a model take one set of weights for each group of rows; that is so within `Groups.use`.
+
+    Args:
+        model: whose layers' forward methods are replaced.
+        packing: of the model.
 
     Returns:
         None, and the model as it was, where other layers than LoRA's and linear ones are trained, or dropout would draw for all at once.
     """
-    groups = Groups(model.trainable)
+    groups = Groups(model.trainable, packing)
     if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in model.network.modules()):
         return None
     try:

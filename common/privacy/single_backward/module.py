@@ -9,6 +9,7 @@ from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import nn
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.packing import Packing
 from lichen.common.privacy.single_backward.book import Book
 from lichen.common.privacy.single_backward.rules import replacements
 
@@ -20,14 +21,15 @@ class SingleBackwardModule(AbstractGradSampleModule):  # type: ignore[misc]
 
     Args:
         network: what is trained.
+        packing: tells how a batch lies in the network, where it may be packed.
 
     Raises:
         LichenError: MODEL_DP_UNSUPPORTED, if a trainable layer has no rule.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, packing: Packing | None = None) -> None:
         super().__init__(network, loss_reduction="sum")
-        self._book = Book()
+        self._book = Book(packing)
         self._names, self._trained = [], []
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:
