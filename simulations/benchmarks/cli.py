@@ -99,6 +99,7 @@ def privacy(
 @app.command()
 def simulate(
     rounds: Annotated[int, typer.Option(min=2, help="Rounds of 10 clients.")] = 4,
+    small: Annotated[bool, typer.Option("--small", help="A model of a million parameters in place of MiniLM, without peers.")] = False,
     peers: Annotated[bool, typer.Option(help="Run pfl-research and Flower on Ray too, where installed (the extra `peers`).")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -106,21 +107,23 @@ def simulate(
     from lichen.simulations.benchmarks.peers import INSTALL, PEERS
     from lichen.simulations.benchmarks.simulate import bench_simulate
 
+    peers = peers and not small
     for peer in PEERS if peers else ():
         if not peer.installed:
             typer.echo(f"{peer.name} is not installed, and left out: {INSTALL}", err=True)
-    rows = list(bench_simulate(rounds, [peer for peer in PEERS if peers and peer.installed]))
+    rows = list(bench_simulate(rounds, [peer for peer in PEERS if peers and peer.installed], tiny=small))
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
     console = Console()
-    console.print(_speeds([row for row in rows if "beside" not in row]))
+    what = "a million parameters, batches of 8 × 32" if small else "MiniLM, batches of 16 × 64"
+    console.print(_speeds(f"R8, LoRA on {what}: client updates a second", [row for row in rows if "beside" not in row]))
     if theirs := [row for row in rows if "beside" in row]:
         console.print(_beside(theirs))
 
 
-def _speeds(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="R8, MiniLM, LoRA: client updates a second")
+def _speeds(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title)
     columns = ("what", "processes × threads", "updates/s", "over plain, same layout", "over plain's best", "at least", "apart")
     for column in (*columns, "start-up (at most), s", "memory (PSS), MB"):
         table.add_column(column, justify="left" if column == "what" else "right")

@@ -16,7 +16,7 @@ from lichen.common.plan import Plan, parse_plan
 from lichen.common.result import read_result
 from lichen.coordinator.run_directory import COHORT
 from lichen.simulations.benchmarks.memory import of_tree
-from lichen.simulations.benchmarks.simulate import BASE
+from lichen.simulations.benchmarks.simulate import MINILM
 
 TARGET = 1.2
 """Peak memory, over that of the smallest population."""
@@ -32,7 +32,11 @@ def plan_of(clients: int, cohort: int, rounds: int) -> Plan:
             "name": "bench-scale",
             "rounds": rounds,
             "task": {"kind": "text-classification", "labels": ["crop", "metal", "money"], "max_length": 32},
-            "model": {"base": BASE, "adapter": {"kind": "lora", "rank": 8, "alpha": 16}, "head": {"pooling": "pooler", "init": "random"}},
+            "model": {
+                "base": MINILM.base,
+                "adapter": {"kind": "lora", "rank": 8, "alpha": 16},
+                "head": {"pooling": "pooler", "init": "random"},
+            },
             "cohort": {"size": cohort, "minimum": cohort, "deadline_s": 3600},
             "local": {"steps": 2, "batch_size": 8, "optimizer": "adamw", "learning_rate": 3e-4},
             "evaluation": {"validation_fraction": 0},

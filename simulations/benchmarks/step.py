@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lichen.common.errors import Code, LichenError
-from lichen.simulations.benchmarks.simulate import BASE, LABELS
+from lichen.simulations.benchmarks.simulate import LABELS, MINILM
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ def _trainer(adapter: dict[str, Any], privacy: dict[str, Any] | None = None, **l
         "name": "bench-step",
         "rounds": 1,
         "task": {"kind": "text-classification", "labels": LABELS, "max_length": 64},
-        "model": {"base": BASE, "adapter": adapter, "head": {"pooling": "pooler", "init": "random"}},
+        "model": {"base": MINILM.base, "adapter": adapter, "head": {"pooling": "pooler", "init": "random"}},
         "local": {"batch_size": 16, "optimizer": "sgd", "learning_rate": 0.01, **local},
         "privacy": privacy or {"unit": "none"},
     }

@@ -26,6 +26,6 @@ def noted(train: Callable[..., Any]) -> Callable[..., Any]:
     return begin
 
 
-for name in ("train", "train_private"):  # before the workers are forked
+for name in ("run", "run_together"):  # before the workers are forked
     setattr(Trainer, name, noted(getattr(Trainer, name)))
 main()
