@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -116,6 +117,8 @@ def _forking(plan: Plan, count: int, threads: int) -> Iterator[Callable[[Work], 
     def fork(work: Work) -> Workers:
         with suppress(LichenError):  # then every client's own reply tells
             trainer_of(plan)
+        gc.collect()
+        gc.freeze()  # else a full collection would write to each page that the processes share, and so copy it
         workers = Workers(count, threads, work)
         torch.set_num_threads(before)  # the coordinator's scores, which are made beside the workers, are the same whatever their number
         return workers
@@ -124,6 +127,7 @@ def _forking(plan: Plan, count: int, threads: int) -> Iterator[Callable[[Work], 
     try:
         yield fork
     finally:
+        gc.unfreeze()
         torch.set_num_threads(before)
 
 
