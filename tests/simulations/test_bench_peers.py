@@ -184,4 +184,5 @@ def test_peers_that_are_installed_do_the_same_work() -> None:
         assert row["beside"] == ("lichen, lean, private" if peer.private else "lichen, lean")
         assert peer.private or row["apart"] <= 1e-5
         assert row["startup_s"] > 0
-        assert row["ours_over"] > 0.7  # wide: the machine is shared
+        assert row["ours_over"] > 0.1  # clients of 13 rows are no measurement
+        assert row["memory_mb"] > 300
