@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo check test test-long format proto clean
+.PHONY: install demo check test test-long bench format proto clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,9 @@ test: install
 
 test-long: install
 	$(BIN)/pytest -m long
+
+bench: install
+	$(BIN)/lichen bench report
 
 format: install
 	$(BIN)/ruff format $(SOURCES)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lichen.common.batching import pass_cost, passes
 from lichen.common.model.prefix import FrozenPrefix, PrefixStore, frozen_prefix, store_of
-from lichen.common.privacy.self_check import ROWS
+from lichen.common.tasks.task import CHECKED_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +70,7 @@ class Batches:
         kept = self._stores.pop(folder, None)
         if kept is None or kept[0] is not data:
             # what it gives for rows that nobody wrote tells one set of weights from another
-            tells = prefix.compute(self._task.collate(self._task.made_up(ROWS), range(ROWS)))
+            tells = prefix.compute(self._task.collate(self._task.made_up(CHECKED_ROWS), range(CHECKED_ROWS)))
             key = f"{hashlib.sha256(tells.numpy().tobytes()).hexdigest()} {data.digest}"
             half = self._local.prefix_cache == "float16"
             kept = data, store_of(folder, prefix, key, data.lengths, self._width, "float16" if half else "float32")

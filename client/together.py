@@ -16,7 +16,7 @@ import torch
 from lichen.common.batching import passes
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.randomness import RandomSource, add_noise
-from lichen.common.privacy.self_check import ROWS, TOLERANCE
+from lichen.common.tasks.task import CHECKED_ROWS
 
 if TYPE_CHECKING:
     from lichen.client.gate import Gate
@@ -168,7 +168,9 @@ class Together:
         Raises:
             LichenError: PRIVACY_SELF_CHECK.
         """
-        data, drawn, clip = self._task.made_up(ROWS), [list(range(1)), list(range(1, ROWS))], 1e-2
+        from lichen.common.privacy.self_check import TOLERANCE
+
+        data, drawn, clip = self._task.made_up(CHECKED_ROWS), [[0], list(range(1, CHECKED_ROWS))], 1e-2
         start = self._model.state()
         generator = torch.Generator().manual_seed(0)
         try:

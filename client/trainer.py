@@ -19,9 +19,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.model.lean import run_lean
 from lichen.common.model.packing import Packing
 from lichen.common.privacy.accounting import Segment
-from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients, Unit
 from lichen.common.privacy.randomness import RandomSource, poisson_sample
-from lichen.common.privacy.self_check import ROWS, self_check
 from lichen.common.privacy.single_backward.fused import fuse_lora
 from lichen.common.privacy.single_backward.grouped import group_weights
 from lichen.common.tasks import workbench
@@ -30,8 +28,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lichen.client.gate import Gate
+    from lichen.client.private_step import PrivateStep
     from lichen.common.model.adapter import State, TunedModel
     from lichen.common.plan import Local, Plan
+    from lichen.common.privacy.per_unit import Unit
     from lichen.common.tasks.task import Encoded
 
 
@@ -56,7 +56,7 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.task, self.model, _ = workbench(plan)
-        self._gradients: PerUnitGradients | None = None
+        self._private: PrivateStep | None = None
         self._fused: Callable[[], AbstractContextManager[None]] = nullcontext
         self._lean = plan.local.compute == "lean"
         packing = run_lean(self.model, pack=plan.privacy.gradients != "hooks") if self._lean else Packing(on=False)
@@ -67,14 +67,9 @@ class Trainer:
             if self._lean and plan.model.adapter.kind == "lora":
                 self._fused = _fused(self.model)
         else:
-            most, engine = plan.local.max_physical_batch_size, plan.privacy.gradients
-            self._gradients = PerUnitGradients(self.model, self.task.losses, most, engine, packing)
-            made_up = self.task.made_up(ROWS)
-            try:
-                self_check(self._gradients, self.task.losses, lambda rows: self.task.collate(made_up, rows))
-            except LichenError:
-                self._gradients.remove()  # another attempt on this model starts from the model as it was
-                raise
+            from lichen.client.private_step import PrivateStep
+
+            self._private = PrivateStep(plan, self.task, self.model, packing)
         self.at_once = 1
         """How many clients `run_together` should get."""
         self._together = self._put_together(packing)
@@ -85,10 +80,10 @@ class Trainer:
         count = clients_at_once(cost, local.batch_size * self.plan.task.max_length)
         if not self._lean or self._batches.prefix or count == 1 or (groups := group_weights(self.model, packing)) is None:
             return None
-        clip = self.plan.privacy.clip if self._gradients else None
+        clip = self.plan.privacy.clip if self._private else None
         together = Together(groups, self.model, self.task, local.max_physical_batch_size * count, cost, clip)
-        if self._gradients:
-            together.check(self._clipped_sum)
+        if self._private:
+            together.check(self._private.clipped_sum)
         self.at_once = count
         return together
 
@@ -134,13 +129,6 @@ class Trainer:
         rows, segment = [row for (row,) in private.units], private.segment
         draws = ([rows[index] for index in poisson_sample(len(rows), segment.sample_rate, job.source)] for _ in range(segment.steps))
         return Member(job.data, segment.steps, draws, Noise(segment, private.declared_size, private.gate, job.source))
-
-    def _clipped_sum(self, rows: Sequence[int], data: Encoded, clip: float) -> State:
-        """Of rows that are a unit each, for the weights as they are."""
-        if self._gradients is None:
-            raise LichenError(Code.INTERNAL, "the trainer was made for a plan without differential privacy")
-        sums = [self._gradients.clipped_sum([[row]], lambda part: self.task.collate(data, part), clip) for row in rows]
-        return {name: torch.stack([found[parameter] for found in sums]).sum(0) for name, parameter in self.model.trainable.items()}
 
     def train(self, start: State, data: Encoded, round: int, source: RandomSource, cache: Path | None = None) -> Trained:
         """Train without differential privacy.
@@ -201,23 +189,17 @@ class Trainer:
         Raises:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED; PRIVACY_BUDGET from the gate.
         """
-        if self._gradients is None:
+        if self._private is None:
             raise LichenError(Code.INTERNAL, "the trainer was made for a plan without differential privacy")
         self.model.load(start)
         self._seed_dropout(source)
-        optimizer = NoisyOptimizer(
-            self._optimizer(round, self.model.trainable),
-            noise_multiplier=segment.noise_multiplier,
-            max_grad_norm=self.plan.privacy.clip,
-            expected_batch_size=segment.sample_rate * declared_size,
-            source=source,
-        )
+        optimizer = self._private.noisy(self._optimizer(round, self.model.trainable), segment, declared_size, source)
         with self._batches.of(data, cache) as collate:
             for _ in range(segment.steps):
                 gate.step(Segment(optimizer.noise_multiplier, segment.sample_rate, 1))
                 drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
                 collate.prepare([row for unit in drawn for row in unit])
-                self._gradients.step(optimizer, drawn, collate, data.lengths if self._by_length else None)
+                self._private.take(optimizer, drawn, collate, data.lengths if self._by_length else None)
         return Trained(self._delta(start, self.model.trainable, segment.steps), segment.steps, None)
 
     def _seed_dropout(self, source: RandomSource) -> None:

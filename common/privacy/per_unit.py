@@ -50,7 +50,7 @@ def _engine(name: str, network: nn.Module, packing: Packing | None) -> Engine:
         from lichen.common.privacy.hooks import HooksModule
 
         return HooksModule(network)
-    from lichen.common.privacy.single_backward import SingleBackwardModule
+    from lichen.common.privacy.single_backward.module import SingleBackwardModule
 
     return SingleBackwardModule(network, packing)
 

@@ -11,11 +11,11 @@ from torch import nn
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.hooks import expected_hooks
 from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients
+from lichen.common.tasks.task import CHECKED_ROWS
 
 if TYPE_CHECKING:
     from lichen.common.tasks.task import Batch
 
-ROWS = 4
 TOLERANCE = 1e-4
 
 
@@ -44,7 +44,7 @@ def self_check(
     Args:
         gradients: what is checked.
         losses: `Task.losses`.
-        collate: makes a batch of some of `ROWS` made-up rows.
+        collate: makes a batch of some of `CHECKED_ROWS` made-up rows.
 
     Raises:
         LichenError: PRIVACY_SELF_CHECK, if they differ, or if the sum, or the adapter's part of it, is zero.
@@ -59,7 +59,7 @@ def self_check(
         with torch.no_grad():
             for parameter in model.trainable.values():
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-        one_by_one = [_gradient(model.network, list(model.trainable.values()), losses, collate([row])) for row in range(ROWS)]
+        one_by_one = [_gradient(model.network, list(model.trainable.values()), losses, collate([row])) for row in range(CHECKED_ROWS)]
         norms = torch.stack([torch.sqrt(sum((part**2).sum() for part in parts)) for parts in one_by_one])  # type: ignore[arg-type]
         clip = float(norms.median()) or 1.0  # some rows are clipped, some are not
         factors = (clip / norms).clamp(max=1.0)
@@ -107,5 +107,5 @@ def _clipped_sum(gradients: PerUnitGradients, clip: float, collate: Callable[[li
     optimizer = NoisyOptimizer(
         torch.optim.SGD(parameters, lr=1.0), noise_multiplier=1e-6, max_grad_norm=clip, expected_batch_size=1.0, source=_Silent()
     )
-    gradients.step(optimizer, [[row] for row in range(ROWS)], lambda rows: collate(list(rows)))
+    gradients.step(optimizer, [[row] for row in range(CHECKED_ROWS)], lambda rows: collate(list(rows)))
     return [old - parameter.detach() for old, parameter in zip(before, parameters, strict=True)]

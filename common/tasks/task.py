@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
     from lichen.common.result import Metrics
 
+CHECKED_ROWS = 4
+"""Made-up rows that are run at a model's start, to see whether it does what it should."""
+
 Batch = dict[str, "torch.Tensor"]
 """Inputs of the model and targets, each with the examples as its first axis."""
 

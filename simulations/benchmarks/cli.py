@@ -203,6 +203,15 @@ def step(
 
 
 @app.command()
+def report(out: Annotated[Path, typer.Option(help="What to write.")] = Path("BENCHMARKS.md")) -> None:
+    """Run a short form of every bench, and write their tables. Example: lichen bench report --out BENCHMARKS.md."""
+    from lichen.simulations.benchmarks.report import bench_report
+
+    bench_report(out, typer.echo)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
 def reload(
     directory: Annotated[Path, typer.Argument(help="A finished simulation or demo.", show_default=False)],
     as_json: AsJson = False,

@@ -513,7 +513,7 @@ def test_rows_are_read_again_when_they_change(home: Path, tiny_rows: Rows, plan_
 
 
 def test_a_model_that_fails_its_check_fails_it_again(home: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
-    from lichen.client import trainer
+    from lichen.client import private_step
 
     def fail(*_: Any) -> None:
         raise LichenError(Code.PRIVACY_SELF_CHECK, SECRET)
@@ -521,7 +521,7 @@ def test_a_model_that_fails_its_check_fails_it_again(home: Path, plan_of: Callab
     tasks.workbench.cache_clear()
     client_app.trainer_of.cache_clear()
     plan = plan_of(seed=5)
-    monkeypatch.setattr(trainer, "self_check", fail)
+    monkeypatch.setattr(private_step, "self_check", fail)
     for _ in range(2):
         bare_number(ask(home, plan), Code.PRIVACY_SELF_CHECK)
     monkeypatch.undo()

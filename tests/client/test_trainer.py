@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lichen.client import private_step
 from lichen.client import trainer as trainer_module
 from lichen.client.gate import Gate
 from lichen.client.trainer import Trainer, batches
@@ -315,7 +316,7 @@ def test_an_adversary_who_sees_single_steps_learns_no_low_bits(make: Callable[..
 
 def test_a_model_is_checked_before_it_trains(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[bool] = []
-    monkeypatch.setattr(trainer_module, "self_check", lambda *_: checked.append(True))
+    monkeypatch.setattr(private_step, "self_check", lambda *_: checked.append(True))
     make(privacy=PRIVATE)
     assert checked
     make()

@@ -16,9 +16,10 @@ from lichen.common.model.adapter import TunedModel
 from lichen.common.plan import parse_plan
 from lichen.common.privacy import hooks
 from lichen.common.privacy.per_unit import PerUnitGradients
-from lichen.common.privacy.self_check import ROWS, self_check
+from lichen.common.privacy.self_check import self_check
 from lichen.common.privacy.single_backward.book import Book
 from lichen.common.tasks import make_task
+from lichen.common.tasks.task import CHECKED_ROWS
 
 Batch = dict[str, torch.Tensor]
 
@@ -44,7 +45,7 @@ def check(
     own = losses(task) if losses else task.losses
     before, modes = model.state(), [module.training for module in model.network.modules()]
     gradients = PerUnitGradients(model, own, 8, engine)
-    rows = task.made_up(ROWS)
+    rows = task.made_up(CHECKED_ROWS)
     try:
         self_check(gradients, own, lambda indices: task.collate(rows, indices))
     finally:
@@ -168,7 +169,7 @@ def test_an_adapter_that_no_gradient_reaches_is_caught() -> None:
     torch.manual_seed(0)
     network = Forgetful()
     model = TunedModel(network, dict(network.named_parameters()), frozenset({"classifier.weight", "classifier.bias"}))
-    data = torch.randn(ROWS, 4)
+    data = torch.randn(CHECKED_ROWS, 4)
 
     def losses(network: nn.Module, batch: Batch) -> torch.Tensor:
         out: torch.Tensor = (network(batch["values"]) ** 2).sum(1)

@@ -17,7 +17,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel
 from lichen.common.model.lean import run_lean
 from lichen.common.privacy.hooks import HooksModule
-from lichen.common.privacy.single_backward import SingleBackwardModule
+from lichen.common.privacy.single_backward.module import SingleBackwardModule
 
 Loss = Callable[[nn.Module], torch.Tensor]
 Losses = Callable[[nn.Module, slice], torch.Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lichen.client import trainer
+from lichen.client import private_step
 from lichen.client.gate import Gate
 from lichen.common import tasks
 from lichen.common.errors import Code, LichenError
@@ -74,18 +74,18 @@ def optimizer(**factors: float) -> Callable[..., NoisyOptimizer]:
 
 def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound that no gradient reaches; the noise is as strong as before."""
-    monkeypatch.setattr(trainer, "NoisyOptimizer", optimizer(max_grad_norm=1e6, noise_multiplier=1e-6))
+    monkeypatch.setattr(private_step, "NoisyOptimizer", optimizer(max_grad_norm=1e6, noise_multiplier=1e-6))
 
 
 def little_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of what was accounted for."""
-    monkeypatch.setattr(trainer, "NoisyOptimizer", optimizer(noise_multiplier=0.1))
+    monkeypatch.setattr(private_step, "NoisyOptimizer", optimizer(noise_multiplier=0.1))
 
 
 def mean_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of the batch's mean loss, clipped as one, with noise as for a mean over rows; the check at start would refuse it."""
-    monkeypatch.setattr(trainer, "self_check", lambda *_: None)
-    monkeypatch.setattr(trainer, "NoisyOptimizer", optimizer(noise_multiplier=1 / DRAWN, expected_batch_size=1 / DRAWN))
+    monkeypatch.setattr(private_step, "self_check", lambda *_: None)
+    monkeypatch.setattr(private_step, "NoisyOptimizer", optimizer(noise_multiplier=1 / DRAWN, expected_batch_size=1 / DRAWN))
     real = PerUnitGradients.step
 
     def step(self: PerUnitGradients, optimizer: Any, units: Any, collate: Any, lengths: Any) -> None:
