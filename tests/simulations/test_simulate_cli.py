@@ -95,7 +95,7 @@ def test_killed_and_interrupted_in_mid_round_it_goes_on_to_the_same_model_at_the
         "aggregation": {"optimizer": "fedavgm", "momentum": 0.5, "average_last": 3},
     }
     plan = plan_file(**changes)
-    undisturbed = run(load_plan(plan), tmp_path / "undisturbed", "inprocess")
+    undisturbed = run(load_plan(plan), tmp_path / "undisturbed", "inprocess", workers=None)  # as the command does
     out = tmp_path / "out"
 
     with process("plan.yaml", "--out", "out", cwd=tmp_path, seed=1) as first:
