@@ -125,13 +125,18 @@ def simulate(
 def _speeds(title: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title)
     columns = ("what", "processes × threads", "updates/s", "over plain, same layout", "over plain's best", "at least", "apart")
-    for column in (*columns, "start-up (at most), s", "memory (PSS), MB"):
+    for column in (*columns, "start-up (at most), s", "over loading (at most)", "memory (PSS), MB"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for row in rows:
+        if "updates_per_s" not in row:
+            table.add_row(row["what"], row["layout"], *[""] * 5, f"{row['startup_s']:.1f}")
+            continue
         ratios = [f"{row[key]:.3f}" if key in row else "" for key in ("over", "over_best")]
         rest = [f"{row['target']:g}", f"{row['apart']:.1e}"] if "target" in row else ["", ""]
         startup = f"{row['startup_s']:.1f}" + (f" ({row['startup_target']:g})" if "startup_target" in row else "")
-        table.add_row(row["what"], row["layout"], f"{row['updates_per_s']:.3f}", *ratios, *rest, startup, f"{row['memory_mb']:.0f}")
+        loading = f"{row['startup_over_load']:.2f} ({row['startup_over_load_target']:g})" if "startup_over_load" in row else ""
+        memory = f"{row['memory_mb']:.0f}"
+        table.add_row(row["what"], row["layout"], f"{row['updates_per_s']:.3f}", *ratios, *rest, startup, loading, memory)
     return table
 
 

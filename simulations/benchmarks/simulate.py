@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +31,9 @@ APART = 1e-5
 """How far a final weight may lie from the plain loop's."""
 STARTUP_S = 5
 """From a command's start to its first client's training, at most."""
+LOAD = "import sys, torch, transformers as t; t.AutoModel.from_pretrained(sys.argv[1]); t.AutoTokenizer.from_pretrained(sys.argv[1])"
+OVER_LOAD = 1.3
+"""So many times what it takes to import torch and transformers and to load the model, at most."""
 
 
 class Model(NamedTuple):
@@ -87,6 +92,7 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100, 
     Yields:
         One row each: ``what``, ``layout``, ``updates_per_s`` (the last rounds; the first warms up), ``startup_s`` (from the command's
         start to the first client's training), ``memory_mb`` (of all processes, at their peak).
+        The first row is what it takes to load the model, ``startup_s`` alone; ours have ``startup_over_load``, the ratio to it, as well.
         Ours without privacy also have ``over`` (the ratio to the plain loop of the same layout), ``over_best`` (to the plain loop's
         best), ``target`` and ``apart`` (largest difference of a weight); ours have ``startup_target``.
         A peer's have ``apart``, but for private ones, and what `beside` adds.
@@ -108,6 +114,8 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100, 
         # a step draws each row with the chance that Opacus takes: one over the number of an epoch's batches
         private = plan_of("lean", rounds, data, clients, 1 / math.ceil(len(train) / clients / model.batch), model)
         private_steps = _prepare(plain, private, train, folder)
+        load = _load(model, layouts[-1])
+        yield load
         limits: dict[Layout, float] = {}
         best = 0.0
         for layout in layouts:
@@ -120,14 +128,14 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100, 
         ours: dict[bool, dict[str, Any]] = {}
         for plan, target in ((plain, model.plain), (lean, model.lean)):
             for layout in layouts:
-                row = _lichen(plan, layout, folder)
+                row = _lichen(plan, layout, folder, load)
                 row |= {"over": row["updates_per_s"] / limits[layout], "over_best": row["updates_per_s"] / best, "target": target}
                 row["apart"] = _apart(folder / f"{plan.name}-{layout}" / "model" / "adapter_model.safetensors", folder, row)
                 if plan is lean:  # the default; at its best layout, as its peers are
                     ours[False] = max(ours.get(False, row), row, key=lambda row: row["updates_per_s"])
                 yield row
         if any(peer.private for peer in peers):
-            ours[True] = _lichen(private, layouts[-1], folder)
+            ours[True] = _lichen(private, layouts[-1], folder, load)
             yield ours[True]
         for peer in peers:
             row, told = run_peer(peer, folder, cores)
@@ -188,6 +196,18 @@ def _prepare(plan: Plan, private: Plan, train: Sequence[Row], folder: Path) -> S
     return steps
 
 
+def _load(model: Model, layout: Layout) -> dict[str, Any]:
+    """Seconds to import torch and transformers and load the model: the second of two tries, when all is in the page cache."""
+    from lichen.common.model.base import resolve_base
+
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(layout.threads)}
+    for _ in range(2):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", LOAD, resolve_base(model.base)], env=environment, capture_output=True, check=True)
+        seconds = time.perf_counter() - began
+    return {"what": "import, and load the model", "layout": str(layout), "startup_s": seconds}
+
+
 def _plain_loop(layout: Layout, padding: str, folder: Path) -> dict[str, Any]:
     script = Path(__file__).with_name("plain_loop.py")
     files = [folder / name for name in ("work.json", "start.safetensors", "plain.safetensors")]
@@ -196,7 +216,7 @@ def _plain_loop(layout: Layout, padding: str, folder: Path) -> dict[str, Any]:
     return figures(f"plain loop, {padding} padding", layout, ran, told["seconds"], told["first"])
 
 
-def _lichen(plan: Plan, layout: Layout, folder: Path) -> dict[str, Any]:
+def _lichen(plan: Plan, layout: Layout, folder: Path, load: dict[str, Any]) -> dict[str, Any]:
     from lichen.common.result import read_result
 
     out, document = folder / f"{plan.name}-{layout}", folder / f"{plan.name}.yaml"
@@ -206,7 +226,12 @@ def _lichen(plan: Plan, layout: Layout, folder: Path) -> dict[str, Any]:
     ran = run([*lichen, "--workers", layout.processes], layout)
     seconds = [told.seconds or 0.0 for told in read_result(out).rounds]
     what = f"lichen, {plan.local.compute}{', private' if plan.private else ''}"
-    return figures(what, layout, ran, seconds, float(first.read_text())) | {"startup_target": STARTUP_S}
+    row = figures(what, layout, ran, seconds, float(first.read_text()))
+    return row | {
+        "startup_target": STARTUP_S,
+        "startup_over_load": row["startup_s"] / load["startup_s"],
+        "startup_over_load_target": OVER_LOAD,
+    }
 
 
 def _apart(model: Path, folder: Path, row: dict[str, Any]) -> float:
