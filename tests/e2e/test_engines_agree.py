@@ -17,7 +17,8 @@ def test_a_deployed_federation_gives_the_simulated_model(tiny_plan, tiny_rows, t
         writer.writeheader()
         writer.writerows(tiny_rows(120))
     source = {"path": str(tmp_path / "train.csv"), "fields": {"text": "text", "label": "label"}}
-    plan = parse_plan(tiny_plan | {"simulation": {"clients": 2, "partition": "iid", "data": source}})
+    local = tiny_plan["local"] | {"compute": "plain"}  # one after another: clients of so small a model pass together in a simulation
+    plan = parse_plan(tiny_plan | {"local": local, "simulation": {"clients": 2, "partition": "iid", "data": source}})
 
     simulated = run(plan, tmp_path / "simulated", "inprocess")
     deployed = federate(plan, tmp_path / "deployed", Console(quiet=True))

@@ -35,9 +35,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The peers that a bench was asked for; all of them are installed, and every bench gives two rows."""
     found: list[str] = []
 
-    def bench(rounds: int, chosen: Sequence[Peer]) -> Iterator[dict[str, Any]]:
+    def bench(rounds: int, chosen: Sequence[Peer], *, tiny: bool) -> Iterator[dict[str, Any]]:
         found.extend(peer.name for peer in chosen)
-        yield OURS | {"over": 1.5, "over_best": 1.4, "target": 1.3, "apart": 1e-7}
+        yield {"what": "import, and load", "layout": "2×1", "startup_s": 4.0}
+        yield OURS | {
+            "startup_over_load": 1.25,
+            "startup_over_load_target": 1.3,
+            "over": 1.5,
+            "over_best": 1.4,
+            "target": 1.3,
+            "apart": 1e-7,
+        }
         yield THEIRS | beside(OURS, THEIRS, PEERS[1])
 
     monkeypatch.setattr(simulate, "bench_simulate", bench)
@@ -53,7 +61,7 @@ def test_a_peer_that_is_not_installed_is_named_with_the_command_and_the_others_r
     assert told.exit_code == 0, told.output
     assert told.stderr == "pfl-research is not installed, and left out: pip install 'lichen[peers]'\n"
     assert asked == ["Flower on Ray", "Flower on Ray, Opacus"]
-    assert [row["what"] for row in json.loads(told.stdout)] == ["lichen, lean", "Flower on Ray"]
+    assert [row["what"] for row in json.loads(told.stdout)] == ["import, and load", "lichen, lean", "Flower on Ray"]
 
 
 def test_peers_run_unless_they_are_not_asked_for(asked: list[str]) -> None:
@@ -71,7 +79,7 @@ def test_the_tables_show_each_figure_beside_its_target(asked: list[str], monkeyp
         [cell.strip() for cell in next(line for line in lines if line.startswith(f"│ {row['what']}")).split("│")[1:-1]]
         for row in (OURS, THEIRS)
     )
-    assert ours == ["lichen, lean", "2×1", "4.000", "1.500", "1.400", "1.3", "1.0e-07", "5.0 (5)", "900"]
+    assert ours == ["lichen, lean", "2×1", "4.000", "1.500", "1.400", "1.3", "1.0e-07", "5.0 (5)", "1.25 (1.3)", "900"]
     assert theirs == [
         "Flower on Ray",
         "2×1",
@@ -91,7 +99,7 @@ def test_the_tables_show_each_figure_beside_its_target(asked: list[str], monkeyp
 def test_a_peer_is_held_against_our_default_at_its_best_layout(
     monkeypatch: pytest.MonkeyPatch, chosen: tuple[Peer, ...], private: int
 ) -> None:
-    def lichen(plan: Plan, layout: Layout, folder: Path) -> dict[str, Any]:
+    def lichen(plan: Plan, layout: Layout, folder: Path, load: dict[str, Any]) -> dict[str, Any]:
         assert Path(plan.simulation.data.path).read_text().count("text") == 3
         speed = 9.0 if plan.local.compute == "plain" else float(layout.processes)
         return OURS | {"what": f"{plan.name}, {layout}", "layout": str(layout), "updates_per_s": speed}
@@ -99,12 +107,13 @@ def test_a_peer_is_held_against_our_default_at_its_best_layout(
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(2))
     monkeypatch.setattr(datasets, "load_named", lambda name: NamedSplits(name, [{"text": "a", "label": "acq"}] * 3, None, None))
     monkeypatch.setattr(simulate, "_prepare", lambda *given: Segment(1.0, 1.0, 1))
+    monkeypatch.setattr(simulate, "_load", lambda *given: {"startup_s": 4.0})
     monkeypatch.setattr(simulate, "_plain_loop", lambda layout, padding, folder: OURS | {"what": padding})
     monkeypatch.setattr(simulate, "_lichen", lichen)
     monkeypatch.setattr(simulate, "_apart", lambda *given: 1e-7)
     monkeypatch.setattr(simulate, "run_peer", lambda peer, folder, cores: (dict(THEIRS), {"steps": 1.0, "sample-rate": 1.0}))
     rows = list(simulate.bench_simulate(2, chosen))
-    assert len(rows) == 4 + 4 + private + len(chosen)
+    assert len(rows) == 1 + 4 + 4 + private + len(chosen)
     expected = ["bench-lean, 2×1", "bench-lean, 2×1", "bench-private, 2×1"]
     assert [row["beside"] for row in rows if "beside" in row] == expected[: len(chosen)]
 
