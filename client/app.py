@@ -92,20 +92,29 @@ def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> 
     for number, serving in enumerate(servings):
         go_on(number, functools.partial(next, serving))
     jobs, waiting = waiting, {}
-    if jobs:
-        trainer = next(iter(jobs.values()))[0]
-        for number, trained in zip(jobs, trainer.run_together([job for _, job in jobs.values()]), strict=True):
-            serving = servings[number]
-            go_on(number, functools.partial(serving.throw if isinstance(trained, Exception) else serving.send, trained))  # type: ignore[arg-type]
+    try:
+        if jobs:
+            trainer = next(iter(jobs.values()))[0]
+            for number, trained in zip(jobs, trainer.run_together([job for _, job in jobs.values()]), strict=True):
+                serving = servings[number]
+                go_on(number, functools.partial(serving.throw if isinstance(trained, Exception) else serving.send, trained))  # type: ignore[arg-type]
+    finally:
+        for serving in servings:  # where an interrupt ends the training, each lets go of its ledger now
+            serving.close()
     return [replies[number] for number in range(len(messages))]
 
 
 def clients_at_once(plan: Plan) -> int:
-    """How many clients `train_together` should get: more than one where a model is so small that calling it takes longest."""
+    """How many clients `train_together` should get: more than one where a model is so small that calling it takes longest.
+
+    Raises:
+        LichenError: PRIVACY_SELF_CHECK, if together they would get other clipped sums.
+    """
     try:
-        return trainer_of(plan).at_once
+        trainer = trainer_of(plan)
     except LichenError:
         return 1  # each client's own reply tells
+    return trainer.at_once
 
 
 def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, Message], Serving[RecordDict]]) -> Serving[Message]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lichen.client.gate import Gate
     from lichen.common.model.adapter import State, TunedModel
     from lichen.common.privacy.accounting import Segment
-    from lichen.common.privacy.single_backward.grouped import Groups
+    from lichen.common.privacy.single_backward.grouped import GroupWeights
     from lichen.common.tasks.task import Batch, Encoded, Task
 
 
@@ -61,7 +61,7 @@ class Together:
         clip: of a row's gradient; None without privacy.
     """
 
-    def __init__(self, groups: Groups, model: TunedModel, task: Task[Any], most: int, pass_cost: float, clip: float | None) -> None:
+    def __init__(self, groups: GroupWeights, model: TunedModel, task: Task[Any], most: int, pass_cost: float, clip: float | None) -> None:
         self._groups, self._model, self._task, self._most, self._pass_cost, self._clip = groups, model, task, most, pass_cost, clip
 
     def train(

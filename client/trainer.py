@@ -70,22 +70,25 @@ class Trainer:
             from lichen.client.private_step import PrivateStep
 
             self._private = PrivateStep(plan, self.task, self.model, packing)
-        self.at_once = 1
-        """How many clients `run_together` should get."""
-        self._together = self._put_together(packing)
+        self._packing = packing
 
-    def _put_together(self, packing: Packing) -> Together | None:
-        """What trains several clients at once, where that is worth it."""
+    @property
+    def at_once(self) -> int:
+        """How many clients `run_together` should get. Raises PRIVACY_SELF_CHECK, if together they would get other clipped sums."""
+        return self._together[1] if self._together else 1
+
+    @functools.cached_property
+    def _together(self) -> tuple[Together, int] | None:
+        """What trains several clients at once, and how many, where that is worth it; a node, which is one, never asks."""
         local, cost = self.plan.local, pass_cost(self.model)
         count = clients_at_once(cost, local.batch_size * self.plan.task.max_length)
-        if not self._lean or self._batches.prefix or count == 1 or (groups := group_weights(self.model, packing)) is None:
+        if not self._lean or self._batches.prefix or count == 1 or (groups := group_weights(self.model, self._packing)) is None:
             return None
         clip = self.plan.privacy.clip if self._private else None
         together = Together(groups, self.model, self.task, local.max_physical_batch_size * count, cost, clip)
         if self._private:
             together.check(self._private.clipped_sum)
-        self.at_once = count
-        return together
+        return together, count
 
     def run(self, job: Job) -> Trained:
         """Train one client. Raises as `train` and `train_private`."""
@@ -96,31 +99,34 @@ class Trainer:
         )
 
     def run_together(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
-        """Train several clients from one start in one round, and let each fail alone; where they can't pass together, one after another."""
-        able = [
-            number for number, job in enumerate(jobs) if len(job.data) and (job.private is None or max(map(len, job.private.units)) == 1)
-        ]
-        if self._together is None or len(able) < 2:
-            able = []
+        """Train several clients from one start in one round; where they can't pass together, one after another.
+
+        Each fails alone, but for what goes wrong in a pass of several.
+        """
+        able = [number for number, job in enumerate(jobs) if _by_row(job)] if len(jobs) > 1 and self.at_once > 1 else []
         found: dict[int, Trained | Exception] = {}
+        if self._together and len(able) > 1:
+            try:
+                found = dict(zip(able, self._train_together([jobs[number] for number in able], self._together[0]), strict=True))
+            except Exception as error:  # nothing of any of them has left
+                found = dict.fromkeys(able, error)
         for number, job in enumerate(jobs):
-            if number not in able:
+            if number not in found:
                 try:
                     found[number] = self.run(job)
                 except Exception as error:  # its own client tells of it
                     found[number] = error
-        if self._together and able:
-            members = [self._member(jobs[number]) for number in able]
-            start = jobs[able[0]].start
-            self.model.load(start)
-            states = self._together.train(start, members, functools.partial(self._optimizer, jobs[able[0]].round))
-            for number, member, state in zip(able, members, states, strict=True):
-                try:
-                    loss = None if member.noise else member.loss_sum / max(member.seen, 1)
-                    found[number] = Trained(self._delta(start, state, member.steps), member.steps, loss)
-                except LichenError as error:
-                    found[number] = error
         return [found[number] for number in range(len(jobs))]
+
+    def _train_together(self, jobs: Sequence[Job], together: Together) -> Iterator[Trained | Exception]:
+        start, members = jobs[0].start, [self._member(job) for job in jobs]
+        self.model.load(start)
+        for member, state in zip(members, together.train(start, members, functools.partial(self._optimizer, jobs[0].round)), strict=True):
+            try:
+                loss = None if member.noise else member.loss_sum / max(member.seen, 1)
+                yield Trained(self._delta(start, state, member.steps), member.steps, loss)
+            except LichenError as error:
+                yield error
 
     def _member(self, job: Job) -> Member:
         if (private := job.private) is None:
@@ -247,6 +253,11 @@ def batches(local: Local, count: int, source: RandomSource) -> Iterator[list[int
             order = torch.argsort(source.uniform(count)).tolist()
         batch, order = order[: local.batch_size], order[local.batch_size :]
         yield batch
+
+
+def _by_row(job: Job) -> bool:
+    """Whether it has rows, each of which is a unit of its own."""
+    return len(job.data) > 0 and (job.private is None or (len(job.private.units) > 0 and all(len(unit) == 1 for unit in job.private.units)))
 
 
 def _fused(model: TunedModel) -> Callable[[], AbstractContextManager[None]]:

@@ -125,7 +125,7 @@ def simulate(
 def _speeds(title: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title)
     columns = ("what", "processes × threads", "updates/s", "over plain, same layout", "over plain's best", "at least", "apart")
-    for column in (*columns, "start-up (at most), s", "over loading (at most)", "memory (PSS), MB"):
+    for column in (*columns, "start-up (at most), s", "over loading (at most)", "memory, MB"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for row in rows:
         if "updates_per_s" not in row:
@@ -147,7 +147,7 @@ def _beside(rows: list[dict[str, Any]]) -> Table:
         "processes × threads",
         "updates/s",
         "start-up, s",
-        "memory (PSS), MB",
+        "memory, MB",
         "apart",
         "beside",
         "ours: updates/s (at least)",
@@ -269,13 +269,14 @@ def clients(
     as_json: AsJson = False,
 ) -> None:
     """Test accuracy on R8 dealt to 200 clients, client-level privacy, by seed. Example: lichen bench clients --epsilon inf,8."""
+    from lichen.common.privacy.statement import bound_text
     from lichen.simulations.benchmarks.clients import bench_clients
 
     console = Console(stderr=as_json)
     runs: list[dict[str, Any]] = []
     for found in bench_clients(_list(seeds, int), _list(epsilon, float), keep):
         runs.append(found)
-        spent = "" if found["spent"] is None else f", ε by PLD {found['spent']:.3f}, by PRV {found['spent_prv']:.3f}"
+        spent = "" if found["spent"] is None else f", ε by PLD ≤ {bound_text(found['spent'])}, by PRV ≤ {bound_text(found['spent_prv'])}"
         console.print(
             f"ε {found['epsilon']:g}, seed {found['seed']}: accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}{spent}",
             highlight=False,

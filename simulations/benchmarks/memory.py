@@ -21,34 +21,18 @@ def forget_peak() -> None:
 
 
 def of_trees(roots: Iterable[int]) -> int:
-    """Bytes of processes and all that descend from them: their proportional set sizes (PSS), so that what they share counts once.
+    """Bytes of processes and all that descend from them, however many other programs share their libraries (Linux only).
 
-    Where the system tells none (not Linux) it is what each has to itself (USS).
-    """
-    total = 0
-    for number in roots:
-        with suppress(psutil.NoSuchProcess):
-            root = psutil.Process(number)
-            for process in (root, *root.children(recursive=True)):
-                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                    told = process.memory_full_info()
-                    total += getattr(told, "pss", told.uss)
-    return total
-
-
-def of_tree(root: int) -> int:
-    """Bytes of a process and all that descend from it, however many other programs share its libraries (Linux only).
-
-    Memory of their own counts by proportion, so that what a fork shares counts once; mapped files as in the process that has most of
-    them, because their proportion (PSS) falls with every program on the machine that has mapped the same.
+    Memory of their own counts by proportion (PSS), so that what a fork shares counts once; mapped files as in the process that has most
+    of them, because their proportion falls with every program on the machine that has mapped the same.
     """
     own, mapped = 0, 0
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(root)
-        for number in (root, *(child.pid for child in process.children(recursive=True))):
-            with suppress(OSError):  # it has ended
-                lines = Path(f"/proc/{number}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
-                sizes = {field: 1024 * int(size) for field, size, *_ in map(str.split, lines)}
-                own += sizes["Pss_Anon:"]
-                mapped = max(mapped, sizes["Rss:"] - sizes["Anonymous:"])
+    for root in roots:
+        with suppress(psutil.NoSuchProcess):
+            for number in (root, *(child.pid for child in psutil.Process(root).children(recursive=True))):
+                with suppress(OSError):  # it has ended
+                    lines = Path(f"/proc/{number}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+                    sizes = {field: 1024 * int(size) for field, size, *_ in map(str.split, lines)}
+                    own += sizes["Pss_Anon:"]
+                    mapped = max(mapped, sizes["Rss:"] - sizes["Anonymous:"])
     return own + mapped

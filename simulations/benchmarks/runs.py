@@ -40,7 +40,7 @@ class Ran(NamedTuple):
     began: float
     """When it was started, in seconds of the epoch."""
     memory: int
-    """Bytes of all its processes together, at their peak (PSS)."""
+    """Bytes of all its processes together, at their peak."""
 
 
 def run(command: Sequence[object], layout: Layout, ranks: Sequence[dict[str, str]] = ({},)) -> Ran:

@@ -15,7 +15,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.result import read_result
 from lichen.coordinator.run_directory import COHORT
-from lichen.simulations.benchmarks.memory import of_tree
+from lichen.simulations.benchmarks.memory import of_trees
 from lichen.simulations.benchmarks.simulate import MINILM
 
 TARGET = 1.2
@@ -54,7 +54,7 @@ def bench_scale(clients: Sequence[int], cohort: int, rounds: int) -> Iterator[di
         rounds: of each run.
 
     Yields:
-        ``clients``, ``cohort``, ``peak`` (bytes, of all processes together: `of_tree`), ``first_round_s`` (from the command's
+        ``clients``, ``cohort``, ``peak`` (bytes, of all processes together: `of_trees`), ``first_round_s`` (from the command's
         start until the first client is asked), ``seconds`` (whole command), ``homes`` (written); from the second on ``over`` (its peak
         to the first one's) and ``target``.
 
@@ -78,7 +78,7 @@ def _measure(plan: Plan, folder: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "lichen.common.cli", "simulate", str(document), "--out", str(out)]
         running = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         while running.poll() is None:
-            peak = max(peak, of_tree(running.pid))
+            peak = max(peak, of_trees([running.pid]))
             if not asked and (out / COHORT).exists():
                 asked = time.monotonic() - began
             time.sleep(POLL_S)

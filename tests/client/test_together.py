@@ -16,7 +16,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.plan import parse_plan
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.randomness import SeededSource
-from lichen.common.privacy.single_backward.grouped import Groups
+from lichen.common.privacy.single_backward.grouped import GroupWeights
 from lichen.common.tasks import workbench
 
 Rows = Callable[..., list[dict[str, str]]]
@@ -89,8 +89,8 @@ def test_with_privacy_and_the_same_noise(make: Callable[..., Trainer], tiny_rows
 def test_the_rows_do_pass_together(make: Callable[..., Trainer], tiny_rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make()
     seen: list[int] = []
-    use = Groups.use
-    monkeypatch.setattr(Groups, "use", lambda self, weights, rows: seen.append(rows) or use(self, weights, rows))  # type: ignore[func-returns-value]
+    use = GroupWeights.use
+    monkeypatch.setattr(GroupWeights, "use", lambda self, weights, rows: seen.append(rows) or use(self, weights, rows))  # type: ignore[func-returns-value]
     trainer.run_together(jobs(trainer, tiny_rows))
     assert len(seen) == 5, "as many passes as the longest client has batches"
     assert sum(seen) < 1.3 * sum(COUNTS), "few rows are made up"
@@ -99,14 +99,23 @@ def test_the_rows_do_pass_together(make: Callable[..., Trainer], tiny_rows: Rows
 def test_one_that_fails_fails_alone(make: Callable[..., Trainer], tiny_rows: Rows) -> None:
     trainer = make(privacy=PRIVATE)
     asked = jobs(trainer, tiny_rows)
-    empty = asked[1].data.select([])
-    asked[1] = Job(
-        asked[1].start, empty, 1, SeededSource("none"), private=Private([], Segment(1.0, 0.25, 2), 32, Gate(Segment(1.0, 0.25, 1)))
-    )
+    # rows, of which none may be read any more, and more steps than were paid for
+    private = Private([], Segment(1.0, 0.25, 2), 32, Gate(Segment(1.0, 0.25, 1)))
+    asked[1] = Job(asked[1].start, asked[1].data, 1, SeededSource("none"), private=private)
     found = trainer.run_together(asked)
     assert isinstance(found[1], LichenError)
     assert found[1].code is Code.PRIVACY_BUDGET
     assert [isinstance(one, Trained) for one in found] == [True, False, True, True]
+
+
+def test_a_step_that_was_not_paid_for_is_not_taken_for_anyone(make: Callable[..., Trainer], tiny_rows: Rows) -> None:
+    trainer = make(privacy=PRIVATE)
+    asked = jobs(trainer, tiny_rows)
+    private = asked[2].private
+    assert private is not None
+    private.gate.step(private.segment)  # all that was granted
+    found = trainer.run_together(asked)
+    assert all(isinstance(one, LichenError) and one.code is Code.PRIVACY_BUDGET for one in found)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +132,13 @@ def test_where_it_is_not_done(make: Callable[..., Trainer], changes: dict[str, A
 
 
 def test_a_broken_sum_is_caught_before_anything_is_trained(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
-    lora = Groups.lora
+    lora = GroupWeights.lora
 
-    def half(self: Groups, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def half(self: GroupWeights, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         return lora(self, x, *rest) * 0.5
 
-    monkeypatch.setattr(Groups, "lora", half)
+    monkeypatch.setattr(GroupWeights, "lora", half)
+    trainer = make(privacy=PRIVATE)
     with pytest.raises(LichenError) as caught:
-        make(privacy=PRIVATE)
+        _ = trainer.at_once
     assert caught.value.code is Code.PRIVACY_SELF_CHECK

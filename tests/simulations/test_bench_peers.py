@@ -21,7 +21,6 @@ from lichen.common.privacy.accounting import Segment
 from lichen.simulations import datasets
 from lichen.simulations.benchmarks import peers, simulate
 from lichen.simulations.benchmarks.cli import app
-from lichen.simulations.benchmarks.memory import of_trees
 from lichen.simulations.benchmarks.peers import PEERS, Peer, beside, run_peer
 from lichen.simulations.benchmarks.runs import Layout, run
 from lichen.simulations.datasets import NamedSplits
@@ -137,8 +136,6 @@ def test_memory_is_that_of_all_processes_and_what_they_share_counts_once() -> No
     )
     ran = run([sys.executable, "-c", program], Layout(1, 1))
     assert 300 < ran.memory / 2**20 < 400
-    assert of_trees([os.getpid()]) > 0
-    assert of_trees([2**22 + 1]) == 0  # no such process
 
 
 def test_what_fails_says_why_and_ends_the_others() -> None:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lichen.simulations.benchmarks.memory import of_tree, resident
+from lichen.simulations.benchmarks.memory import of_trees, resident
 from lichen.simulations.benchmarks.scale import bench_scale
 
 
@@ -18,10 +18,10 @@ def test_memory_of_a_tree_counts_shared_pages_once_and_ends_with_it() -> None:
     with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
         running.stdout.readline()
-        assert 60 << 20 < of_tree(running.pid) < 120 << 20
+        assert 60 << 20 < of_trees([running.pid]) < 120 << 20
         running.communicate()
-    assert of_tree(running.pid) == 0
-    assert 0 < of_tree(os.getpid()) < 2 * resident("VmRSS")
+    assert of_trees([running.pid]) == 0
+    assert 0 < of_trees([os.getpid()]) < 2 * resident("VmRSS")
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Groups of rows in one pass, each through trained weights of its own over the same frozen ones: several clients at once."""
+"""GroupWeights of rows in one pass, each through trained weights of its own over the same frozen ones: several clients at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Weights = Mapping[str, torch.Tensor]
 """Of each trained tensor one for each group, (G, …), by the names of `TunedModel.trainable`."""
 
 
-class Groups(Book):
+class GroupWeights(Book):
     """A book that keeps nothing: autograd itself gives the gradients, since every group has its own weights.
 
     Args:
@@ -81,8 +81,8 @@ class Groups(Book):
         return self._weights[self._names[id(parameter)]]
 
 
-def group_weights(model: TunedModel, packing: Packing) -> Groups | None:
-    """Let the trained layers of a model take one set of weights for each group of rows; that is so within `Groups.use`.
+def group_weights(model: TunedModel, packing: Packing) -> GroupWeights | None:
+    """Let the trained layers of a model take one set of weights for each group of rows; that is so within `GroupWeights.use`.
 
     Args:
         model: whose layers' forward methods are replaced.
@@ -91,7 +91,7 @@ def group_weights(model: TunedModel, packing: Packing) -> Groups | None:
     Returns:
         None, and the model as it was, where other layers than LoRA's and linear ones are trained, or dropout would draw for all at once.
     """
-    groups = Groups(model.trainable, packing)
+    groups = GroupWeights(model.trainable, packing)
     if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in model.network.modules()):
         return None
     try:
