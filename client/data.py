@@ -33,6 +33,7 @@ CACHE = "cache"
 """The folder of a home for what is computed of its rows, and can be again."""
 FORMAT: Final = 1
 _EVERYTHING = 2**64
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML has it: a manifest is read in each round
 
 
 class Source(BaseModel):
@@ -157,7 +158,7 @@ def read_manifest(home: Path) -> Manifest:
     """
     path = home / MANIFEST
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _LOADER)  # noqa: S506 - a safe one
     except FileNotFoundError:
         fix = "Add a source: lichen client data add FILE --field text=COLUMN"
         raise LichenError(Code.DATA_NOT_FOUND, "this node has no data yet", where=str(path), fix=fix) from None

@@ -116,7 +116,9 @@ class Together:
             _add_noise(sums, self._clip, active, optimizer, stack)
         else:
             for batch, among, real in self._passes(data, drawn):
-                with self._groups.use({name: tensor[among] for name, tensor in stack.items()}, real.numel()):
+                # `tensor[among]` of all would copy them, and their gradients back
+                weights = stack if len(among) == len(active) else {name: tensor[among] for name, tensor in stack.items()}
+                with self._groups.use(weights, real.numel()):
                     losses = self._task.losses(self._model.network, batch).view_as(real) * real
                 torch.autograd.backward((losses / torch.tensor([len(drawn[number]) for number in among]).unsqueeze(1)).sum())
                 for number, loss in zip(among, losses.detach().sum(1).tolist(), strict=True):

@@ -225,8 +225,8 @@ class Trainer:
             if parameters
         ]
         if local.optimizer == "sgd":
-            return torch.optim.SGD(groups, momentum=local.betas[0], weight_decay=local.weight_decay)
-        return torch.optim.AdamW(groups, betas=local.betas, weight_decay=local.weight_decay)
+            return torch.optim.SGD(groups, momentum=local.betas[0], weight_decay=local.weight_decay, fused=True)
+        return torch.optim.AdamW(groups, betas=local.betas, weight_decay=local.weight_decay, fused=True)
 
     def _delta(self, start: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor], steps: int) -> State:
         delta = {name: tensor.detach() - start[name] for name, tensor in trained.items()}

@@ -103,7 +103,8 @@ class NodeHomes:
         source = Source(
             path="data.parquet", fields=self._fields, declared_size=1, holdout=self._holdout, added_at="1970-01-01T00:00:00+00:00"
         )
-        kept = count_training(home, source, key)
+        # with nothing held out all are kept: they need not be read again to be counted
+        kept = count_training(home, source, key) if self._holdout else len(part)
         if not kept:
             source, kept = source.model_copy(update={"holdout": 0.0}), len(part)
         source = source.model_copy(update={"declared_size": self._declared_size or nearest_power_of_two(kept)})

@@ -8,6 +8,7 @@ fixed before the first release.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -162,7 +163,8 @@ def noise_multiplier(target: float, delta: float, sample_rate: float, steps: int
     Raises:
         LichenError: PRIVACY_TARGET, if no noise does.
     """
-    found = least_noise(lambda noise: epsilon([Segment(noise, sample_rate, steps)], delta) <= target, LEAST_NOISE, 1e5)
+    over = functools.cache(lambda noise: math.log(max(epsilon([Segment(noise, sample_rate, steps)], delta), 1e-300) / target))
+    found = _least_noise_near(over)
     if found is None:
         raise LichenError(
             Code.PRIVACY_TARGET,
@@ -171,6 +173,36 @@ def noise_multiplier(target: float, delta: float, sample_rate: float, steps: int
             fix="Raise privacy.epsilon, or lower rounds, local.steps or privacy.sample_rate.",
         )
     return found
+
+
+def _least_noise_near(over: Callable[[float], float]) -> float | None:
+    """What `least_noise` finds, in half as many tries: it is asked near where a line through the last two would have it.
+
+    Args:
+        over: how far σ is from fitting, at most 0 where it fits: falling, and about a line in log σ.
+    """
+    unfit, fit = LEAST_NOISE, math.inf
+
+    def fits(noise: float) -> bool:
+        nonlocal unfit, fit
+        if unfit < noise < fit:
+            if over(noise) <= 0:
+                fit = noise
+            else:
+                unfit = noise
+        return noise >= fit
+
+    last, noise = 1.0, 2.0
+    fits(last)
+    for _ in range(6):  # more are needed nowhere; if they were, the rest is halving
+        if (fits(noise) and fit / unfit <= 1.001) or over(noise) == over(last):
+            break
+        step = over(noise) * math.log(noise / last) / (over(last) - over(noise))
+        guess = noise * math.exp(min(max(step, -9), 9))
+        if not unfit < guess < fit:
+            break
+        last, noise = noise, guess * 1.0003 if guess * 1.0006 < fit else fit / 1.0009
+    return least_noise(fits, LEAST_NOISE, 1e5)
 
 
 def least_noise(fits: Callable[[float], bool], low: float, most: float) -> float | None:

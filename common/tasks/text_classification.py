@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 TEXTS_AT_ONCE = 256  # the tokenizer's own objects of a whole data set would stay in the process's memory
+CHARACTERS = 6
+"""Of a long text are read for each token that is kept: more than a token of a natural language has."""
 
 
 @dataclass(frozen=True)
@@ -199,23 +201,35 @@ class TextClassification:
         return _mean_over_tokens(logits, mask) if self._mean else logits
 
     def _tokens(self, texts: list[str]) -> list[np.ndarray]:
+        """Of each text, cut at the plan's length. What follows that much of a text is not read, where words are tokenised one by one."""
+        most = self.plan.task.max_length
         tokens: list[np.ndarray] = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             part = texts[start : start + TEXTS_AT_ONCE]
-            encoded: Any = self.tokenizer(part, truncation=True, max_length=self.plan.task.max_length)
-            tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+            begun = [_words(text, CHARACTERS * most) for text in part] if _word_by_word(self.tokenizer) else part
+            found = self._cut(begun)
+            short = [place for place, ids in enumerate(found) if len(ids) < most and len(begun[place]) < len(part[place])]
+            for place, ids in zip(short, self._cut([part[place] for place in short]), strict=True):
+                found[place] = ids
+            tokens += found
         return tokens
 
+    def _cut(self, texts: list[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        encoded: Any = self.tokenizer(texts, truncation=True, max_length=self.plan.task.max_length)
+        return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
     def _pad(self, rows: list[np.ndarray]) -> Batch:
-        length = max((len(row) for row in rows), default=0) or 1  # an empty text has no token in some tokenizers
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        length = max(lengths, default=0) or 1  # an empty text has no token in some tokenizers
         if self.plan.local.compute == "plain":
             length = self.plan.task.max_length
-        ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id), dtype=torch.int64)
-        mask = torch.zeros((len(rows), length), dtype=torch.int64)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.from_numpy(row)
-            mask[index, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        real = np.arange(length) < lengths[:, None]
+        ids = np.full(real.shape, int(self.tokenizer.pad_token_id), dtype=np.int64)
+        if rows:
+            ids[real] = np.concatenate(rows)
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(real.astype(np.int64))}
 
     @torch.no_grad()
     def _start_head(self, base: PreTrainedModel, model: TunedModel) -> None:
@@ -236,6 +250,21 @@ class TextClassification:
         weight = head.scale * (embedding - embedding.mean(0))
         (name,) = (name for name in model.head if model.trainable[name].shape == weight.shape)
         model.trainable[name].copy_(weight)
+
+
+def _word_by_word(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether what stands before a space is tokenised without regard to what comes after it: BERT's are such."""
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # a tokenizer in Python has none
+    return backend is not None and isinstance(backend.pre_tokenizer, BertPreTokenizer) and isinstance(backend.normalizer, BertNormalizer)
+
+
+def _words(text: str, characters: int) -> str:
+    """The words in at most so many characters; the whole text if its first word is longer."""
+    end = text.rfind(" ", 0, characters) if len(text) > characters else 0
+    return text[:end] if end > 0 else text
 
 
 def _mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.privacy.accounting import LEAST_NOISE, Segment, affordable_steps, epsilon, noise_multiplier
+from lichen.common.privacy import accounting
+from lichen.common.privacy.accounting import LEAST_NOISE, Segment, affordable_steps, epsilon, least_noise, noise_multiplier
 
 DELTA = 1e-5
 # (history, ε of Google's PLD, ε of GDP, which is no upper bound, or None where GDP can't say)
@@ -103,6 +104,20 @@ def test_the_noise_multiplier_fits_and_is_tight(target: float, rate: float, step
     noise = noise_multiplier(target, DELTA, rate, steps)
     assert epsilon([Segment(noise, rate, steps)], DELTA) <= target
     assert epsilon([Segment(noise / 1.0011, rate, steps)], DELTA) > target
+
+
+@pytest.mark.parametrize(("target", "rate", "steps"), [(8.0, 0.25, 16), (1.0, 0.05, 160), (0.3, 0.01, 1000), (30.0, 1.0, 2)])
+def test_the_noise_multiplier_is_found_in_few_tries(target: float, rate: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+
+    def counted(history: list[Segment], delta: float) -> float:
+        tried.append(history[0].noise_multiplier)
+        return epsilon(history, delta)
+
+    monkeypatch.setattr(accounting, "epsilon", counted)
+    found = noise_multiplier.__wrapped__(target, DELTA, rate, steps)
+    assert found == least_noise(lambda noise: epsilon([Segment(noise, rate, steps)], DELTA) <= target, LEAST_NOISE, 1e5)
+    assert len(tried) == len(set(tried)) <= 9  # halving alone takes 13
 
 
 def test_more_privacy_asks_for_more_noise() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import parse_plan
 from lichen.common.tasks import make_task
-from lichen.common.tasks.text_classification import ClassificationScores, TextClassification
+from lichen.common.tasks.text_classification import CHARACTERS, ClassificationScores, TextClassification
 
 Models = Callable[[str], Path]
 LABELS = ["crop", "metal", "money"]
@@ -37,6 +38,11 @@ def built(base: Path, *, pooling: str = "mean", init: str = "random", kind: str 
     assert isinstance(found, TextClassification)
     model = found.build()
     return found, model
+
+
+@functools.cache
+def built_once(base: Path) -> tuple[TextClassification, Any]:
+    return built(base)
 
 
 def rows(task: TextClassification, count: int, seed: int = 0) -> Any:
@@ -117,6 +123,54 @@ def test_empty_texts_are_scored_like_any_other(tiny_models: Models, kind: str) -
         alone = task.losses(model.network, task.collate(data, [0, 2]))
     assert torch.isfinite(together).all()
     torch.testing.assert_close(together[[0, 2]], alone, atol=1e-6, rtol=1e-6)
+
+
+ODD = [
+    "gold",
+    "[SEP]",
+    "e\u0301te\u0301",
+    " \u0301",
+    "\u4e2d\u6587",
+    "a-b.c",
+    "\u200d",
+    "\t",
+    "\n",
+    "  ",
+    "x" * 230,
+    "\U0001f33e",
+    "\u00a0",
+    "###",
+    "1999",
+]
+
+
+@pytest.mark.parametrize("by_words", [True, False])
+@settings(max_examples=60, deadline=None)
+@given(parts=st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=12)), max_size=90), joint=st.sampled_from(["", " "]))
+def test_long_texts_are_tokenised_as_if_they_were_read_whole(
+    tiny_model: Path, tiny_models: Models, by_words: bool, parts: list[str], joint: str
+) -> None:
+    task, _ = built_once(tiny_model if by_words else tiny_models("bert"))
+    text = joint.join(parts)
+    (found,) = task.encode({"text": [text], "label": ["crop"]}).tokens
+    assert found.tolist() == task.tokenizer(text, truncation=True, max_length=32)["input_ids"]
+
+
+def test_what_can_give_no_token_is_not_read(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, _ = built_once(tiny_model)
+    read: list[str] = []
+    cut = TextClassification._cut
+
+    def seen(self: TextClassification, texts: list[str]) -> list[np.ndarray]:
+        read.extend(texts)
+        return cut(self, texts)
+
+    monkeypatch.setattr(TextClassification, "_cut", seen)
+    few, many = "gold " + "x" * 500 + " mine", "the gold mine " * 100
+    assert list(map(len, task.encode({"text": [few, many], "label": ["crop", "crop"]}).tokens))[1] == 32
+    assert [few.startswith(text) for text in read] == [True, False, True]  # too few tokens in its first words: read again
+    assert len(read[1]) <= CHARACTERS * 32 < len(many)
+    assert read[2] == few
 
 
 def test_labels_that_the_plan_does_not_know(tiny_models: Models) -> None:

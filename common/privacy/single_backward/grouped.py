@@ -72,8 +72,10 @@ class GroupWeights(Book):
         transposed: bool,
     ) -> torch.Tensor:
         """LoRA over a frozen linear layer: (B, …, d) to (B, …, p)."""
-        low = _times(x if dropped is None else dropped, self._of(a).mT)
-        return linear(x, base.weight, base.bias, transposed) + _times(low, self._of(b).mT * scaling)
+        up = self._of(b).mT * scaling
+        low = _by_group(x if dropped is None else dropped, up) @ self._of(a).mT
+        wide = linear(x, base.weight, base.bias, transposed)
+        return torch.baddbmm(_by_group(wide, up), low, up).view_as(wide)
 
     def _of(self, parameter: nn.Parameter) -> torch.Tensor:
         if self._weights is None:
@@ -109,6 +111,11 @@ def group_weights(model: TunedModel, packing: Packing) -> GroupWeights | None:
 
 def _times(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Each group's rows (B, …, d) times its matrix (G, d, p), plus its bias (G, p)."""
-    flat = x.reshape(len(weight), -1, x.shape[-1])
+    flat = _by_group(x, weight)
     y = torch.bmm(flat, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, weight)
     return y.view(*x.shape[:-1], weight.shape[-1])
+
+
+def _by_group(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows (B, …, d) as each group's, (G, n, d)."""
+    return x.reshape(len(weight), -1, x.shape[-1])
