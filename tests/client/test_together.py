@@ -86,6 +86,24 @@ def test_with_privacy_and_the_same_noise(make: Callable[..., Trainer], tiny_rows
             torch.testing.assert_close(together.delta[name], delta, rtol=1e-4, atol=1e-6)
 
 
+def test_a_row_without_a_finite_gradient_counts_as_zero(
+    make: Callable[..., Trainer], tiny_rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(privacy=PRIVATE)
+    assert trainer.at_once > 1  # checked while its losses are whole
+    losses, found = trainer.task.losses, []
+    for factor in (torch.nan, 0.0):
+
+        def some_broken(network: torch.nn.Module, batch: dict[str, torch.Tensor], factor: float = factor) -> torch.Tensor:
+            return losses(network, batch) * torch.where(batch["input_ids"].sum(1) % 5 == 0, factor, 1.0)
+
+        monkeypatch.setattr(trainer.task, "losses", some_broken)
+        found.append([together.delta for _, together in both(trainer, tiny_rows)])
+    for broken, zero in zip(*found, strict=True):
+        for name, delta in zero.items():
+            assert torch.equal(broken[name], delta)
+
+
 def test_the_rows_do_pass_together(make: Callable[..., Trainer], tiny_rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make()
     seen: list[int] = []

@@ -173,6 +173,23 @@ def test_what_can_give_no_token_is_not_read(tiny_model: Path, monkeypatch: pytes
     assert read[2] == few
 
 
+def test_a_word_is_read_whole_or_not_at_all(tiny_model: Path) -> None:
+    task, _ = built_once(tiny_model)
+    text = "gold " * 29 + " " * 43 + "harvest " * 9
+    assert text[: CHARACTERS * 32].endswith("harv")
+    (found,) = task.encode({"text": [text], "label": ["crop"]}).tokens
+    assert found.tolist() == task.tokenizer(text, truncation=True, max_length=32)["input_ids"]
+
+
+def test_texts_are_read_whole_where_words_may_not_be_tokenised_one_by_one(tiny_models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, _ = built_once(tiny_models("bert"))
+    cut, read = TextClassification._cut, list[str]()
+    monkeypatch.setattr(TextClassification, "_cut", lambda self, texts: read.extend(texts) or cut(self, texts))
+    text = "the gold mine " * 100
+    assert len(task.encode({"text": [text], "label": ["crop"]}).tokens[0]) == 32
+    assert read == [text]
+
+
 def test_labels_that_the_plan_does_not_know(tiny_models: Models) -> None:
     task, _ = built(tiny_models("bert"))
     with pytest.raises(LichenError) as caught:
