@@ -8,7 +8,6 @@ fixed before the first release.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -37,13 +36,27 @@ class Segment(NamedTuple):
     steps: int
 
 
-def epsilon(history: Sequence[Segment], delta: float) -> float:
+def epsilon(history: Sequence[Segment], delta: float, enough: float = 0.0) -> float:
     """ε at ``delta`` of all segments together, applied to the same data.
+
+    Args:
+        history: of one data segment.
+        delta: above 0.
+        enough: a bound that need not be made tighter once it is at or below this: tightening a small one can take minutes.
 
     Returns:
         An upper bound; 0 for an empty history, infinity where a segment has no noise.
     """
-    return _epsilon(_merged(history), delta)
+    taken, found = _merged(history), math.inf
+    if not taken:
+        return 0.0
+    if any(segment.noise_multiplier < LEAST_NOISE for segment in taken):
+        return math.inf
+    for below, interval in INTERVALS:
+        if found > below or found <= enough:
+            break
+        found = min(found, _epsilon(taken, delta, interval))
+    return found
 
 
 def _merged(history: Sequence[Segment]) -> tuple[Segment, ...]:
@@ -59,19 +72,10 @@ def _merged(history: Sequence[Segment]) -> tuple[Segment, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(history: tuple[Segment, ...], delta: float) -> float:
+def _epsilon(history: tuple[Segment, ...], delta: float, interval: float) -> float:
     from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 
-    if not history:
-        return 0.0
-    if any(segment.noise_multiplier < LEAST_NOISE for segment in history):
-        return math.inf
-    found = math.inf
-    for below, interval in INTERVALS:
-        if found > below:
-            break
-        found = min(found, float(_composed(PLDAccountant(value_discretization_interval=interval), history).get_epsilon(delta)))
-    return found
+    return float(_composed(PLDAccountant(value_discretization_interval=interval), history).get_epsilon(delta))
 
 
 def _composed(accountant: Any, history: Sequence[Segment]) -> Any:
@@ -163,7 +167,10 @@ def noise_multiplier(target: float, delta: float, sample_rate: float, steps: int
     Raises:
         LichenError: PRIVACY_TARGET, if no noise does.
     """
-    over = functools.cache(lambda noise: math.log(max(epsilon([Segment(noise, sample_rate, steps)], delta), 1e-300) / target))
+
+    def over(noise: float) -> float:
+        return math.log(max(epsilon([Segment(noise, sample_rate, steps)], delta, target), 1e-300) / target)
+
     found = _least_noise_near(over)
     if found is None:
         raise LichenError(
@@ -222,7 +229,7 @@ def affordable_steps(history: Sequence[Segment], planned: Segment, target: float
     """How many of ``planned``'s steps fit after ``history`` before ε would pass ``target``: from 0 to all of them."""
 
     def fits(steps: int) -> bool:
-        return epsilon([*history, planned._replace(steps=steps)], delta) <= target
+        return epsilon([*history, planned._replace(steps=steps)], delta, target) <= target
 
     if fits(planned.steps):
         return planned.steps

@@ -110,14 +110,21 @@ def test_the_noise_multiplier_fits_and_is_tight(target: float, rate: float, step
 def test_the_noise_multiplier_is_found_in_few_tries(target: float, rate: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[float] = []
 
-    def counted(history: list[Segment], delta: float) -> float:
+    def counted(history: list[Segment], delta: float, enough: float = 0.0) -> float:
         tried.append(history[0].noise_multiplier)
-        return epsilon(history, delta)
+        return epsilon(history, delta, enough)
 
     monkeypatch.setattr(accounting, "epsilon", counted)
     found = noise_multiplier.__wrapped__(target, DELTA, rate, steps)
     assert found == least_noise(lambda noise: epsilon([Segment(noise, rate, steps)], DELTA) <= target, LEAST_NOISE, 1e5)
-    assert len(tried) == len(set(tried)) <= 9  # halving alone takes 13
+    assert len(set(tried)) <= 9  # halving alone takes 13
+
+
+def test_a_bound_that_is_small_enough_is_not_made_tighter() -> None:
+    segment, before = Segment(1.0, 1 / 900, 1), accounting._epsilon.cache_info().misses
+    loose = epsilon([segment], 1e-3, enough=0.5)
+    assert accounting._epsilon.cache_info().misses == before + 1
+    assert epsilon([segment], 1e-3) <= loose <= 0.5
 
 
 def test_more_privacy_asks_for_more_noise() -> None:
