@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -51,7 +51,9 @@ def demo(
         )
 
 
-def federate(plan: Plan, out: Path, console: Console, observe: Observer | None = None) -> Result:
+def federate(
+    plan: Plan, out: Path, console: Console, observe: Observer | None = None, command: Sequence[str] = LICHEN
+) -> Result:
     """Deal the plan's data to nodes, enrol them, submit the plan, and follow the run until it ends.
 
     Args:
@@ -59,6 +61,7 @@ def federate(plan: Plan, out: Path, console: Console, observe: Observer | None =
         out: where the processes' homes and logs go, and the run directory at the end.
         console: told of what happens.
         observe: shown the agents' processes, once idle and once at the end of the run, their models still loaded.
+        command: what starts the coordinator and the agents: `lichen`, or what times it.
 
     Raises:
         LichenError: what a command failed with.
@@ -82,7 +85,7 @@ def federate(plan: Plan, out: Path, console: Console, observe: Observer | None =
     coordinator = out / "coordinator"
     _lichen("coordinator", "init", "--home", coordinator, "--host", "127.0.0.1", "--fleet-port", "0", "--enrol-port", "0")
     (out / "logs").mkdir()
-    with _processes() as start:
+    with _processes(command) as start:
         service = start(out / "logs" / "coordinator.log", "coordinator", "serve", "--home", coordinator)
         _wait_ready(service, out / "logs" / "coordinator.log")
         agents = []
@@ -131,7 +134,7 @@ def _lichen(*arguments: str | Path, stdin: str | None = None) -> str:
 
 
 @contextmanager
-def _processes() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+def _processes(lichen: Sequence[str]) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Long-lived processes, all stopped at the end, the youngest first."""
     started: list[subprocess.Popen[bytes]] = []
 
@@ -141,7 +144,7 @@ def _processes() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "LICHEN_LEDGER": "."}
         environment = os.environ | (own if "client" in arguments else {})
         with log.open("wb") as out:
-            command = [*LICHEN, *map(str, arguments)]
+            command = [*lichen, *map(str, arguments)]
             started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment))
         return started[-1]
 

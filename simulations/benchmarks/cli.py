@@ -207,6 +207,21 @@ def step(
         typer.echo(json.dumps(found, indent=2))
 
 
+@app.command(name="round")
+def round_(
+    rounds: Annotated[int, typer.Option(min=3, help="Of the run; the first and the last are not measured.")] = 6,
+    as_json: AsJson = False,
+) -> None:
+    """The demo's federation as deployed: what of a round is not compute, and where it goes. Example: lichen bench round."""
+    from lichen.simulations.benchmarks.round import bench_round, told
+
+    rows = list(bench_round(rounds))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        Console().print(*told(rows), sep="\n")
+
+
 @app.command()
 def report(out: Annotated[Path, typer.Option(help="What to write.")] = Path("BENCHMARKS.md")) -> None:
     """Run a short form of every bench, and write their tables. Example: lichen bench report --out BENCHMARKS.md."""
