@@ -189,7 +189,10 @@ class Ledger(Database):
             noise = max((granted.noise_multiplier for granted in left.values()), default=planned.noise_multiplier)
             steps = min((granted.steps for granted in left.values()), default=planned.steps)
             segment = Segment(noise, planned.sample_rate, steps)
-            if fitting := {number: granted for number, granted in left.items() if self._fits(number, run, segment, limits.life)}:
+            # what was granted fits; what others need too may not
+            if fitting := {
+                number: granted for number, granted in left.items() if granted == segment or self._fits(number, run, segment, limits.life)
+            }:
                 if len(fitting) == len(left):
                     return segment, frozenset(left)
                 left = fitting
@@ -205,7 +208,7 @@ class Ledger(Database):
             return None
         history = self._book.history(number)
         own = [entry.segment for entry in history if entry.run == run]
-        steps = affordable_steps(own, planned, limits.run.epsilon, limits.run.delta)
+        steps = _steps_within(own, planned, ahead, limits.run)
         if steps == 0 or limits.life is None:
             return planned._replace(steps=steps) if steps else None
         self._same_unit(history, limits.unit)
@@ -443,6 +446,15 @@ def _format(path: Path) -> int | None:
             return int(db.execute("PRAGMA user_version").fetchone()[0])
     except sqlite3.DatabaseError:
         return 0
+
+
+def _steps_within(own: Sequence[Segment], planned: Segment, ahead: int, run: Limit) -> int:
+    """How many of ``planned``'s steps a run's budget still allows after its ``own``.
+
+    With all that are ahead they are as many in every round, so that the accountant knows their ε already; where these fit, fewer do.
+    """
+    whole = planned._replace(steps=planned.steps + ahead)
+    return planned.steps if epsilon([*own, whole], run.delta) <= run.epsilon else affordable_steps(own, planned, run.epsilon, run.delta)
 
 
 def _spent(path: Path, limits: Limits) -> LichenError:

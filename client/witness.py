@@ -100,7 +100,8 @@ class Witness:
             LichenError: LEDGER_BEHIND; then how far the ledger was is kept in the home, for `write_off`. PRIVACY_HISTORY, LEDGER_BROKEN,
                 OUTPUT_UNUSABLE, if there is no telling; KEY_EXPOSED.
         """
-        for state in (self._newest, _kept(self._home)):
+        kept = _kept(self._home)
+        for state in (kept,) if kept == self._newest else (self._newest, kept):
             if state is not None:
                 self._compare(state)
 

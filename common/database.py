@@ -44,7 +44,8 @@ class Database:
                     db.execute(statement)
             for older in range(found, version) if found else ():
                 self._upgrade(db, older, (upgrades or {}).get(older, ""))
-            db.execute(f"PRAGMA user_version = {version}")
+            if found != version:  # who writes nothing need not wait for the disk: a node opens its ledger several times a round
+                db.execute(f"PRAGMA user_version = {version}")
 
     def _upgrade(self, db: sqlite3.Connection, found: int, statements: str) -> None:
         """Make the next version of the tables of version ``found``, within the transaction that opens the file."""

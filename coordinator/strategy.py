@@ -101,6 +101,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._spool = spool
         self._name_of = name_of
         self._told: Round
+        self._beside = beside
         self._scoring = Beside(here=not beside)
         self._used: list[int] = []
         self._central = CentralDP(plan, secret=result.privacy.noise == "secret") if plan.central else None
@@ -334,15 +335,19 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.directory.save_state(self.state)
 
     def _score(self, seconds: float, num_rounds: int) -> None:
-        """Have the round's model scored, and then the round told, beside the next round; a round without a score is told at once.
+        """Have the round's model scored, and then the round told, beside the next round; then what the next one spends is computed.
 
         No tensor of a state is ever changed in place, so the model that is scored stays what it is.
         """
-        told, model = self._told, self.state.model
-        if self._is_scored(told.round, num_rounds):
-            self._scoring.start(lambda: self._score_and_tell(told, model, seconds, scored=True))
-        else:
-            self._score_and_tell(told, model, seconds, scored=False)
+        told, model, scored = self._told, self.state.model, self._is_scored(self._told.round, num_rounds)
+        foreseen = self._foreseen() if told.round < num_rounds else []
+
+        def work() -> None:
+            self._score_and_tell(told, model, seconds, scored=scored)
+            for history in foreseen:
+                epsilon(history, self.plan.privacy.delta)  # kept: an accountant that is asked between two rounds would hold the next up
+
+        self._scoring.start(work)
 
     def _is_scored(self, round: int, num_rounds: int) -> bool:
         return self._evaluator.has_validation and (round % self.plan.evaluation.every == 0 or round == num_rounds)
@@ -501,6 +506,10 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             clients = self._clients()
             self.result.privacy.clients = clients
             self.result.privacy.max_epsilon = max((client.epsilon for client in clients.values()), default=0.0)
+
+    def _foreseen(self) -> list[list[Segment]]:
+        """What clients will have spent if their next training is as their last; nothing where it can't be computed beside a round."""
+        return [[*history, history[-1]] for history in self.state.spent.values()] if self._beside else []
 
     def _clients(self) -> dict[str, ClientPrivacy]:
         delta = self.plan.privacy.delta

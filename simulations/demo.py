@@ -51,9 +51,7 @@ def demo(
         )
 
 
-def federate(
-    plan: Plan, out: Path, console: Console, observe: Observer | None = None, command: Sequence[str] = LICHEN
-) -> Result:
+def federate(plan: Plan, out: Path, console: Console, observe: Observer | None = None, command: Sequence[str] = LICHEN) -> Result:
     """Deal the plan's data to nodes, enrol them, submit the plan, and follow the run until it ends.
 
     Args:

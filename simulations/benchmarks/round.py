@@ -35,9 +35,10 @@ def bench_round(rounds: int, settings: Sequence[str] = ()) -> Iterator[dict[str,
         settings: keys of the plan to replace.
 
     Yields:
-        First the round: medians of its ``seconds`` and of ``not_training_or_evaluating`` as a share, with its ``target``. Then each part:
-        ``seconds`` a round in which it ran in one process or more, ``of_the_rest`` those without training or evaluation, and ``cpu_s``
-        of the coordinator, or of one agent. Parts may lie in others, or beside them.
+        First the round: medians of its ``seconds``, of what of it is ``not_training_or_evaluating`` as a share, with its ``target``, and
+        of what is ``not_training``. Then each part: ``seconds`` a round in which it ran in one process or more, ``of_the_rest`` those
+        without training or evaluation, and ``cpu_s`` of the coordinator, or of one agent; in the first round ``first_cpu_s``. Parts may
+        lie in others, or beside them.
 
     Raises:
         LichenError: CHECK_FAILED, if the run did not finish or too few rounds were asked for.
@@ -48,9 +49,8 @@ def bench_round(rounds: int, settings: Sequence[str] = ()) -> Iterator[dict[str,
     spans = _run(plan)
     begins = sorted(span.began for span in spans if span.part == "round")
     measured = list(itertools.pairwise(begins))[1:]
-    busy = union((span.began, span.ended) for span in spans if span.part in BUSY)
-    rests = [without(whole, busy) for whole in measured]
-    shares = [length(rest) / (end - begin) for rest, (begin, end) in zip(rests, measured, strict=True)]
+    rests = _rests(spans, BUSY, measured)
+    shares = _shares(rests, measured)
     yield {
         "what": "round",
         "rounds": len(measured),
@@ -58,13 +58,15 @@ def bench_round(rounds: int, settings: Sequence[str] = ()) -> Iterator[dict[str,
         "not_training_or_evaluating": statistics.median(shares),
         "most": max(shares),
         "target": TARGET,
+        "not_training": statistics.median(_shares(_rests(spans, frozenset({"train"}), measured), measured)),
     }
     for role, parts in ROLES.items():
-        yield _all_of(role, spans, measured)
+        ours = [span for span in spans if span.process.startswith(f"{role} ")]
+        yield {"what": f"{role}: all", "cpu_s": statistics.median(_cpu(ours, whole) for whole in measured)}
         for part in parts:
-            own = [span for span in spans if span.part == part and span.process.startswith(f"{role} ")]
+            own = [span for span in ours if span.part == part]
             if own and part != "round":
-                yield {"what": f"{role}: {part}", **_figures(own, measured, rests)}
+                yield {"what": f"{role}: {part}", **_figures(own, begins[0], measured, rests)}
 
 
 def _run(plan: Plan) -> list[Span]:
@@ -79,7 +81,28 @@ def _run(plan: Plan) -> list[Span]:
         return list(read(folder))
 
 
-def _figures(own: list[Span], measured: list[Interval], rests: list[list[Interval]]) -> dict[str, Any]:
+def _rests(spans: list[Span], busy: frozenset[str], measured: list[Interval]) -> list[list[Interval]]:
+    """What of each round no part that is ``busy`` fills, in any process."""
+    filled = union((span.began, span.ended) for span in spans if span.part in busy)
+    return [without(whole, filled) for whole in measured]
+
+
+def _shares(rests: list[list[Interval]], measured: list[Interval]) -> list[float]:
+    return [length(rest) / (end - begin) for rest, (begin, end) in zip(rests, measured, strict=True)]
+
+
+def _cpu(spans: list[Span], whole: Interval) -> float:
+    """CPU time of all threads of a process of one kind, between its first parts after two moments."""
+    found = []
+    for process in {span.process for span in spans}:
+        own = sorted((span.began, span.process_cpu) for span in spans if span.process == process)
+        before, after = (next((cpu for began, cpu in own if began >= at), None) for at in whole)
+        if before is not None and after is not None:
+            found.append(after - before)
+    return statistics.fmean(found)
+
+
+def _figures(own: list[Span], start: float, measured: list[Interval], rests: list[list[Interval]]) -> dict[str, Any]:
     """Medians over rounds of one part's figures."""
     ran = union((span.began, span.ended) for span in own)
     figures: dict[str, Any] = {
@@ -88,30 +111,12 @@ def _figures(own: list[Span], measured: list[Interval], rests: list[list[Interva
     }
     if all(span.cpu is not None for span in own):
         processes = len({span.process for span in own})
-        cpu = (sum(span.cpu or 0 for span in own if begin <= span.began < end) for begin, end in measured)
-        figures["cpu_s"] = statistics.median(cpu) / processes
+        first, *cpu = (
+            sum(span.cpu or 0 for span in own if begin <= span.began < end) / processes
+            for begin, end in [(start, measured[0][0]), *measured]
+        )
+        figures |= {"cpu_s": statistics.median(cpu), "first_cpu_s": first}
     return figures
-
-
-def _all_of(role: str, spans: list[Span], measured: list[Interval]) -> dict[str, Any]:
-    """CPU time of a process of one kind, all its threads, a round."""
-    by_process: dict[str, list[Span]] = {}
-    for span in spans:
-        if span.process.startswith(f"{role} "):
-            by_process.setdefault(span.process, []).append(span)
-    used = []
-    for own in by_process.values():
-        points = [next((s.process_cpu for s in sorted(own, key=_began) if s.began >= at), None) for at in _edges(measured)]
-        used += [after - before for before, after in itertools.pairwise(points) if before is not None and after is not None]
-    return {"what": f"{role}: all", "cpu_s": statistics.median(used)}
-
-
-def _began(span: Span) -> float:
-    return span.began
-
-
-def _edges(measured: list[Interval]) -> list[float]:
-    return [begin for begin, _ in measured] + [measured[-1][1]]
 
 
 def told(rows: Sequence[dict[str, Any]]) -> tuple[str, Table]:
@@ -124,10 +129,10 @@ def told(rows: Sequence[dict[str, Any]]) -> tuple[str, Table]:
         f"{whole['most']:.4f} at most (target {whole['target']:g}, {verdict})"
     )
     table = Table(title="where it goes, seconds a round; parts may lie in others, or beside them")
-    for column in ("part", "in any process", "not training or evaluating", "CPU, one process"):
+    for column in ("part", "in any process", "not training or evaluating", "CPU, one process", "CPU, first round"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for row in parts:
-        table.add_row(row["what"], *(f"{row[key]:.3f}" if key in row else "" for key in ("seconds", "of_the_rest", "cpu_s")))
+        table.add_row(row["what"], *(f"{row[key]:.3f}" if key in row else "" for key in ("seconds", "of_the_rest", "cpu_s", "first_cpu_s")))
     return line, table
 
 
