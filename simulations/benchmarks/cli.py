@@ -210,12 +210,13 @@ def step(
 @app.command(name="round")
 def round_(
     rounds: Annotated[int, typer.Option(min=3, help="Of the run; the first and the last are not measured.")] = 6,
+    plan: Annotated[str, typer.Option(help="A scenario, or a plan file with a simulation section.")] = "r8",
     as_json: AsJson = False,
 ) -> None:
     """The demo's federation as deployed: what of a round is not compute, and where it goes. Example: lichen bench round."""
     from lichen.simulations.benchmarks.round import bench_round, told
 
-    rows = list(bench_round(rounds))
+    rows = list(bench_round(rounds, plan))
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:

@@ -25,6 +25,7 @@ SHORT = (
     ("aggregate", "--updates", "32", "--megabytes", "32"),
     ("channel", "--rounds", "100", "--megabytes", "50"),
     ("agent",),
+    ("round", "--rounds", "4"),
 )
 """Each bench with the options that make it short."""
 NOTE = """\

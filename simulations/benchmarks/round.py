@@ -27,26 +27,25 @@ FEWEST = 3
 Interval = tuple[float, float]
 
 
-def bench_round(rounds: int, settings: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Run the demo's plan with a coordinator and four agents as processes of their own, over mutual TLS.
+def bench_round(rounds: int, plan: str = "r8") -> Iterator[dict[str, Any]]:
+    """Run a plan with a coordinator and its agents as processes of their own, over mutual TLS, as `lichen demo` does.
 
     Args:
         rounds: of the run; all but the first and the last are measured, each until the next begins.
-        settings: keys of the plan to replace.
+        plan: a scenario, or a plan file with a simulation section.
 
     Yields:
-        First the round: medians of its ``seconds``, of what of it is ``not_training_or_evaluating`` as a share, with its ``target``, and
-        of what is ``not_training``. Then each part: ``seconds`` a round in which it ran in one process or more, ``of_the_rest`` those
-        without training or evaluation, and ``cpu_s`` of the coordinator, or of one agent; in the first round ``first_cpu_s``. Parts may
-        lie in others, or beside them.
+        First the round: medians of its ``seconds``, of what of it is ``not_training_or_evaluating`` as a share (``rest_s`` in seconds),
+        with its ``target``, and of what is ``not_training``. Then each part: ``seconds`` a round in which it ran in one process or more,
+        ``of_the_rest`` those without training or evaluation, and ``cpu_s`` of the coordinator, or of one agent; in the first round
+        ``first_cpu_s``. Parts may lie in others, or beside them.
 
     Raises:
         LichenError: CHECK_FAILED, if the run did not finish or too few rounds were asked for.
     """
     if rounds < FEWEST:
         raise LichenError(Code.CHECK_FAILED, f"{rounds} rounds: only those between the first and the last are measured", where="--rounds")
-    plan = load_plan(find_plan("r8"), [f"rounds={rounds}", "aggregation.average_last=1", *settings])
-    spans = _run(plan)
+    spans = _run(load_plan(find_plan(plan), [f"rounds={rounds}", "aggregation.average_last=1"]))
     begins = sorted(span.began for span in spans if span.part == "round")
     measured = list(itertools.pairwise(begins))[1:]
     rests = _rests(spans, BUSY, measured)
@@ -57,6 +56,7 @@ def bench_round(rounds: int, settings: Sequence[str] = ()) -> Iterator[dict[str,
         "seconds": statistics.median(end - begin for begin, end in measured),
         "not_training_or_evaluating": statistics.median(shares),
         "most": max(shares),
+        "rest_s": statistics.median(length(rest) for rest in rests),
         "target": TARGET,
         "not_training": statistics.median(_shares(_rests(spans, frozenset({"train"}), measured), measured)),
     }
@@ -125,8 +125,8 @@ def told(rows: Sequence[dict[str, Any]]) -> tuple[str, Table]:
     share = whole["not_training_or_evaluating"]
     verdict = "ok" if share <= whole["target"] else "short"
     line = (
-        f"a round takes {whole['seconds']:.2f} s (median of {whole['rounds']}); not training or evaluating {share:.4f} of it, "
-        f"{whole['most']:.4f} at most (target {whole['target']:g}, {verdict})"
+        f"a round takes {whole['seconds']:.2f} s (median of {whole['rounds']}); not training or evaluating: {share:.4f} of it, "
+        f"{whole['rest_s']:.3f} s (at most {whole['target']:g}: {verdict}); not training: {whole['not_training']:.4f}"
     )
     table = Table(title="where it goes, seconds a round; parts may lie in others, or beside them")
     for column in ("part", "in any process", "not training or evaluating", "CPU, one process", "CPU, first round"):
