@@ -508,8 +508,13 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             self.result.privacy.max_epsilon = max((client.epsilon for client in clients.values()), default=0.0)
 
     def _foreseen(self) -> list[list[Segment]]:
-        """What clients will have spent if their next training is as their last; nothing where it can't be computed beside a round."""
-        return [[*history, history[-1]] for history in self.state.spent.values()] if self._beside else []
+        """What clients will have spent if their next training is as their last, where all take part in each round.
+
+        Of many clients few are asked again at once, and where scoring is not beside a round this is not either: then nothing.
+        """
+        if not self._beside or len(self._used) < len(self.state.spent):
+            return []
+        return [[*history, history[-1]] for history in self.state.spent.values()]
 
     def _clients(self) -> dict[str, ClientPrivacy]:
         delta = self.plan.privacy.delta

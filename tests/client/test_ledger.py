@@ -16,7 +16,7 @@ import pytest
 from lichen.client.ledger import Ledger
 from lichen.client.ledger_book import Limit, Limits, Split
 from lichen.common.errors import Code, LichenError
-from lichen.common.privacy.accounting import Segment, epsilon, noise_multiplier
+from lichen.common.privacy.accounting import Segment, _epsilon, epsilon, noise_multiplier
 from lichen.common.privacy.schedule import MOST_NOISE
 
 DELTA = 1e-5
@@ -84,6 +84,29 @@ def test_a_reservation_grants_no_more_steps_than_are_asked(tmp_path: Path) -> No
         reserve(ledger, "train", "r", "m", 1, STEP, FREE)
         assert reserve(ledger, "train", "r", "m", 1, STEP._replace(steps=5), FREE) == 5
         assert reserve(ledger, "train", "r", "m", 1, STEP._replace(steps=50), FREE) == 20
+
+
+@pytest.mark.parametrize("life", [None, 5.0])
+def test_the_accountant_is_asked_in_a_runs_first_round_alone(tmp_path: Path, life: float | None) -> None:
+    rounds, step = 6, Segment(noise_multiplier(5.0, DELTA, 0.1, 30), 0.1, 5)
+    asked = []
+    with Ledger(tmp_path) as ledger:
+        for round in range(1, rounds + 1):
+            before = _epsilon.cache_info().misses
+            assert reserve(ledger, "train", "r", f"m{round}", round, step, limits(5.0, life), ahead=5 * (rounds - round)) == 5
+            asked.append(_epsilon.cache_info().misses - before)
+        with pytest.raises(LichenError, match="not one more step"):
+            reserve(ledger, "train", "r", "m7", 7, step, limits(epsilon([step] * 6, DELTA), life))
+    assert asked[1:] == [0] * (rounds - 1)
+
+
+def test_a_run_that_cannot_pay_all_that_is_ahead_goes_on_as_far_as_it_can(tmp_path: Path) -> None:
+    step = Segment(2.0, 0.1, 5)
+    with Ledger(tmp_path) as ledger:
+        granted = [reserve(ledger, "train", "r", f"m{n}", n, step, limits(epsilon([step] * 2, DELTA)), ahead=5 * (3 - n)) for n in (1, 2)]
+        assert granted == [5, 5]
+        with pytest.raises(LichenError, match="not one more step"):
+            reserve(ledger, "train", "r", "m3", 3, step, limits(epsilon([step] * 2, DELTA)))
 
 
 def test_runs_splits_and_messages_are_apart(tmp_path: Path) -> None:

@@ -73,6 +73,20 @@ def test_a_mailbox_of_version_1_opens_with_all_it_holds(tmp_path: Path) -> None:
     mailbox.close()
 
 
+def test_who_only_opens_it_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sqlite"
+    Mailbox(path).close()
+    with sqlite3.connect(path) as db:
+        before = db.execute("PRAGMA data_version").fetchone()
+        Mailbox(path).close()
+        assert db.execute("PRAGMA data_version").fetchone() == before
+        other = Mailbox(path)
+        other.put(A, b"message a")
+        other.close()
+        assert db.execute("PRAGMA data_version").fetchone() != before
+    db.close()
+
+
 def test_a_mailbox_of_a_newer_lichen_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "agent.sqlite") as db:
         db.execute("PRAGMA user_version = 3")

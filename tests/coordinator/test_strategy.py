@@ -729,6 +729,29 @@ def test_scores_made_beside_the_rounds_are_those_made_between_them(
     assert lines == [json.loads(told.model_dump_json()) for told in beside.rounds]
 
 
+def test_what_a_round_spends_is_computed_beside_it(
+    tmp_path: Path, plan_of: Callable[..., Plan], scoring: Callable[[Score], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two rounds an accountant would hold the next up."""
+    scoring(lambda _, state: size_of(state))
+    asked: dict[str, list[int]] = {}
+
+    def noted(history: list[Segment], delta: float) -> float:
+        asked.setdefault(threading.current_thread().name, []).append(sum(segment.steps for segment in history))
+        return epsilon(history, delta)
+
+    monkeypatch.setattr("lichen.coordinator.strategy.epsilon", noted)
+    plan = plan_of(rounds=3, privacy=PRIVATE)
+    steps = planned_steps(plan, DECLARED).steps
+    Federation(tmp_path / "all", plan, grid=Apart).run()
+    assert asked.pop("scoring") == [2 * steps] * len(SIZES) + [3 * steps] * len(SIZES)
+    for few, grid in (("two of three", Apart), ("not beside", InProcessGrid)):
+        changes = {"cohort": {"size": 2, "minimum": 2, "deadline_s": 30}} if grid is Apart else {}
+        Federation(tmp_path / few, plan_of(rounds=3, privacy=PRIVATE, seed=2, **changes), grid=grid).run()
+    assert asked.pop("scoring") == [2 * steps] * 2, "as long as only two are known"
+    assert asked.keys() == {threading.current_thread().name}
+
+
 class Watched(Apart):
     """Says when a round is asked for."""
 
