@@ -335,19 +335,25 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.directory.save_state(self.state)
 
     def _score(self, seconds: float, num_rounds: int) -> None:
-        """Have the round's model scored, and then the round told, beside the next round; then what the next one spends is computed.
+        """Have the round's model scored, and then the round told, beside the next round; a round without a score is told at once.
 
+        What the next round spends is computed there too: an accountant that is asked between two rounds holds the next one up.
         No tensor of a state is ever changed in place, so the model that is scored stays what it is.
         """
-        told, model, scored = self._told, self.state.model, self._is_scored(self._told.round, num_rounds)
+        told, model, delta = self._told, self.state.model, self.plan.privacy.delta
         foreseen = self._foreseen() if told.round < num_rounds else []
+        scored = self._is_scored(told.round, num_rounds)
 
         def work() -> None:
-            self._score_and_tell(told, model, seconds, scored=scored)
+            if scored:
+                self._score_and_tell(told, model, seconds, scored=True)
             for history in foreseen:
-                epsilon(history, self.plan.privacy.delta)  # kept: an accountant that is asked between two rounds would hold the next up
+                epsilon(history, delta)  # which keeps what it found
 
-        self._scoring.start(work)
+        if not scored:
+            self._score_and_tell(told, model, seconds, scored=False)
+        if scored or foreseen:
+            self._scoring.start(work)
 
     def _is_scored(self, round: int, num_rounds: int) -> bool:
         return self._evaluator.has_validation and (round % self.plan.evaluation.every == 0 or round == num_rounds)
