@@ -317,7 +317,9 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 name: self.state.average[name] + tensor if self.state.average else tensor.clone()
                 for name, tensor in self.state.model.items()
             }
-        messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid))
+        every = self.plan.evaluation.federated_every
+        # only then, since to write a model takes the disk's time
+        messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid)) if every and not number % every else []
         if messages:
             self.aggregate_evaluate(number, self._ask(grid, messages, timeout))
         self._told.seconds = round(time.monotonic() - began, 3)
