@@ -83,6 +83,13 @@ def find(name: str) -> torch.device:
 _FIX = "Leave --device (and LICHEN_DEVICE) out, or install the torch that is built for it, and its driver."
 
 
+def name_of(where: torch.device) -> str:
+    """What people call a device."""
+    import torch
+
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else str(where)
+
+
 def sent(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
     """A tensor on a device; itself if it is there. Nobody waits for it: what uses it there comes after it."""
     return tensor.to(where, non_blocking=True)

@@ -217,12 +217,10 @@ class TextClassification:
         length = max((len(row) for row in rows), default=0) or 1  # an empty text has no token in some tokenizers
         if self.plan.local.compute == "plain":
             length = self.plan.task.max_length
-        ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id), dtype=torch.int64)
-        mask = torch.zeros((len(rows), length), dtype=torch.int64)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.from_numpy(row)
-            mask[index, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        real = np.arange(length) < np.array([len(row) for row in rows], dtype=np.int64).reshape(-1, 1)
+        ids = np.full(real.shape, int(self.tokenizer.pad_token_id), dtype=np.int64)
+        ids[real] = np.concatenate(rows) if rows else 0
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(real.astype(np.int64))}
 
     @torch.no_grad()
     def _start_head(self, base: PreTrainedModel, model: TunedModel) -> None:
