@@ -39,7 +39,7 @@ class TunedModel:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return next(iter(self.trainable.values())).device
+        return next(self.network.parameters()).device
 
     def state(self) -> State:
         """A copy of the trainable tensors, on the CPU."""

@@ -34,7 +34,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The peers that a bench was asked for; all of them are installed, and every bench gives two rows."""
     found: list[str] = []
 
-    def bench(rounds: int, chosen: Sequence[Peer], *, tiny: bool) -> Iterator[dict[str, Any]]:
+    def bench(rounds: int, chosen: Sequence[Peer], *, tiny: bool, device: str) -> Iterator[dict[str, Any]]:
         found.extend(peer.name for peer in chosen)
         yield {"what": "import, and load", "layout": "2×1", "startup_s": 4.0}
         yield OURS | {
