@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from lichen.common.tasks.task import Encoded
 
 
+FUSED_ON = ("cpu",)
+"""Devices where LoRA is fused without privacy: on a GPU its nodes, which are Python's, take longer than what they spare."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """The result of a round's local training."""
@@ -64,7 +68,7 @@ class Trainer:
         # what full tuning books of a pass is padded, packed or not
         self._by_length = self._lean and (not packing.on or plan.model.adapter.kind == "full")
         if not plan.private or plan.central:
-            if self._lean and plan.model.adapter.kind == "lora":
+            if self._lean and plan.model.adapter.kind == "lora" and self.model.device.type in FUSED_ON:
                 self._fused = _fused(self.model)
         else:
             from lichen.client.private_step import PrivateStep
@@ -84,7 +88,9 @@ class Trainer:
         rows = min(local.batch_size, local.max_physical_batch_size)
         most = most_at_once(self.model, rows, length, private=self._private is not None)
         count = clients_at_once(cost, local.batch_size * length, most)
-        if not self._lean or self._batches.prefix or count == 1 or (groups := group_weights(self.model, self._packing)) is None:
+        # on a GPU it saves more than what is known of the frozen layers
+        known = self._batches.prefix is not None and self.model.device.type == "cpu"
+        if not self._lean or known or count == 1 or (groups := group_weights(self.model, self._packing)) is None:
             return None
         clip = self.plan.privacy.clip if self._private else None
         together = Together(groups, self.model, self.task, local.max_physical_batch_size * count, cost, clip)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lichen.client import trainer as trainer_module
 from lichen.client.app import trainer_of
 from lichen.client.gate import Gate
 from lichen.client.jobs import Job, Private
@@ -136,6 +137,15 @@ def test_packed_batches_give_what_padded_ones_do(
     alike(found[1], found[0])
 
 
+def test_fused_lora_gives_what_pefts_own_does(make: Make, tiny_rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for on in (("cpu",), ("cpu", "cuda")):
+        monkeypatch.setattr(trainer_module, "FUSED_ON", on)
+        trainer = make("cuda")
+        found.append(trainer.run(jobs(trainer, tiny_rows)[0]))
+    alike(found[1], found[0])
+
+
 @pytest.mark.parametrize("adapter", [{"kind": "head"}, {"kind": "lora", "rank": 2, "last_layers": 1}])
 def test_frozen_layers_that_are_kept_change_nothing(make: Make, tiny_rows: Rows, adapter: dict[str, Any], tmp_path: Path) -> None:
     trainer = make("cuda", model={"adapter": adapter})
@@ -146,6 +156,11 @@ def test_frozen_layers_that_are_kept_change_nothing(make: Make, tiny_rows: Rows,
     )
     alike(cold, without)
     alike(warm, without)
+    assert trainer.at_once > 1
+    for one, other in zip(
+        trainer.run_together(jobs(trainer, tiny_rows)), [trainer.run(job) for job in jobs(trainer, tiny_rows)], strict=True
+    ):
+        alike(one, other)
 
 
 def test_noise_is_the_same_bit_for_bit() -> None:
