@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lichen.common.device import sent
 from lichen.common.model.packing import Packing, Padded
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def run_lean(model: TunedModel, *, pack: bool) -> Packing:
     if kind not in known or config._attn_implementation != "sdpa" or config.is_decoder:
         return Packing(on=False)
     layers = base.base_model.encoder.layer
-    ids = torch.arange(1, 19, device=model.device).view(3, 6) % config.vocab_size
-    mask = (torch.arange(6) < torch.tensor([[4], [6], [1]])).long().to(model.device)
+    ids = sent(torch.arange(1, 19).view(3, 6) % config.vocab_size, model.device)
+    mask = sent((torch.arange(6) < torch.tensor([[4], [6], [1]])).long(), model.device)
     before = _logits(model.network, ids, mask)
     packing = Packing(on=pack and model.device.type in PACKED_ON)
     for layer in layers:
