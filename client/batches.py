@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lichen.common.batching import pass_cost, passes
+from lichen.common.device import sent
 from lichen.common.model.prefix import FrozenPrefix, PrefixStore, frozen_prefix, store_of
 from lichen.common.tasks.task import CHECKED_ROWS
 
@@ -39,7 +40,7 @@ class Batches:
     def __init__(self, task: Task[Any], model: TunedModel, local: Local, packing: Packing) -> None:
         self._task, self._local = task, local
         self._by_length = local.compute == "lean" and not packing.on
-        self._pass_cost = pass_cost(model)
+        self._pass_cost, self._device = pass_cost(model), model.device
         self._width = int(model.network.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
         self.prefix = frozen_prefix(model, packing) if local.compute == "lean" and local.prefix_cache != "off" else None
         self._stores: dict[Path, tuple[Encoded, PrefixStore | None]] = {}
@@ -56,7 +57,7 @@ class Batches:
             yield Collate(self._task, data)
             return
         with self.prefix.use() as feed:
-            yield _CollateKnown(self._task, data, self.prefix, store, feed, self.parts)
+            yield _CollateKnown(self._task, data, self.prefix, store, feed, self.parts, self._device)
 
     def parts(self, rows: Sequence[int], data: Encoded) -> list[list[int]]:
         """Rows by pass: by length, but where nothing is padded anyway."""
@@ -71,7 +72,7 @@ class Batches:
         if kept is None or kept[0] is not data:
             # what it gives for rows that nobody wrote tells one set of weights from another
             tells = prefix.compute(self._task.collate(self._task.made_up(CHECKED_ROWS), range(CHECKED_ROWS)))
-            key = f"{hashlib.sha256(tells.numpy().tobytes()).hexdigest()} {data.digest}"
+            key = f"{hashlib.sha256(tells.cpu().numpy().tobytes()).hexdigest()} {data.digest}"
             half = self._local.prefix_cache == "float16"
             kept = data, store_of(folder, prefix, key, data.lengths, self._width, "float16" if half else "float32")
         self._stores[folder] = kept
@@ -105,9 +106,10 @@ class _CollateKnown(Collate):
         store: PrefixStore,
         feed: Callable[[torch.Tensor | None], None],
         parts: Callable[[Sequence[int], Encoded], list[list[int]]],
+        device: torch.device,
     ) -> None:
         super().__init__(task, data)
-        self._prefix, self._store, self._feed, self._parts = prefix, store, feed, parts
+        self._prefix, self._store, self._feed, self._parts, self._device = prefix, store, feed, parts, device
 
     def prepare(self, rows: Sequence[int]) -> None:
         self._feed(None)
@@ -115,5 +117,5 @@ class _CollateKnown(Collate):
             self._store.put(part, self._prefix.compute(super().__call__(part)))
 
     def __call__(self, rows: Sequence[int]) -> Batch:
-        self._feed(self._store.get(rows))
+        self._feed(sent(self._store.get(rows), self._device))
         return super().__call__(rows)

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lichen.common.device import AUTO, HELP, VARIABLE, choose_unloaded
 from lichen.common.errors import Code, LichenError
 
 app = typer.Typer(help="The agent that data owners run.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -58,10 +59,14 @@ def join(
 
 
 @app.command()
-def run(home: Home = DEFAULT_HOME) -> None:
+def run(
+    device: Annotated[str, typer.Option(envvar=VARIABLE, help=f"Where to train: {HELP}")] = AUTO,
+    home: Home = DEFAULT_HOME,
+) -> None:
     """Run the agent until it is interrupted. Example: lichen client run --home /srv/lichen/node."""
     from lichen.client.agent import Agent
 
+    choose_unloaded(device)
     logging.getLogger("lichen").setLevel(min(logging.INFO, logging.getLogger().level))
     asyncio.run(Agent(home).run())
 

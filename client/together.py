@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lichen.common.batching import passes
+from lichen.common.device import sent
 from lichen.common.errors import Code, LichenError
-from lichen.common.privacy.randomness import RandomSource, add_noise
+from lichen.common.privacy.randomness import Noise as SumNoise
+from lichen.common.privacy.randomness import RandomSource, add_noises
 from lichen.common.tasks.task import CHECKED_ROWS
 
 if TYPE_CHECKING:
@@ -46,7 +48,13 @@ class Member:
     """The rows of each step."""
     noise: Noise | None = None
     seen: int = 0
-    loss_sum: float = 0.0
+    losses: list[torch.Tensor] = field(default_factory=list)
+    """Of each pass, summed; read at the end, since a GPU's numbers must be waited for."""
+
+    @property
+    def loss_sum(self) -> float:
+        """Summed over the rows seen."""
+        return sum(map(float, self.losses), 0.0)
 
 
 class Together:
@@ -63,6 +71,7 @@ class Together:
 
     def __init__(self, groups: GroupWeights, model: TunedModel, task: Task[Any], most: int, pass_cost: float, clip: float | None) -> None:
         self._groups, self._model, self._task, self._most, self._pass_cost, self._clip = groups, model, task, most, pass_cost, clip
+        self._device = model.device
 
     def train(
         self, start: State, members: Sequence[Member], optimizer_of: Callable[[Mapping[str, torch.Tensor]], torch.optim.Optimizer]
@@ -84,16 +93,19 @@ class Together:
         active = [members[number] for number in order]
         data, first = self._joined(active)
         # in the model's order, which the noise is drawn in: that of tensors that came from a file is any
-        stack = {name: start[name].expand(len(active), *start[name].shape).clone().requires_grad_() for name in self._model.trainable}
+        shapes = {name: (len(active), *start[name].shape) for name in self._model.trainable}
+        stack = {name: sent(start[name], self._device).expand(shape).clone().requires_grad_() for name, shape in shapes.items()}
         optimizer = optimizer_of(stack)
         found: list[State] = [{} for _ in members]
         for step in range(active[0].steps if active else 0):
             self._step(stack, optimizer, active, data, first)
-            done = sum(member.steps == step + 1 for member in active)
-            for place in range(len(active) - done, len(active)):
-                found[order[place]] = {name: tensor.detach()[place].clone() for name, tensor in stack.items()}
-            del active[len(active) - done :]
-            _keep(optimizer, len(active))
+            left = sum(member.steps > step + 1 for member in active)
+            if left < len(active):
+                done = {name: tensor.detach()[left:].to("cpu", copy=True) for name, tensor in stack.items()}
+                for place in range(left, len(active)):
+                    found[order[place]] = {name: tensor[place - left].clone() for name, tensor in done.items()}
+                del active[left:]
+                _keep(optimizer, left)
         return found
 
     def _joined(self, members: Sequence[Member]) -> tuple[Encoded, list[int]]:
@@ -115,14 +127,14 @@ class Together:
             sums = self._clipped_sums(stack, data, drawn, self._clip)
             _add_noise(sums, self._clip, active, optimizer, stack)
         else:
-            for batch, among, real in self._passes(data, drawn):
-                # `tensor[among]` of all would copy them, and their gradients back
-                weights = stack if len(among) == len(active) else {name: tensor[among] for name, tensor in stack.items()}
-                with self._groups.use(weights, real.numel()):
+            for batch, numbers, real in self._passes(data, drawn):
+                among = self._among(numbers, drawn)
+                with self._groups.use({name: _of(tensor, among) for name, tensor in stack.items()}, real.numel()):
                     losses = self._task.losses(self._model.network, batch).view_as(real) * real
-                torch.autograd.backward((losses / torch.tensor([len(drawn[number]) for number in among]).unsqueeze(1)).sum())
-                for number, loss in zip(among, losses.detach().sum(1).tolist(), strict=True):
-                    active[number].loss_sum += loss
+                counts = sent(torch.tensor([len(drawn[number]) for number in numbers]), self._device)
+                torch.autograd.backward((losses / counts.unsqueeze(1)).sum())
+                for number, loss in zip(numbers, losses.detach().sum(1), strict=True):
+                    active[number].losses.append(loss)
             for member, own in zip(active, drawn, strict=True):
                 member.seen += len(own)
         optimizer.step()
@@ -140,16 +152,20 @@ class Together:
             among = [number for number, rows in enumerate(drawn) if len(rows) > part[0]]
             rows = [drawn[number][place] if place < len(drawn[number]) else drawn[number][0] for number in among for place in part]
             real = torch.tensor([[float(place < len(drawn[number])) for place in part] for number in among])
-            yield self._task.collate(data, rows), among, real
+            yield self._task.collate(data, rows), among, sent(real, self._device)
+
+    def _among(self, numbers: Sequence[int], drawn: Sequence[object]) -> torch.Tensor | None:
+        """Which clients are in a pass, as an index; None: all."""
+        return None if len(numbers) == len(drawn) else sent(torch.tensor(numbers), self._device)
 
     def _clipped_sums(
         self, stack: Mapping[str, torch.Tensor], data: Encoded, drawn: Sequence[Sequence[int]], clip: float
     ) -> dict[str, torch.Tensor]:
         """Of each client the sum of its rows' gradients, each clipped: every row is a group, so that autograd gives each row's own."""
         sums = {name: torch.zeros_like(tensor, requires_grad=False) for name, tensor in stack.items()}
-        for batch, among, real in self._passes(data, drawn):
-            width = real.shape[1]
-            weights = {name: tensor.detach()[among].repeat_interleave(width, 0).requires_grad_() for name, tensor in stack.items()}
+        for batch, numbers, real in self._passes(data, drawn):
+            width, among = real.shape[1], self._among(numbers, drawn)
+            weights = {name: _of(tensor.detach(), among).repeat_interleave(width, 0).requires_grad_() for name, tensor in stack.items()}
             with self._groups.use(weights, real.numel()):
                 loss = (self._task.losses(self._model.network, batch).view_as(real) * real).sum()
             gradients = [gradient.reshape(*real.shape, -1) for gradient in torch.autograd.grad(loss, list(weights.values()))]
@@ -158,7 +174,8 @@ class Together:
             factors = (clip / squares.sqrt()).clamp(max=1.0)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 found = torch.einsum("gw,gwn->gn", factors.masked_fill(bad, 0), gradient.masked_fill(bad.unsqueeze(2), 0))
-                total[among] += found.view(len(among), *total.shape[1:])
+                found = found.view(len(numbers), *total.shape[1:])
+                total.add_(found) if among is None else total.index_add_(0, among, found)
         return sums
 
     def check(self, expected: Callable[[Sequence[int], Encoded, float], Mapping[str, torch.Tensor]]) -> None:
@@ -177,7 +194,7 @@ class Together:
         generator = torch.Generator().manual_seed(0)
         try:
             self._model.load({name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator) for name, tensor in start.items()})
-            stack = {name: tensor.expand(len(drawn), *tensor.shape) for name, tensor in self._model.state().items()}
+            stack = {name: tensor.detach().expand(len(drawn), *tensor.shape) for name, tensor in self._model.trainable.items()}
             found = self._clipped_sums(stack, data, drawn, clip)
             for place, rows in enumerate(drawn):
                 for name, tensor in expected(rows, data, clip).items():
@@ -187,6 +204,10 @@ class Together:
                         )
         finally:
             self._model.load(start)
+
+
+def _of(tensor: torch.Tensor, among: torch.Tensor | None) -> torch.Tensor:
+    return tensor if among is None else tensor.index_select(0, among)
 
 
 def _add_noise(
@@ -199,11 +220,12 @@ def _add_noise(
     """Each member's noise from its own source, tensor by tensor in the optimizer's order, as in its steps alone."""
     name_of = {id(tensor): name for name, tensor in stack.items()}
     ordered = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    for place, member in enumerate(active):
-        if (noise := member.noise) is not None:
-            std, over = noise.segment.noise_multiplier * clip, noise.segment.sample_rate * noise.declared_size
-            for tensor in ordered:
-                add_noise(sums[name_of[id(tensor)]][place], std, noise.source, over=over)
+    noises = [
+        SumNoise(noise.segment.noise_multiplier * clip, noise.source, noise.segment.sample_rate * noise.declared_size)
+        for noise in (member.noise for member in active)
+        if noise is not None
+    ]
+    add_noises([sums[name_of[id(tensor)]] for tensor in ordered], noises)
     for tensor in ordered:
         tensor.grad = sums[name_of[id(tensor)]]
 

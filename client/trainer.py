@@ -14,7 +14,7 @@ import torch
 from lichen.client.batches import Batches
 from lichen.client.jobs import Job
 from lichen.client.together import Member, Noise, Together
-from lichen.common.batching import clients_at_once, pass_cost
+from lichen.common.batching import clients_at_once, most_at_once, pass_cost
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.lean import run_lean
 from lichen.common.model.packing import Packing
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from lichen.common.plan import Local, Plan
     from lichen.common.privacy.per_unit import Unit
     from lichen.common.tasks.task import Encoded
+
+
+FUSED_ON = ("cpu",)
+"""Devices where LoRA is fused without privacy: on a GPU its nodes, which are Python's, take longer than what they spare."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Trainer:
         # what full tuning books of a pass is padded, packed or not
         self._by_length = self._lean and (not packing.on or plan.model.adapter.kind == "full")
         if not plan.private or plan.central:
-            if self._lean and plan.model.adapter.kind == "lora":
+            if self._lean and plan.model.adapter.kind == "lora" and self.model.device.type in FUSED_ON:
                 self._fused = _fused(self.model)
         else:
             from lichen.client.private_step import PrivateStep
@@ -80,9 +84,13 @@ class Trainer:
     @functools.cached_property
     def _together(self) -> tuple[Together, int] | None:
         """What trains several clients at once, and how many, where that is worth it; a node, which is one, never asks."""
-        local, cost = self.plan.local, pass_cost(self.model)
-        count = clients_at_once(cost, local.batch_size * self.plan.task.max_length)
-        if not self._lean or self._batches.prefix or count == 1 or (groups := group_weights(self.model, self._packing)) is None:
+        local, cost, length = self.plan.local, pass_cost(self.model), self.plan.task.max_length
+        rows = min(local.batch_size, local.max_physical_batch_size)
+        most = most_at_once(self.model, rows, length, private=self._private is not None)
+        count = clients_at_once(cost, local.batch_size * length, most)
+        # on a GPU it saves more than what is known of the frozen layers
+        known = self._batches.prefix is not None and self.model.device.type == "cpu"
+        if not self._lean or known or count == 1 or (groups := group_weights(self.model, self._packing)) is None:
             return None
         clip = self.plan.privacy.clip if self._private else None
         together = Together(groups, self.model, self.task, local.max_physical_batch_size * count, cost, clip)
@@ -152,7 +160,8 @@ class Trainer:
         self.model.load(start)
         self._seed_dropout(source)
         optimizer = self._optimizer(round, self.model.trainable)
-        loss_sum, seen, steps = 0.0, 0, 0
+        losses_of: list[torch.Tensor] = []
+        seen, steps = 0, 0
         with self._batches.of(data, cache) as collate:
             for batch in batches(self.plan.local, len(data), source):
                 collate.prepare(batch)
@@ -161,11 +170,11 @@ class Trainer:
                     with self._fused():
                         losses = self.task.losses(self.model.network, collate(part))
                         torch.autograd.backward(losses.sum() / len(batch))
-                    loss_sum += float(losses.detach().sum())
+                    losses_of.append(losses.detach().sum())  # read at the end: a GPU's numbers must be waited for
                 optimizer.step()
                 seen += len(batch)
                 steps += 1
-        return Trained(self._delta(start, self.model.trainable, steps), steps, loss_sum / max(seen, 1))
+        return Trained(self._delta(start, self.model.trainable, steps), steps, sum(map(float, losses_of)) / max(seen, 1))
 
     def train_private(
         self,
@@ -229,7 +238,7 @@ class Trainer:
         return torch.optim.AdamW(groups, betas=local.betas, weight_decay=local.weight_decay, fused=True)
 
     def _delta(self, start: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor], steps: int) -> State:
-        delta = {name: tensor.detach() - start[name] for name, tensor in trained.items()}
+        delta = {name: tensor.detach().cpu() - start[name] for name, tensor in trained.items()}
         moved = {name for name, tensor in delta.items() if bool(tensor.any())}
         body = delta.keys() - self.model.head
         wrong = ""

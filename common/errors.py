@@ -19,6 +19,7 @@ class Code(IntEnum):
     OUTPUT_EXISTS = 13
     OUTPUT_UNUSABLE = 14
     CHECK_FAILED = 15
+    DEVICE_MISSING = 16
     # 20: plan
     PLAN_UNREADABLE = 20
     PLAN_INVALID = 21

@@ -245,7 +245,7 @@ def _losses(plan: Plan, bench: Workbench, rows: Encoded) -> np.ndarray:
         with torch.no_grad():
             for start in range(0, len(order), plan.evaluation.batch_size):
                 part = order[start : start + plan.evaluation.batch_size]
-                losses[part] = bench.task.losses(network, bench.task.collate(rows, part)).double().numpy()
+                losses[part] = bench.task.losses(network, bench.task.collate(rows, part)).cpu().double().numpy()
     finally:
         network.train()
     return losses

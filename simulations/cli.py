@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from lichen.common.device import AUTO, HELP, VARIABLE, choose
 from lichen.common.plan import Plan, find_plan, load_plan
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ def simulate(
     engine: Annotated[Engine, typer.Option(help="In this process, or on Flower's Ray (the extra `ray`).")] = Engine.INPROCESS,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace a key of the plan.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that train clients side by side; by default one a core (in-process only).")
+        int | None,
+        typer.Option(min=1, help="Processes that train clients side by side; by default one a core (in-process, on the CPU only)."),
     ] = None,
+    device: Annotated[str, typer.Option(envvar=VARIABLE, help=f"Where to compute: {HELP} Ray's clients take no GPU unasked.")] = AUTO,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print result.json at the end.")] = False,
 ) -> None:
@@ -51,6 +54,7 @@ def simulate(
     if partition is not None:
         overrides.append(f"simulation.partition={json.dumps(partition)}")
     found = load_plan(find_plan(plan), overrides)
+    choose("cpu" if engine is Engine.RAY and device == AUTO else device)
     open_for(out, resume=resume, plan=found)  # before the rounds of another run are shown as this one's
     result = run_shown(found, out, engine.value, Console(stderr=as_json), resume=resume, workers=workers)
     if as_json:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flwr.app import Context, RecordDict
 
+from lichen.common.device import device
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import Result, read_result, write_atomically
 from lichen.coordinator.run_directory import COHORT, RunDirectory, open_for
@@ -39,13 +40,13 @@ def run(plan: Plan, out: Path, engine: str, *, resume: bool = False, progress: P
         engine: ``inprocess`` or ``ray``.
         resume: go on with the run in ``out``.
         progress: told of each client that is done (in-process only).
-        workers: processes that serve the clients (in-process only); None: one a core. One serves them in this process.
+        workers: processes that serve the clients (in-process, on the CPU only); None: one a core. One serves them in this process.
 
     Returns:
         The run's result, as in `result.json`.
 
     Raises:
-        LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE, DATA_…, PARTITION_INVALID, MODEL_…, or what stopped the run.
+        LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE, DEVICE_MISSING, DATA_…, PARTITION_INVALID, MODEL_…, or what stopped the run.
     """
     open_for(out, resume=resume)
     made = not out.exists() or not any(out.iterdir())
@@ -74,7 +75,7 @@ def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | 
 
         run_on_ray(server_app, client_app, homes.write_all(), config, threads=1)
     else:
-        with _forking(plan, *layout(plan.cohort.size, workers)) as fork, _spool(out / "simulation") as spool:
+        with _forking(plan, *_layout(plan.cohort.size, workers)) as fork, _spool(out / "simulation") as spool:
             together = Together(functools.partial(clients_at_once, plan), train_together)
             grid = InProcessGrid(client_app, homes, run_id, progress, fork, together, homes.open, spool)
             config["spool"] = str(spool)
@@ -85,6 +86,15 @@ def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | 
     for cache in (out / "simulation").glob(f"*/{CACHE}"):
         shutil.rmtree(cache, ignore_errors=True)
     return read_result(out)
+
+
+def _layout(cohort: int, workers: int | None) -> tuple[int, int]:
+    """`layout` on the CPU. A GPU is one process's, which trains several clients at once: what has called it can't be forked."""
+    if device().type == "cpu":
+        return layout(cohort, workers)
+    if workers and workers > 1:
+        log.warning("%d workers were asked for, but with a GPU one process trains all clients", workers)
+    return 1, 1
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too: the model is too small to share out
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("LICHEN_DEVICE", "cpu")  # a test of a GPU says so; what compares bits holds on the CPU
 os.environ["LICHEN_LEDGER"] = "."  # each home its own: the tests' rows are alike, and the user's ledger is none of their business
 
 LABELS = ("crop", "metal", "money")

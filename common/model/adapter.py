@@ -36,13 +36,18 @@ class TunedModel:
     head: frozenset[str]
     """The names among them that belong to the head."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.network.parameters()).device
+
     def state(self) -> State:
-        """A copy of the trainable tensors."""
-        return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+        """A copy of the trainable tensors, on the CPU."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.trainable.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Set the trainable tensors.
+        """Set the trainable tensors, to some of the CPU.
 
         Raises:
             LichenError: STATE_MISMATCH, if names, shapes or types differ, or a value is not finite; nothing is set then.

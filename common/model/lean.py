@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lichen.common.device import sent
 from lichen.common.model.packing import Packing, Padded
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 FAMILIES = ("Bert", "Roberta", "XLMRoberta")
 """Models with layers of the kind that `_layer` writes out, by what transformers calls them."""
+PACKED_ON = ("cpu",)
+"""Devices where a batch is packed: on a GPU an attention for each length takes longer than padding does."""
 FIRST_TOKEN, ALL_TOKENS = "ForSequenceClassification", "ForTokenClassification"
 """Heads that read the first token alone, and all."""
 
@@ -39,10 +42,10 @@ def run_lean(model: TunedModel, *, pack: bool) -> Packing:
     if kind not in known or config._attn_implementation != "sdpa" or config.is_decoder:
         return Packing(on=False)
     layers = base.base_model.encoder.layer
-    ids = torch.arange(1, 19).view(3, 6) % config.vocab_size
-    mask = (torch.arange(6) < torch.tensor([[4], [6], [1]])).long()
+    ids = sent(torch.arange(1, 19).view(3, 6) % config.vocab_size, model.device)
+    mask = sent((torch.arange(6) < torch.tensor([[4], [6], [1]])).long(), model.device)
     before = _logits(model.network, ids, mask)
-    packing = Packing(on=pack)
+    packing = Packing(on=pack and model.device.type in PACKED_ON)
     for layer in layers:
         last = layer is layers[-1]
         layer.forward = _layer(layer, packing, last=last, first_token=last and kind.endswith(FIRST_TOKEN))

@@ -117,7 +117,8 @@ def frozen_prefix(model: TunedModel, packing: Packing | None = None) -> FrozenPr
     hooks = [layer.register_forward_hook(lambda *found: kinds.append(isinstance(found[2], torch.Tensor))) for layer in layers[:count]]
     try:
         with torch.no_grad():
-            model.network(input_ids=torch.ones((1, 4), dtype=torch.int64), attention_mask=torch.ones((1, 4), dtype=torch.int64))
+            ones = torch.ones((1, 4), dtype=torch.int64, device=model.device)
+            model.network(input_ids=ones, attention_mask=ones)
     finally:
         for hook in hooks:
             hook.remove()
@@ -146,14 +147,15 @@ class PrefixStore:
 
     def put(self, rows: Sequence[int], hidden: torch.Tensor) -> None:
         """Store what the prefix gave for some rows, (B, T, d)."""
+        values = hidden.cpu().numpy()
         for place, row in enumerate(rows):
             start, end = self._ends[row], self._ends[row + 1]
             count = min(int(end - start), hidden.shape[1])
-            self._values[start : start + count] = hidden[place, :count].numpy()
+            self._values[start : start + count] = values[place, :count]
             self._rows[row] = count
 
     def get(self, rows: Sequence[int]) -> torch.Tensor:
-        """What the prefix gives for rows that are there, (B, T, d), zero at padding."""
+        """What the prefix gives for rows that are there, (B, T, d), zero at padding; on the CPU."""
         longest = max(int(self._rows[row]) for row in rows)
         found = np.zeros((len(rows), longest, self._values.shape[1]), dtype=np.float32)
         for place, row in enumerate(rows):

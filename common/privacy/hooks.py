@@ -12,6 +12,7 @@ from opacus import GradSampleModule
 from opacus.grad_sample import register_grad_sampler
 from torch import nn
 
+from lichen.common.device import sent
 from lichen.common.errors import Code, LichenError
 
 
@@ -59,10 +60,11 @@ class HooksModule:
         self._clear()
         with expected_hooks():
             torch.autograd.backward(loss(self._module))
-        owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        device = self._trained[0].device
+        owners = sent(torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)), device)
         gradients = {}
         for parameter in self._trained:
-            total = torch.zeros((len(sizes), *parameter.shape))
+            total = torch.zeros((len(sizes), *parameter.shape), device=device)
             if parameter.grad_sample is not None:  # type: ignore[attr-defined]
                 total.index_add_(0, owners, parameter.grad_sample.float())  # type: ignore[attr-defined]
             gradients[parameter] = total

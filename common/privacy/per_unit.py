@@ -12,8 +12,9 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from lichen.common.batching import pass_cost, passes
+from lichen.common.device import sent
 from lichen.common.errors import Code, LichenError
-from lichen.common.privacy.randomness import SecretSource, add_noise
+from lichen.common.privacy.randomness import Noise, SecretSource, add_noises
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,7 +138,7 @@ class PerUnitGradients:
     ) -> dict[nn.Parameter, torch.Tensor]:
         """The clipped sum of a pack's gradients, where a unit's gradient is the mean over its rows."""
         rows = [row for unit in units for row in unit]
-        weights = torch.tensor([1 / len(unit) for unit in units for _ in unit])
+        weights = sent(torch.tensor([1 / len(unit) for unit in units for _ in unit]), self.model.device)
         sizes = [len(unit) for unit in units]
         if not rows:
             return {}
@@ -185,7 +186,8 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self._source = source
         self._clipped: dict[nn.Parameter, torch.Tensor] | None = None
         if isinstance(source, SecretSource):
-            source.draw_ahead(sum(parameter.numel() for parameter in self.params))
+            here = self.params[0].device.type == "cpu"
+            source.draw_ahead(sum(parameter.numel() for parameter in self.params), busy=None if here else 1)
 
     def take(self, clipped: dict[nn.Parameter, torch.Tensor]) -> None:
         """Give the clipped sum of a physical batch for the next `step`; a parameter that it lacks has a sum of zero."""
@@ -218,10 +220,11 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """Put the clipped sum plus noise of standard deviation σ·C, over the expected batch size, into each ``p.grad``."""
-        std = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
-            total = parameter.summed_grad.contiguous()
-            parameter.grad = add_noise(total, std, self._source, over=self.expected_batch_size).view_as(parameter).to(parameter.dtype)
+        noise = Noise(self.noise_multiplier * self.max_grad_norm, self._source, self.expected_batch_size)
+        totals = [parameter.summed_grad.contiguous().unsqueeze(0) for parameter in self.params]
+        add_noises(totals, [noise])
+        for parameter, total in zip(self.params, totals, strict=True):
+            parameter.grad = total.view_as(parameter).to(parameter.dtype)
 
     def scale_grad(self) -> None:
         """Nothing: `add_noise` has divided already, on its way."""

@@ -7,17 +7,23 @@ import math
 import os
 import threading
 import weakref
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from lichen.common.device import sent
 from lichen.common.privacy.gaussians import AHEAD_LIMIT, PAIRS, Ahead, Gaussians
 
 GRID = 2.0**-15
 """Step of noised sums, over the noise's standard deviation (rounded down to a power of two)."""
 _NOISED_AT_ONCE = 2 * PAIRS
 """Numbers that are noised together: they stay in the cache."""
+_SENT_AT_ONCE = 1 << 22
+"""Numbers that travel to a device together."""
+_WITHOUT_DOUBLES = {"mps"}
+"""Kinds of devices that have no 64-bit floats."""
 
 
 class RandomSource(Protocol):
@@ -68,10 +74,15 @@ class SecretSource:
             self._own.fill(values[ready:], std)
         return values.view(shape)
 
-    def draw_ahead(self, count: int) -> None:
-        """Keep so many Gaussians ready, at most `AHEAD_LIMIT`, if there is a core that torch does not use."""
+    def draw_ahead(self, count: int, *, busy: int | None = None) -> None:
+        """Keep so many Gaussians ready, at most `AHEAD_LIMIT`, if there is a core that torch does not use.
+
+        Args:
+            count: how many.
+            busy: cores that are in use; by default one for each of torch's threads.
+        """
         count = min(count, AHEAD_LIMIT)
-        if _cores() <= torch.get_num_threads() or (self._ahead and len(self._ahead) >= count):
+        if _cores() <= (busy or torch.get_num_threads()) or (self._ahead and len(self._ahead) >= count):
             return
         self.close()
         with self._lock:
@@ -143,9 +154,64 @@ def add_noise(total: torch.Tensor, std: float, source: RandomSource, *, over: fl
     Returns:
         ``total``.
     """
-    grid = GRID * 2.0 ** math.floor(math.log2(std))
+    grid = _grid(std)
     for part in torch.split(total.view(-1), _NOISED_AT_ONCE):
         # in steps of the grid, which as a power of two changes no digit
         noisy = source.normal(tuple(part.shape), std / grid).add_(part, alpha=1 / grid).round_()
         part.copy_(noisy.mul_(grid / over))
     return total
+
+
+def _grid(std: float) -> float:
+    return GRID * 2.0 ** math.floor(math.log2(std))
+
+
+class Noise(NamedTuple):
+    """Of one sum: the arguments of `add_noise`."""
+
+    std: float
+    source: RandomSource
+    over: float = 1.0
+
+
+def add_noises(totals: Sequence[torch.Tensor], noises: Sequence[Noise]) -> None:
+    """`add_noise` to several sums, each of several tensors, in place: the same draws in the same order, and the same sums.
+
+    For a GPU too the numbers come from their source, on the CPU; they travel, and are added there, in few calls.
+
+    Args:
+        totals: the tensors, (S, …) each, contiguous; a sum is what one place of all of them has.
+        noises: of each sum, S.
+    """
+    device = totals[0].device
+    if device.type == "cpu":
+        for place, noise in enumerate(noises):
+            for total in totals:
+                add_noise(total[place], noise.std, noise.source, over=noise.over)
+    elif device.type in _WITHOUT_DOUBLES:
+        here = [total.cpu() for total in totals]
+        add_noises(here, noises)
+        for total, found in zip(totals, here, strict=True):
+            total.copy_(found)
+    else:
+        part: list[torch.Tensor] = []
+        for total in totals:
+            if part and sum(map(torch.numel, part)) + total.numel() > _SENT_AT_ONCE:
+                _add_there(part, noises)
+                part = []
+            part.append(total.view(len(noises), -1))
+        _add_there(part, noises)
+
+
+def _add_there(totals: Sequence[torch.Tensor], noises: Sequence[Noise]) -> None:
+    """Add noise to some tensors of a GPU, (S, N) each, in place."""
+    flat, sizes = torch.cat(list(totals), 1), [total.shape[1] for total in totals]
+    drawn = torch.empty(flat.shape, dtype=torch.float64, pin_memory=flat.device.type == "cuda")
+    grids = [_grid(noise.std) for noise in noises]
+    for row, noise, grid in zip(drawn, noises, grids, strict=True):  # one after another: threads took longer
+        for part in (part for piece in torch.split(row, sizes) for part in torch.split(piece, _NOISED_AT_ONCE)):
+            part.copy_(noise.source.normal(tuple(part.shape), noise.std / grid))
+    steps = torch.tensor([(grid, grid / noise.over) for noise, grid in zip(noises, grids, strict=True)], dtype=torch.float64)
+    grid_there, step_there = sent(steps, flat.device).unsqueeze(1).unbind(2)
+    noisy = sent(drawn, flat.device).add_(flat / grid_there).round_().mul_(step_there).to(flat.dtype)
+    torch._foreach_copy_(list(totals), list(torch.split(noisy, sizes, 1)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lichen.common.device import sent
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.hooks import expected_hooks
 from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients
@@ -58,7 +59,7 @@ def self_check(
             module.eval()
         with torch.no_grad():
             for parameter in model.trainable.values():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(sent(0.02 * torch.randn(parameter.shape, generator=generator), parameter.device))
         one_by_one = [_gradient(model.network, list(model.trainable.values()), losses, collate([row])) for row in range(CHECKED_ROWS)]
         norms = torch.stack([torch.sqrt(sum((part**2).sum() for part in parts)) for parts in one_by_one])  # type: ignore[arg-type]
         clip = float(norms.median()) or 1.0  # some rows are clipped, some are not

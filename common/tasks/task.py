@@ -61,7 +61,7 @@ class Task(Protocol[E]):
         ...
 
     def build(self) -> TunedModel:
-        """Load the base, attach the adapter, start the head."""
+        """Load the base, attach the adapter, start the head; the model is then where this process computes (`common/device.py`)."""
         ...
 
     def fault(self, row: Mapping[str, object]) -> str | None:
@@ -88,7 +88,7 @@ class Task(Protocol[E]):
         ...
 
     def collate(self, data: E, indices: Sequence[int]) -> Batch:
-        """A padded batch of the given examples."""
+        """A padded batch of the given examples, where the model is."""
         ...
 
     def losses(self, network: nn.Module, batch: Batch) -> torch.Tensor:

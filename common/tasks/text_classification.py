@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from lichen.common.device import device, sent
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel, attach
 from lichen.common.model.base import load_base
@@ -98,6 +99,7 @@ class TextClassification:
         self._index = {label: index for index, label in enumerate(plan.task.labels)}
         self._mean = plan.model.head.pooling == "mean"
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._device = torch.device("cpu")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -107,7 +109,7 @@ class TextClassification:
         return self._tokenizer
 
     def build(self) -> TunedModel:
-        """Load the base, attach the adapter, start the head (see `Task.build`)."""
+        """Load the base, attach the adapter, start the head, go to the device (see `Task.build`)."""
         from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
         labels = self.plan.task.labels
@@ -131,6 +133,8 @@ class TextClassification:
         model = attach(base, self.plan, "TOKEN_CLS" if self._mean else "SEQ_CLS")
         model.network.train()
         self._start_head(base, model)
+        self._device = device()
+        model.network.to(self._device)
         return model
 
     def fault(self, row: Mapping[str, object]) -> str | None:
@@ -161,10 +165,10 @@ class TextClassification:
         return EncodedTexts([*first.tokens, *second.tokens], torch.cat([first.labels, second.labels]))
 
     def collate(self, data: EncodedTexts, indices: Sequence[int]) -> Batch:
-        """A batch padded to its longest text: ``input_ids`` and ``attention_mask`` (B, T), ``labels`` (B,)."""
+        """A batch padded to its longest text, where the model is: ``input_ids`` and ``attention_mask`` (B, T), ``labels`` (B,)."""
         batch = self._pad([data.tokens[index] for index in indices])
         batch["labels"] = data.labels[torch.as_tensor(indices, dtype=torch.int64)]
-        return batch
+        return {name: sent(tensor, self._device) for name, tensor in batch.items()}
 
     def losses(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         """Cross-entropy of each text, shape (B,). The model's own mean over the batch is never used: it breaks DP's sensitivity."""
@@ -175,18 +179,21 @@ class TextClassification:
         """Score a model on all examples, in order of length so that little is padded."""
         classes = len(self.plan.task.labels)
         confusion = np.zeros((classes, classes), dtype=np.float64)
-        loss_sum = 0.0
+        losses: list[torch.Tensor] = []
+        pairs: list[torch.Tensor] = []
         order = np.argsort(data.lengths, kind="stable").tolist()
         network.eval()
         try:
             for start in range(0, len(order), batch_size):
                 batch = self.collate(data, order[start : start + batch_size])
                 logits = self._logits(network, batch)
-                loss_sum += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-                np.add.at(confusion, (batch["labels"].numpy(), logits.argmax(1).numpy()), 1)
+                losses.append(F.cross_entropy(logits, batch["labels"], reduction="sum"))
+                pairs.append(torch.stack([batch["labels"], logits.argmax(1)]))
         finally:
             network.train()
-        return ClassificationScores(confusion, loss_sum)
+        for pair in pairs:
+            np.add.at(confusion, tuple(pair.cpu().numpy()), 1)
+        return ClassificationScores(confusion, sum((float(loss) for loss in losses), 0.0))
 
     def scores_from(self, counts: Sequence[float], loss_sum: float | None) -> ClassificationScores:
         """Scores from a flattened confusion matrix (see `Task.scores_from`)."""

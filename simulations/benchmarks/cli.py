@@ -100,24 +100,30 @@ def privacy(
 def simulate(
     rounds: Annotated[int, typer.Option(min=2, help="Rounds of 10 clients.")] = 4,
     small: Annotated[bool, typer.Option("--small", help="A model of a million parameters in place of MiniLM, without peers.")] = False,
-    peers: Annotated[bool, typer.Option(help="Run pfl-research and Flower on Ray too, where installed (the extra `peers`).")] = True,
+    peers: Annotated[
+        bool, typer.Option(help="Run pfl-research and Flower on Ray too, where installed (the extra `peers`), on the CPU.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="auto (a CUDA GPU where there is one), cpu, or another that torch names.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """The simulation beside a plain PyTorch loop of the same steps, and beside its peers. Example: lichen bench simulate --rounds 4."""
+    from lichen.common.device import find, name_of
     from lichen.simulations.benchmarks.peers import INSTALL, PEERS
     from lichen.simulations.benchmarks.simulate import bench_simulate
 
-    peers = peers and not small
+    where = find(device)
+    peers = peers and not small and where.type == "cpu"
     for peer in PEERS if peers else ():
         if not peer.installed:
             typer.echo(f"{peer.name} is not installed, and left out: {INSTALL}", err=True)
-    rows = list(bench_simulate(rounds, [peer for peer in PEERS if peers and peer.installed], tiny=small))
+    rows = list(bench_simulate(rounds, [peer for peer in PEERS if peers and peer.installed], tiny=small, device=str(where)))
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
     console = Console()
     what = "a million parameters, batches of 8 × 32" if small else "MiniLM, batches of 16 × 64"
-    console.print(_speeds(f"R8, LoRA on {what}: client updates a second", [row for row in rows if "beside" not in row]))
+    title = f"R8, LoRA on {what}: client updates a second, {name_of(where)}"
+    console.print(_speeds(title, [row for row in rows if "beside" not in row]))
     if theirs := [row for row in rows if "beside" in row]:
         console.print(_beside(theirs))
 

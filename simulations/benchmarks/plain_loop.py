@@ -1,6 +1,6 @@
 """The limit: federated averaging of LoRA as a plain PyTorch loop, without any federation. Run by `lichen bench simulate`.
 
-python plain_loop.py WORK.json START.safetensors FINAL.safetensors PROCESSES THREADS PADDING
+python plain_loop.py WORK.json START.safetensors FINAL.safetensors PROCESSES THREADS PADDING DEVICE
 """
 
 import json
@@ -15,17 +15,18 @@ from torch.nn import functional
 
 from lichen.simulations.benchmarks.work import Work
 
-start, final, processes, threads, padding = load_file(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
-work = Work(sys.argv[1], threads)
+final, processes, threads, padding, device = sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6], sys.argv[7]
+start = load_file(sys.argv[2], device)
+work = Work(sys.argv[1], threads, device)
 
 
 def train(state: dict[str, torch.Tensor], client: dict[str, Any]) -> tuple[dict[str, torch.Tensor], int]:
     """One client's epoch: what it moved, and its rows."""
     set_peft_model_state_dict(work.model, state)
     ids, mask, targets = work.encode(client["rows"])
-    optimizer = work.optimizer()
+    optimizer, lengths = work.optimizer(), mask.sum(1).tolist()
     for batch in client["steps"]:
-        length = work.length if padding == "fixed" else int(mask[batch].sum(1).max())
+        length = work.length if padding == "fixed" else max(lengths[row] for row in batch)
         logits = work.model(input_ids=ids[batch, :length], attention_mask=mask[batch, :length]).logits
         optimizer.zero_grad()
         torch.autograd.backward(functional.cross_entropy(logits, targets[batch]))
@@ -41,6 +42,8 @@ for clients in work.rounds:
     found = pool.starmap(train, tasks, chunksize=1) if pool else [train(*task) for task in tasks]
     total = sum(count for _, count in found)
     state = {name: tensor + sum(delta[name] * (count / total) for delta, count in found) for name, tensor in state.items()}
+    if device != "cpu":
+        torch.accelerator.synchronize()
     seconds.append(time.perf_counter() - began)
 save_file(state, final)
 print(json.dumps({"seconds": seconds, "first": first}))

@@ -80,7 +80,9 @@ def plan_of(compute: str, rounds: int, data: Path, clients: int, sample_rate: fl
     )
 
 
-def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100, *, tiny: bool = False) -> Iterator[dict[str, Any]]:
+def bench_simulate(
+    rounds: int, peers: Sequence[Peer] = (), clients: int = 100, *, tiny: bool = False, device: str = "cpu"
+) -> Iterator[dict[str, Any]]:
     """Run the plain loop, `lichen simulate` and its peers, each in processes of its own, one after another.
 
     Args:
@@ -88,6 +90,7 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100, 
         peers: other simulators; they must be installed.
         clients: among whom the data are dealt.
         tiny: train `small` in place of MiniLM.
+        device: where all but the peers compute; on a GPU one process does, and ours is run with privacy too.
 
     Yields:
         One row each: ``what``, ``layout``, ``updates_per_s`` (the last rounds; the first warms up), ``startup_s`` (from the command's
@@ -103,7 +106,7 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100, 
     from lichen.simulations.datasets import load_named
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    layouts = [Layout(1, cores), Layout(cores, 1)] if cores > 1 else [Layout(1, 1)]
+    layouts = [Layout(1, cores)] if cores == 1 or device != "cpu" else [Layout(1, cores), Layout(cores, 1)]
     with TemporaryDirectory(prefix="lichen-bench-") as name:
         folder = Path(name)
         train = load_named("r8").train
@@ -120,7 +123,7 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100, 
         best = 0.0
         for layout in layouts:
             for padding in ("fixed", "longest"):
-                row = _plain_loop(layout, padding, folder)
+                row = _plain_loop(layout, padding, folder, device)
                 if padding == "fixed":
                     limits[layout] = row["updates_per_s"]
                 best = max(best, row["updates_per_s"])
@@ -128,14 +131,14 @@ def bench_simulate(rounds: int, peers: Sequence[Peer] = (), clients: int = 100, 
         ours: dict[bool, dict[str, Any]] = {}
         for plan, target in ((plain, model.plain), (lean, model.lean)):
             for layout in layouts:
-                row = _lichen(plan, layout, folder, load)
+                row = _lichen(plan, layout, folder, load, device)
                 row |= {"over": row["updates_per_s"] / limits[layout], "over_best": row["updates_per_s"] / best, "target": target}
                 row["apart"] = _apart(folder / f"{plan.name}-{layout}" / "model" / "adapter_model.safetensors", folder, row)
                 if plan is lean:  # the default; at its best layout, as its peers are
                     ours[False] = max(ours.get(False, row), row, key=lambda row: row["updates_per_s"])
                 yield row
-        if any(peer.private for peer in peers):
-            ours[True] = _lichen(private, layouts[-1], folder, load)
+        if device != "cpu" or any(peer.private for peer in peers):
+            ours[True] = _lichen(private, layouts[-1], folder, load, device)
             yield ours[True]
         for peer in peers:
             row, told = run_peer(peer, folder, cores)
@@ -208,22 +211,22 @@ def _load(model: Model, layout: Layout) -> dict[str, Any]:
     return {"what": "import, and load the model", "layout": str(layout), "startup_s": seconds}
 
 
-def _plain_loop(layout: Layout, padding: str, folder: Path) -> dict[str, Any]:
+def _plain_loop(layout: Layout, padding: str, folder: Path, device: str) -> dict[str, Any]:
     script = Path(__file__).with_name("plain_loop.py")
     files = [folder / name for name in ("work.json", "start.safetensors", "plain.safetensors")]
-    ran = run([sys.executable, script, *files, *layout, padding], layout)
+    ran = run([sys.executable, script, *files, *layout, padding, device], layout)
     told = json.loads(ran.told.splitlines()[-1])
     return figures(f"plain loop, {padding} padding", layout, ran, told["seconds"], told["first"])
 
 
-def _lichen(plan: Plan, layout: Layout, folder: Path, load: dict[str, Any]) -> dict[str, Any]:
+def _lichen(plan: Plan, layout: Layout, folder: Path, load: dict[str, Any], device: str) -> dict[str, Any]:
     from lichen.common.result import read_result
 
     out, document = folder / f"{plan.name}-{layout}", folder / f"{plan.name}.yaml"
     first = out.with_suffix(".first")
     document.write_text(plan.canonical_json())
     lichen = [sys.executable, Path(__file__).with_name("watched.py"), first, "simulate", document, "--out", out]
-    ran = run([*lichen, "--workers", layout.processes], layout)
+    ran = run([*lichen, "--workers", layout.processes, "--device", device], layout)
     seconds = [told.seconds or 0.0 for told in read_result(out).rounds]
     what = f"lichen, {plan.local.compute}{', private' if plan.private else ''}"
     row = figures(what, layout, ran, seconds, float(first.read_text()))

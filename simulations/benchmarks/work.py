@@ -18,9 +18,10 @@ class Work:
     Args:
         path: of WORK.json.
         threads: of torch.
+        device: where the model is, and what `encode` gives.
     """
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
         told = json.loads(Path(path).read_text())
         self.rounds: list[list[dict[str, Any]]] = told["rounds"]
@@ -35,14 +36,15 @@ class Work:
         zero = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         base = AutoModelForSequenceClassification.from_pretrained(told["base"], num_labels=told["labels"], **zero)
         lora = LoraConfig(task_type="SEQ_CLS", r=told["rank"], lora_alpha=told["alpha"], layers_to_transform=told["layers"])
-        self.model = get_peft_model(base, lora).train()
+        self.device = torch.device(device)
+        self.model = get_peft_model(base, lora).train().to(self.device)
         self.weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def encode(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids and mask, padded to the fixed length, and classes."""
         texts = [self._texts[row] for row in rows]
         found = self._tokenizer(texts, truncation=True, max_length=self.length, padding="max_length", return_tensors="pt")
-        return found["input_ids"], found["attention_mask"], self._classes[rows]
+        return found["input_ids"].to(self.device), found["attention_mask"].to(self.device), self._classes[rows].to(self.device)
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A client's own, new in each round."""

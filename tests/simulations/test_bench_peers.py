@@ -34,7 +34,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The peers that a bench was asked for; all of them are installed, and every bench gives two rows."""
     found: list[str] = []
 
-    def bench(rounds: int, chosen: Sequence[Peer], *, tiny: bool) -> Iterator[dict[str, Any]]:
+    def bench(rounds: int, chosen: Sequence[Peer], *, tiny: bool, device: str) -> Iterator[dict[str, Any]]:
         found.extend(peer.name for peer in chosen)
         yield {"what": "import, and load", "layout": "2×1", "startup_s": 4.0}
         yield OURS | {
@@ -98,7 +98,7 @@ def test_the_tables_show_each_figure_beside_its_target(asked: list[str], monkeyp
 def test_a_peer_is_held_against_our_default_at_its_best_layout(
     monkeypatch: pytest.MonkeyPatch, chosen: tuple[Peer, ...], private: int
 ) -> None:
-    def lichen(plan: Plan, layout: Layout, folder: Path, load: dict[str, Any]) -> dict[str, Any]:
+    def lichen(plan: Plan, layout: Layout, folder: Path, load: dict[str, Any], device: str) -> dict[str, Any]:
         assert Path(plan.simulation.data.path).read_text().count("text") == 3
         speed = 9.0 if plan.local.compute == "plain" else float(layout.processes)
         return OURS | {"what": f"{plan.name}, {layout}", "layout": str(layout), "updates_per_s": speed}
@@ -107,7 +107,7 @@ def test_a_peer_is_held_against_our_default_at_its_best_layout(
     monkeypatch.setattr(datasets, "load_named", lambda name: NamedSplits(name, [{"text": "a", "label": "acq"}] * 3, None, None))
     monkeypatch.setattr(simulate, "_prepare", lambda *given: Segment(1.0, 1.0, 1))
     monkeypatch.setattr(simulate, "_load", lambda *given: {"startup_s": 4.0})
-    monkeypatch.setattr(simulate, "_plain_loop", lambda layout, padding, folder: OURS | {"what": padding})
+    monkeypatch.setattr(simulate, "_plain_loop", lambda layout, padding, *_: OURS | {"what": padding})
     monkeypatch.setattr(simulate, "_lichen", lichen)
     monkeypatch.setattr(simulate, "_apart", lambda *given: 1e-7)
     monkeypatch.setattr(simulate, "run_peer", lambda peer, folder, cores: (dict(THEIRS), {"steps": 1.0, "sample-rate": 1.0}))

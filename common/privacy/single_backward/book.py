@@ -155,13 +155,13 @@ class Book:
                 found, longest = squared_norms(records, units)
                 squares, uncancelled = squares + found, uncancelled + longest
         bad = ~torch.isfinite(squares)
-        if bool(bad.any()):
+        if bool((bad | (squares < CANCELLED * uncancelled)).any()):  # one question, since a GPU's answer must be waited for
             for records in booked:
                 for record in records:
                     record.drop(units, bad)
             squares, uncancelled = squares.masked_fill(bad, 0), uncancelled.masked_fill(bad, 0)
-        for unit in torch.nonzero(squares < CANCELLED * uncancelled).flatten():
-            squares[unit] = self._square_of(unit, booked, units, uncancelled[unit])
+            for unit in torch.nonzero(squares < CANCELLED * uncancelled).flatten():
+                squares[unit] = self._square_of(unit, booked, units, uncancelled[unit])
         factors = (clip / squares.sqrt()).clamp(max=1.0)  # a unit whose gradient is zero: its infinity becomes 1
         sums = []
         for parameter, records in zip(parameters, booked, strict=True):

@@ -12,6 +12,8 @@ from itertools import combinations
 
 import torch
 
+from lichen.common.device import sent
+
 
 class Units:
     """Which rows belong to which unit.
@@ -29,7 +31,7 @@ class Units:
         for size in sizes:
             self._parts.append(slice(start, start + size))
             start += size
-        self.owners = torch.repeat_interleave(torch.arange(self.count), torch.tensor(sizes)).to(device)
+        self.owners = sent(torch.repeat_interleave(torch.arange(self.count), torch.tensor(sizes)), device)
         """The unit of each row, shape (B,)."""
 
     def of_rows(self, values: torch.Tensor) -> torch.Tensor:
