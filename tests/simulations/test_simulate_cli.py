@@ -72,13 +72,14 @@ def process(*arguments: object, cwd: Path, seed: int = 0) -> Iterator[subprocess
 
 
 def until_in_round(out: Path, round: int, running: subprocess.Popen[str], seconds: float = 120) -> None:
-    """Wait until a client has reserved the steps of a round, hence trains."""
-    until = time.monotonic() + seconds
+    """Wait until a client has reserved the steps of a round, hence trains, and the round before, scored beside it, is told."""
+    until, trains = time.monotonic() + seconds, False
     while time.monotonic() < until:
-        for path in out.glob("simulation/*/ledger.sqlite"):
+        for path in () if trains else out.glob("simulation/*/ledger.sqlite"):
             with Ledger(path.parent) as ledger:
-                if any(entry.round == round for entry in ledger.entries()):
-                    return
+                trains = trains or any(entry.round == round for entry in ledger.entries())
+        if trains and len(read_result(out).rounds) >= round - 1:
+            return
         assert running.poll() is None, running.communicate()
         time.sleep(0.005)
     raise AssertionError(f"round {round} did not begin")
