@@ -45,7 +45,8 @@ class Config:
 def bench_privacy(repeats: int, lengths: Sequence[int], adapters: Sequence[str], hooks: bool = True) -> Iterator[dict[str, Any]]:
     """Time the steps of one batch in turn, in one process: without privacy by autograd and PEFT's own forward pass, and privately.
 
-    A private step has secret noise. All end with AdamW: the plain one as PyTorch gives it, private ones fused, as clients have it. A ratio is the median over repeats of paired ratios.
+    A private step has secret noise. All end with AdamW: the plain one as PyTorch gives it, private ones fused, as clients have it. A ratio
+    is the median over repeats of paired ratios.
 
     Args:
         repeats: steps of each kind.
