@@ -1,0 +1,63 @@
+"""A rotation after which the values of a block look normally distributed: random signs, then a Hadamard transform.
+
+Every sum is an addition of two arrays, in an order that is written here: unlike a matrix product, the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from lichen.common.codec.layout import Floats
+
+SIDE = 64
+BLOCK = SIDE * SIDE
+GROUP = 32
+"""Blocks that are rotated together, interleaved, so that all additions run over long rows. Arrays of so many fit in a core's cache."""
+
+
+def signs(seed: int) -> Floats:
+    """A sign for each value of a group (shape (GROUP·BLOCK)), used for one group after another; from SHAKE-128 of the seed.
+
+    Groups may share them: what must be independent is the error of one value from client to client.
+    """
+    drawn = hashlib.shake_128(b"lichen.eden" + seed.to_bytes(8, "little")).digest(GROUP * BLOCK // 8)
+    return np.unpackbits(np.frombuffer(drawn, np.uint8)).astype(np.float32) * 2 - 1
+
+
+def hadamard(values: Floats, spare: Floats) -> Floats:
+    """√BLOCK = 64 times the orthonormal Hadamard transform of each block; it is its own inverse, but for 64².
+
+    A transform of 4096 is one of 64 over rows and one of 64 over columns. Its result comes with rows and columns exchanged, as does that
+    of the second call.
+
+    Args:
+        values: blocks of 64 × 64, interleaved: shape (64·64·blocks). They are overwritten.
+        spare: as large.
+
+    Returns:
+        ``spare``, with the result.
+    """
+    width = len(values) // BLOCK
+    _over_rows(values, spare)
+    spare.reshape(SIDE, SIDE, width)[...] = values.reshape(SIDE, SIDE, width).transpose(1, 0, 2)
+    _over_rows(spare, values)
+    return spare
+
+
+def _over_rows(values: Floats, spare: Floats) -> None:
+    for stride in (32, 16, 8, 4, 2, 1):  # six steps: the result is in ``values`` again
+        source, target = values.reshape(32 // stride, 2, -1), spare.reshape(32 // stride, 2, -1)
+        np.add(source[:, 0], source[:, 1], out=target[:, 0])
+        np.subtract(source[:, 0], source[:, 1], out=target[:, 1])
+        values, spare = spare, values
+
+
+def sums(terms: Floats) -> Floats:
+    """The sum over each of interleaved blocks, by halves: shape (blocks) from (BLOCK·blocks)."""
+    width = len(terms) // BLOCK
+    while len(terms) > width:
+        half = len(terms) // 2
+        terms = terms[:half] + terms[half:]
+    return terms
