@@ -16,7 +16,7 @@ import torch
 
 from lichen.common.codec import levels
 from lichen.common.codec.codec import LARGEST, SMALLEST, Array, Codec, Payload, check_scales
-from lichen.common.codec.layout import Flat, Floats, check_range
+from lichen.common.codec.layout import Flat, Floats, check_range, room
 from lichen.common.codec.packing import Lookup, pack
 from lichen.common.codec.rotation import BLOCK, GROUP, SIDE, hadamard, signs, sums
 
@@ -44,8 +44,9 @@ class Eden(Codec):
         return self.group_length(_blocks(count))
 
     def _body(self, source: Flat, seed: int) -> Iterator[Array]:
-        blocks, sign = _blocks(source.count), signs(seed)
-        buffers = np.empty((2, min(blocks, GROUP) * BLOCK), np.float32)
+        blocks = _blocks(source.count)
+        sign = signs(seed, min(blocks, GROUP))
+        buffers = room(2, min(blocks, GROUP) * BLOCK)
         for start in range(0, blocks, GROUP):
             width = min(GROUP, blocks - start)
             values, spare = buffers[:, : width * BLOCK]
@@ -80,14 +81,14 @@ class EdenPayload(Payload):
         self.parts = -(-self._blocks // GROUP)
         for part in range(self.parts):
             check_scales(self._group(part)[0])
-        self._signs = signs(seed)
+        self._signs = signs(seed, min(self._blocks, GROUP))
 
     def add_part(self, total: torch.Tensor, weight: float, part: int) -> None:
         """Add weight × one group."""
         scales, packed = self._group(part)
         values = self._codec.lookup(packed)
         values.reshape(SIDE, -1)[...] *= np.tile(scales / SIDE, SIDE)
-        values = hadamard(values, np.empty_like(values))
+        values = hadamard(values, room(len(values)))
         values *= self._signs[: len(values)]
         rows = torch.from_numpy(values).view(SIDE, -1)
         first, stride = part * GROUP * SIDE, self._blocks * SIDE

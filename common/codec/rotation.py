@@ -9,7 +9,7 @@ import hashlib
 
 import numpy as np
 
-from lichen.common.codec.layout import Floats
+from lichen.common.codec.layout import Floats, room
 
 SIDE = 64
 BLOCK = SIDE * SIDE
@@ -17,13 +17,15 @@ GROUP = 32
 """Blocks that are rotated together, interleaved, so that all additions run over long rows. Arrays of so many fit in a core's cache."""
 
 
-def signs(seed: int) -> Floats:
-    """A sign for each value of a group (shape (GROUP·BLOCK)), used for one group after another; from SHAKE-128 of the seed.
+def signs(seed: int, blocks: int) -> Floats:
+    """A sign for each value of a group of so many blocks (shape (BLOCK·blocks)), from SHAKE-128 of the seed; of fewer, the first of them.
 
-    Groups may share them: what must be independent is the error of one value from client to client.
+    All groups use the same: what must be independent is the error of one value from client to client.
     """
-    drawn = hashlib.shake_128(b"lichen.eden" + seed.to_bytes(8, "little")).digest(GROUP * BLOCK // 8)
-    return np.unpackbits(np.frombuffer(drawn, np.uint8)).astype(np.float32) * 2 - 1
+    drawn = hashlib.shake_128(b"lichen.eden" + seed.to_bytes(8, "little")).digest(blocks * BLOCK // 8)
+    found = room(blocks * BLOCK)
+    found[:] = np.unpackbits(np.frombuffer(drawn, np.uint8))
+    return np.subtract(found * 2, 1, out=found)
 
 
 def hadamard(values: Floats, spare: Floats) -> Floats:
