@@ -24,7 +24,7 @@ class Blockwise(Codec):
     name, number = "blockwise", 2
 
     def __init__(self, bits: int = 8) -> None:
-        self.parameter = self.bits = bits
+        self.bits = self._set_parameter(bits, 2, 8)
         self._zero = 2 ** (bits - 1)
         self.lookup = Lookup(np.arange(2**bits, dtype=np.float32) - self._zero, bits)
 

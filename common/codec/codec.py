@@ -55,8 +55,8 @@ class Payload(ABC):
         """Add weight × the update to a running sum."""
         add_all(total, [(self, weight)])
 
-    def update(self, layout: Layout) -> State:
-        """The decoded update."""
+    def decoded(self, layout: Layout) -> State:
+        """The update as named tensors."""
         flat = torch.zeros(self.count)
         self.add(flat)
         return layout.split(flat)
@@ -92,6 +92,12 @@ class Codec(ABC):
     number: ClassVar[int]
     biased: ClassVar[bool] = True
     parameter: int = 0
+
+    def _set_parameter(self, value: int, least: int, most: int) -> int:
+        if not least <= value <= most:
+            raise LichenError(Code.PLAN_INVALID, f"{value} is not from {least} to {most}", where=f"codec {self.name}")
+        self.parameter = value
+        return value
 
     def encode(self, update: Mapping[str, torch.Tensor], into: BinaryIO, *, seed: int = 0) -> None:
         """Write an update, a part at a time.

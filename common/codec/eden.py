@@ -31,7 +31,7 @@ class Eden(Codec):
     name, number, biased = "eden", 1, False
 
     def __init__(self, bits: int = 4) -> None:
-        self.parameter = self.bits = bits
+        self.bits = self._set_parameter(bits, 1, 8)
         self._codes = levels.cells(bits)
         self._levels = levels.levels(bits)[self._codes]
         self.lookup = Lookup(levels.levels(bits), bits)

@@ -22,7 +22,7 @@ Floats = NDArray[np.float32]
 
 
 def room(*shape: int) -> Floats:
-    """An array of any content that begins at a cache line, as torch's do: numpy's may not, which made a Hadamard transform a third slower."""
+    """An array of any content that begins at a cache line, as torch's do: with numpy's, a Hadamard transform took a third longer."""
     return torch.empty(shape).numpy()
 
 

@@ -25,7 +25,7 @@ class TopK(Codec):
     name, number = "topk", 3
 
     def __init__(self, share: float = 0.1) -> None:
-        self.parameter = round(share * _SHARES)
+        self._set_parameter(round(share * _SHARES), 1, _SHARES)
 
     def kept(self, count: int) -> int:
         """How many of so many values are kept."""

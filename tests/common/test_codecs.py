@@ -56,7 +56,7 @@ def flat_of(update: State) -> torch.Tensor:
 
 def decoded(codec: Codec, update: State, seed: int = 0) -> State:
     layout = Layout.of(update)
-    return codec.open(codec.encoded(update, seed=seed), layout).update(layout)
+    return codec.open(codec.encoded(update, seed=seed), layout).decoded(layout)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -94,6 +94,16 @@ def test_every_size_comes_back_by_name_and_shape(name: str, options: dict[str, A
     found = decoded(codec, update, seed=3)
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in found.items()} == {key: (t.shape, t.dtype) for key, t in update.items()}
     assert len(exact) == 0 or error(flat_of(found), exact) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("eden", {"bits": 0}), ("eden", {"bits": 9}), ("blockwise", {"bits": 1}), ("topk", {"share": 0}), ("topk", {"share": 1.1})],
+)
+def test_a_parameter_out_of_range_is_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(LichenError) as caught:
+        CODECS[name](**options)
+    assert caught.value.code is Code.PLAN_INVALID
 
 
 @every_codec
@@ -252,7 +262,7 @@ def test_adding_with_weights_is_decoding_and_then_adding(name: str, options: dic
     total, expected = torch.zeros(layout.count, dtype=dtype), torch.zeros(layout.count, dtype=dtype)
     add_all(total, zip(payloads, weights, strict=True))
     for payload, weight in zip(payloads, weights, strict=True):
-        expected.add_(flat_of(payload.update(layout)), alpha=weight)
+        expected.add_(flat_of(payload.decoded(layout)), alpha=weight)
     if dtype is torch.float64:
         assert torch.equal(total, expected), "to the bit"
     assert torch.allclose(total, expected, rtol=1e-5, atol=1e-4)
@@ -415,5 +425,5 @@ def test_whatever_codes_a_peer_makes_up_what_is_added_is_finite(seed: int, body:
         codec = CODECS[name](bits=4)
         data = codec.encoded(update, seed=seed)
         data = forged(data, 40, struct.pack("<f", 1e30))
-        found = codec.open(forged(data, start, body * 30), layout).update(layout)
+        found = codec.open(forged(data, start, body * 30), layout).decoded(layout)
         assert torch.isfinite(found["layer.0"]).all()
