@@ -29,7 +29,7 @@ Array = np.ndarray[tuple[int], np.dtype[Any]]
 _DIGEST = hashlib.sha256().digest_size
 OVERHEAD = _HEADER.size + _DIGEST
 LARGEST = 1e30
-"""A value, norm or scale above this is no model's; up to it, what is decoded is finite in 32-bit floats."""
+"""A value, or norm of a block, above this is no model's; up to it, what is decoded is finite in 32-bit floats."""
 SMALLEST = 1e-30
 """A block whose norm, or largest value, is not above this is sent as zeros."""
 PIECE = 65_536
@@ -179,10 +179,10 @@ def corrupt(why: str) -> LichenError:
 
 
 def check_scales(scales: Floats) -> None:
-    """Refuse scales that no encoder writes.
+    """Refuse scales that no encoder writes: none is above 1.3 of a block's norm.
 
     Raises:
         LichenError: PAYLOAD_CORRUPT.
     """
-    if not ((scales >= 0) & (scales <= LARGEST)).all():
+    if not ((scales >= 0) & (scales <= 2 * LARGEST)).all():
         raise corrupt("a block's scale is not finite, negative or too large")

@@ -16,7 +16,9 @@ _HALF = 16  # bits: half of a float's, whose order as an integer is that of its 
 
 
 class TopK(Codec):
-    """Indices ascending, in 32 bits, then their values in 32 bits. Of equal magnitudes at the limit the first are kept.
+    """Places ascending, in 32 bits (so of a model below 2^32 parameters), then their values in 32 bits.
+
+    Of equal magnitudes at the limit the first are kept.
 
     Args:
         share: of the values that is kept, from .0001 to 1, rounded to .0001.
@@ -50,12 +52,11 @@ class TopK(Codec):
 
     def _limit(self, source: Flat) -> tuple[int, int]:
         """The magnitude of the last value that is kept, as an integer, and how many of that magnitude are kept."""
-        left, above = self.kept(source.count), 0
         counts = np.zeros(1 << _HALF, np.int64)
         for _, piece in _pieces(source):
             check_range(float(np.abs(piece).max()), LARGEST)
             counts += np.bincount(_magnitudes(piece) >> _HALF, minlength=1 << _HALF)
-        above, left = _last(counts, left)
+        above, left = _last(counts, self.kept(source.count))
         counts[:] = 0
         for _, piece in _pieces(source):
             size = _magnitudes(piece)
