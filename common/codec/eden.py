@@ -3,9 +3,9 @@
 With rotation R, y = R x and the levels ĉ nearest to z = y·√n/‖y‖, a block decodes to R⁻¹ ĉ·‖y‖²/⟨y, ĉ⟩. Its expected squared error is
 D/(1 − D) of ‖x‖², where D is the quantiser's on a normal distribution: π/2 − 1 at 1 bit, .0096 at 4.
 
-The flat vector lies in 64 rows. A group of blocks (`GROUP`, the last has fewer) takes a run of 64 values for each of its blocks from every row,
-and deals them to the blocks in turn: each tensor is spread over many blocks, and memory is read in runs. A group's bytes are one 32-bit
-scale a block, then the codes, packed.
+The flat vector lies in 64 rows. A group of blocks (`GROUP`, the last has fewer) takes a run of 64 values for each of its blocks from
+every row, and deals them to the blocks in turn: each tensor is spread over many blocks, and memory is read in runs. A group's bytes are
+one 32-bit scale a block, then the codes, packed.
 """
 
 from __future__ import annotations
