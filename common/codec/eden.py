@@ -23,7 +23,7 @@ from lichen.common.codec.rotation import BLOCK, GROUP, SIDE, hadamard, signs, su
 
 
 class Eden(Codec):
-    """Unbiased; for the same error over many clients each takes a seed of its own.
+    """Unbiased, but for blocks that one value outweighs; errors average out over clients where each takes a seed of its own.
 
     Args:
         bits: of a code, 1 to 8.

@@ -178,6 +178,14 @@ def test_edens_errors_average_out_over_seeds(bits: int, heavy: bool) -> None:
         assert float(one @ exact) == pytest.approx(float(exact @ exact), rel=1e-4)
 
 
+def test_at_4_bits_a_value_that_outweighs_its_block_does_not_hide_the_others() -> None:
+    codec, exact = CODECS["eden"](bits=4), torch.randn(rotation.BLOCK, generator=torch.Generator().manual_seed(3))
+    exact[5] = float(exact.norm())
+    others = torch.arange(rotation.BLOCK) != 5
+    mean = sum(decoded(codec, {"a": exact}, seed)["a"] for seed in range(50)) / 50
+    assert float(mean[others] @ exact[others]) == pytest.approx(float(exact[others].square().sum()), rel=0.01)
+
+
 def test_at_1_bit_the_error_is_half_pi_less_1() -> None:
     update = update_of(1_000_000)
     assert error(flat_of(decoded(CODECS["eden"](bits=1), update)), flat_of(update)) == pytest.approx(math.pi / 2 - 1, rel=0.01)
