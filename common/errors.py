@@ -57,6 +57,7 @@ class Code(IntEnum):
     PAYLOAD_CORRUPT = 61
     FRAME_INVALID = 62
     PROTOCOL_VERSION = 63
+    CODEC_MISMATCH = 64
     # 70: keys, certificates, enrolment
     CERTIFICATE_MISSING = 70
     CERTIFICATE_EXPIRED = 71

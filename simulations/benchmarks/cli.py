@@ -59,6 +59,30 @@ def aggregate(
 
 
 @app.command()
+def transfer(
+    parameters: Annotated[int, typer.Option(min=1, help="Of the update that speed is measured with.")] = 1 << 24,
+    repeats: Annotated[int, typer.Option(min=1, help="The best of so many is told.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Bits, error and speed of each codec of updates, on one core. Example: lichen bench transfer."""
+    from lichen.simulations.benchmarks.transfer import bench_transfer
+
+    table = Table(title="an update by each codec (at most, at least)")
+    for column in ("codec", "bits a parameter", "NMSE", "NMSE, heavy tails", "encode, M/s", "check and add, M/s", "memory, MB"):
+        table.add_column(column, justify="left" if column == "codec" else "right")
+    found = []
+    for row in bench_transfer(parameters, repeats):
+        found.append(row)
+        aims = {key: f" ({aim:g})" for key, aim in row.get("targets", {}).items()}
+        cells = {"bits": ".3f", "nmse": ".3g", "heavy_nmse": ".3g", "encode": ".0f", "add": ".0f", "peak_mb": ".0f"}
+        table.add_row(row["codec"], *(f"{row[key]:{form}}{aims.get(key, '')}" for key, form in cells.items()))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(table)
+
+
+@app.command()
 def agent(as_json: AsJson = False) -> None:
     """Resident memory of an agent, idle and with MiniLM loaded. Example: lichen bench agent."""
     from lichen.simulations.benchmarks.agent import bench_agent

@@ -23,6 +23,7 @@ SHORT = (
     ("simulate", "--small", "--rounds", "3"),
     ("scale",),
     ("aggregate", "--updates", "32", "--megabytes", "32"),
+    ("transfer", "--parameters", "4000000", "--repeats", "2"),
     ("channel", "--rounds", "100", "--megabytes", "50"),
     ("agent",),
     ("round", "--rounds", "4"),

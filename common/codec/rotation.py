@@ -1,0 +1,65 @@
+"""A rotation after which the values of a block look normally distributed: random signs, then a Hadamard transform.
+
+Every sum is an addition of two arrays, in an order that is written here: unlike a matrix product, the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from lichen.common.codec.layout import Floats, room
+
+SIDE = 64
+BLOCK = SIDE * SIDE
+GROUP = 32
+"""Blocks that are rotated together, interleaved, so that all additions run over long rows. Arrays of so many fit in a core's cache."""
+
+
+def signs(seed: int, blocks: int) -> Floats:
+    """A sign for each value of a group of so many blocks (shape (BLOCK·blocks)), from SHAKE-128 of the seed; of fewer, the first of them.
+
+    All groups use the same: what must be independent is the error of one value from client to client.
+    """
+    drawn = hashlib.shake_128(b"lichen.eden" + seed.to_bytes(8, "little")).digest(blocks * BLOCK // 8)
+    found = room(blocks * BLOCK)
+    found[:] = np.unpackbits(np.frombuffer(drawn, np.uint8))
+    return np.subtract(found * 2, 1, out=found)
+
+
+def hadamard(values: Floats, spare: Floats) -> Floats:
+    """√BLOCK = 64 times the orthonormal Hadamard transform of each block; it is its own inverse, but for 64².
+
+    A transform of 4096 is one of 64 over rows and one of 64 over columns. Its result comes with rows and columns exchanged, as does that
+    of the second call.
+
+    Args:
+        values: blocks of 64 × 64, interleaved: shape (64·64·blocks). They are overwritten.
+        spare: as large.
+
+    Returns:
+        ``spare``, with the result.
+    """
+    width = len(values) // BLOCK
+    _over_rows(values, spare)
+    spare.reshape(SIDE, SIDE, width)[...] = values.reshape(SIDE, SIDE, width).transpose(1, 0, 2)
+    _over_rows(spare, values)
+    return spare
+
+
+def _over_rows(values: Floats, spare: Floats) -> None:
+    for stride in (32, 16, 8, 4, 2, 1):  # six steps: the result is in ``values`` again
+        source, target = values.reshape(32 // stride, 2, -1), spare.reshape(32 // stride, 2, -1)
+        np.add(source[:, 0], source[:, 1], out=target[:, 0])
+        np.subtract(source[:, 0], source[:, 1], out=target[:, 1])
+        values, spare = spare, values
+
+
+def sums(terms: Floats) -> Floats:
+    """The sum over each of interleaved blocks, by halves: shape (blocks) from (BLOCK·blocks)."""
+    width = len(terms) // BLOCK
+    while len(terms) > width:
+        half = len(terms) // 2
+        terms = terms[:half] + terms[half:]
+    return terms
