@@ -54,8 +54,8 @@ def simulate(
     if partition is not None:
         overrides.append(f"simulation.partition={json.dumps(partition)}")
     found = load_plan(find_plan(plan), overrides)
-    choose("cpu" if engine is Engine.RAY and device == AUTO else device)
     open_for(out, resume=resume, plan=found)  # before the rounds of another run are shown as this one's
+    choose("cpu" if engine is Engine.RAY and device == AUTO else device)
     result = run_shown(found, out, engine.value, Console(stderr=as_json), resume=resume, workers=workers)
     if as_json:
         typer.echo(result.model_dump_json(indent=2))

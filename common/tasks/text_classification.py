@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 TEXTS_AT_ONCE = 256  # the tokenizer's own objects of a whole data set would stay in the process's memory
 CHARACTERS = 6
 """Of a long text are read for each token that is kept: more than a token of a natural language has."""
+_SPACE = re.compile(r"\s")
 
 
 @dataclass(frozen=True)
@@ -260,12 +262,14 @@ class TextClassification:
 
 
 def _word_by_word(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether what stands before a space is tokenised without regard to what comes after it: BERT's are such."""
+    """Whether a text's first tokens are kept, and what stands before a space gives the same whatever comes after: BERT's are such."""
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
 
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # a tokenizer in Python has none
-    return backend is not None and isinstance(backend.pre_tokenizer, BertPreTokenizer) and isinstance(backend.normalizer, BertNormalizer)
+    if backend is None or tokenizer.truncation_side != "right" or any(map(_SPACE.search, tokenizer.get_added_vocab())):
+        return False
+    return isinstance(backend.pre_tokenizer, BertPreTokenizer) and isinstance(backend.normalizer, BertNormalizer)
 
 
 def _words(text: str, characters: int) -> str:

@@ -181,6 +181,19 @@ def test_a_word_is_read_whole_or_not_at_all(tiny_model: Path) -> None:
     assert found.tolist() == task.tokenizer(text, truncation=True, max_length=32)["input_ids"]
 
 
+@pytest.mark.parametrize("change", ["left", "added"])
+def test_the_end_of_a_text_counts_where_it_is_kept_or_a_token_holds_a_space(tiny_model: Path, change: str) -> None:
+    task, _ = built(tiny_model)
+    if change == "left":
+        task.tokenizer.truncation_side = "left"
+    else:
+        task.tokenizer.add_tokens(["gold  mine"])
+    # cut at six characters a token the last word would be «gold», and the token with a space in it lost
+    text = "gold " * 29 + " " * 41 + "gold  mine " + "wheat " * 40
+    (found,) = task.encode({"text": [text], "label": ["crop"]}).tokens
+    assert found.tolist() == task.tokenizer(text, truncation=True, max_length=32)["input_ids"]
+
+
 def test_texts_are_read_whole_where_words_may_not_be_tokenised_one_by_one(tiny_models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     task, _ = built_once(tiny_models("bert"))
     cut, read = TextClassification._cut, list[str]()
