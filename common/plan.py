@@ -241,17 +241,31 @@ class Aggregation(Section):
 class Uplink(Section):
     """How updates travel to the coordinator."""
 
-    codec: Literal["none"] = "none"
-    """`none`: 32-bit floats."""
-    bits: Literal[32] = 32
-    """Bits a parameter."""
+    codec: Literal["eden", "blockwise", "topk", "fp16", "none"] = "eden"
+    """`eden`: rotated and quantised, unbiased (Vargaftik et al. 2022). `blockwise`: nearest integers. `topk`: the largest values alone.
+    `fp16`: 16-bit floats. `none`: 32-bit floats."""
+    bits: int | None = Field(default=None, ge=1, le=32)
+    """Bits a parameter: of `eden` 1 to 8, 4 if left out; of `blockwise` 2 to 8, 8 if left out. The others have their own."""
+    share: Number = Field(default=0.1, ge=0.0001, le=1)
+    """Of the values, that `topk` sends."""
+    error_feedback: bool = False
+    """Adds what a round's codec lost to the client's next update (Karimireddy et al. 2019), of which the client keeps a copy as large as
+    the model. For `blockwise`, `topk` and `fp16`, without privacy."""
+
+    @model_validator(mode="after")
+    def _bits_are_the_codecs(self) -> Self:
+        least, most = {"eden": (1, 8), "blockwise": (2, 8), "fp16": (16, 16), "none": (32, 32), "topk": (32, 32)}[self.codec]
+        if self.bits is not None and not least <= self.bits <= most:
+            raise ValueError(f"codec {self.codec} has {least if least == most else f'{least} to {most}'} bits")
+        return self
 
 
 class Downlink(Section):
-    """How the model travels to clients."""
+    """How the model travels to clients that have an older one; others get it whole, as 32-bit floats."""
 
-    codec: Literal["none"] = "none"
-    """`none`: 32-bit floats."""
+    codec: Literal["blockwise", "none"] = "blockwise"
+    """`blockwise`: what was added since, in nearest integers of 8 bits, and this is what the coordinator adds to its own model too: all
+    hold the same. `none`: the whole model."""
 
 
 class Transfer(Section):
@@ -448,6 +462,15 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "local.epochs under differential privacy needs privacy.sample_rate: the number of steps must not depend on true sizes",
             "Set privacy.sample_rate, or local.steps instead of local.epochs.",
         )
+    if plan.transfer.uplink.error_feedback:
+        codec = plan.transfer.uplink.codec
+        if codec in {"eden", "none"}:
+            refuse(f"transfer.uplink.error_feedback with codec: {codec}, which has no lasting error", "Leave error_feedback out.")
+        if plan.private:
+            refuse(
+                "transfer.uplink.error_feedback under differential privacy would carry one round's rows into another",
+                "Leave it out, and use codec: eden, whose errors average out.",
+            )
     if plan.privacy.audit.canaries and plan.privacy.unit not in {"example", "entity"}:
         if plan.private:
             refuse(f"privacy.audit has canaries that are rows, not a {plan.privacy.unit}", "Set privacy.audit.canaries: 0.")

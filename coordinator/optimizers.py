@@ -11,19 +11,20 @@ if TYPE_CHECKING:
     from lichen.common.plan import Aggregation
 
 
-def apply_update(model: State, update: State, velocity: State, settings: Aggregation) -> tuple[State, State]:
-    """One server step: v ← μ v + Δ, x ← x + η v. FedAvg has μ = 0; FedAvgM (Hsu et al. 2019, eq. 1) has μ > 0.
+def server_step(update: State, velocity: State, settings: Aggregation) -> tuple[State, State]:
+    """One server step: v ← μ v + Δ, and η v is to be added to the model. FedAvg has μ = 0; FedAvgM (Hsu et al. 2019, eq. 1) has μ > 0.
 
     Args:
-        model: the global tensors x.
-        update: the mean update Δ, with the same names and shapes.
+        update: the mean update Δ.
         velocity: v, or empty at the start and for FedAvg.
         settings: μ is its momentum, η its learning rate.
 
     Returns:
-        The new x and v.
+        What is to be added to the model, and the new v.
     """
     if settings.optimizer == "fedavgm":
         velocity = {name: settings.momentum * velocity.get(name, torch.zeros_like(delta)) + delta for name, delta in update.items()}
         update = velocity
-    return {name: tensor + settings.learning_rate * update[name] for name, tensor in model.items()}, velocity
+    if settings.learning_rate == 1:
+        return update, velocity
+    return {name: settings.learning_rate * tensor for name, tensor in update.items()}, velocity

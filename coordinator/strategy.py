@@ -16,14 +16,18 @@ from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy import Strategy
 
 from lichen.common import records
+from lichen.common.codec.codec import Payload
+from lichen.common.codec.layout import Layout
+from lichen.common.codec.registry import downlink_codec, uplink_codec
 from lichen.common.errors import Code, LichenError, name_of
-from lichen.common.model.adapter import State, check_finite, check_fits, check_state
+from lichen.common.model.adapter import State, check_finite
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import MOST_NOISE, planned_evaluation, planned_steps
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
 from lichen.coordinator.aggregation import RULES
 from lichen.coordinator.aggregation.central_dp import CentralDP
-from lichen.coordinator.optimizers import apply_update
+from lichen.coordinator.downlink import Downlink
+from lichen.coordinator.optimizers import server_step
 from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
 from lichen.coordinator.scoring import Beside
 
@@ -104,6 +108,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._beside = beside
         self._scoring = Beside(here=not beside)
         self._used: list[int] = []
+        self._codec = uplink_codec(plan.transfer.uplink)
+        self._downlink = Downlink(downlink_codec(plan.transfer.downlink), spool)
         self._central = CentralDP(plan, secret=result.privacy.noise == "secret") if plan.central else None
 
     def summary(self) -> None:
@@ -143,7 +149,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 where=f"round {server_round}",
                 fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )
-        self._step(total.mean())
+        self._step(self._layout.split(total.mean()))
         if not self.plan.private:
             reports = [one.report for one in usable]
             weight = sum(report.examples or 0 for report in reports)
@@ -157,7 +163,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         others are added anew: who sends such an update is refused alone, and the sum is the same as without it.
         """
         total, usable = RULES[self.plan.aggregation.rule](), []
-        for one, update in self._usable(round, replies, check_fits):
+        for one, update in self._usable(round, replies):
             usable.append(one)
             total.add(update, one.weight)
         if not total.finite():
@@ -168,13 +174,15 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._count(usable)
         return total, usable
 
-    def _usable(self, round: int, replies: Iterable[Message], check: Callable[[State, State], None]) -> Iterator[tuple[_Usable, State]]:
-        """The updates that pass ``check``, one at a time, in the order of the clients' names so that sums repeat."""
+    def _usable(self, round: int, replies: Iterable[Message]) -> Iterator[tuple[_Usable, Payload]]:
+        """The updates that fit the model, one at a time, in the order of the clients' names so that sums repeat.
+
+        Whether values are finite is known where a codec wrote them.
+        """
         for report, message in sorted(self._reports(records.TrainReport, round, replies), key=lambda found: found[0].client):
             try:
                 weight = self._weight(report)  # from here on the update has left its node, and is paid for, whether it is usable or not
                 update = self._update(message)
-                check(update, self.state.model)
             except LichenError as error:
                 self._failed(report.client, error.code, error.what)
                 continue
@@ -182,14 +190,18 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
     def _is_finite(self, one: _Usable) -> bool:
         try:
-            check_finite(self._update(one.message))
+            check_finite(self._update(one.message).decoded(self._layout))
         except LichenError as error:
             self._failed(one.report.client, error.code, error.what)
             return False
         return True
 
-    def _update(self, message: Message) -> State:
-        return records.get_tensors(message.content, self._spool)
+    def _update(self, message: Message) -> Payload:
+        return records.get_update(message.content, self._spool, self._codec, self.state.model)
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout.of(self.state.model)
 
     def _count(self, usable: list[_Usable]) -> None:
         """Put into the round's line what was used, and who failed."""
@@ -203,9 +215,10 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         if release is None:
             total = central.sum_of(self.state.model, self.state.clip or self.plan.privacy.clip)
             usable = []
-            for one, update in self._usable(round, replies, check_state):
-                usable.append(one)
-                total.add(update, within=one.report.within_clip is not False)
+            for one, update in self._usable(round, replies):
+                if self._is_finite(one):
+                    usable.append(one)
+                    total.add(update.decoded(self._layout), within=one.report.within_clip is not False)
             self._count(usable)
             release = central.release(total, round)
             self.directory.save_release(round, release)
@@ -214,7 +227,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         return release
 
     def _step(self, mean: State) -> None:
-        self.state.model, self.state.velocity = apply_update(self.state.model, mean, self.state.velocity, self.plan.aggregation)
+        step, self.state.velocity = server_step(mean, self.state.velocity, self.plan.aggregation)
+        self.state.model = self._downlink.add(step, self.state)
 
     # --- federated evaluation ---
 
@@ -405,13 +419,15 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         assignment = records.Assignment(plan=self.plan.canonical_json(), plan_sha256=self.plan.sha256(), round=round, clip=clip)
         for node in nodes:
             content = RecordDict({"assignment": records.to_config(assignment), "payload": arrays})
-            self._told.downlink_bytes = (self._told.downlink_bytes or 0) + records.payload_bytes(content)
+            records.put_chain(content, self.state.chain)
+            self._told.downlink_bytes = (self._told.downlink_bytes or 0) + self._downlink.bytes_for(self._name(node), content, self.state)
             yield grid.create_message(content, kind, node, str(round))
 
     def _ask(self, grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
         replies = list(grid.send_and_receive(messages, timeout=timeout))
         kinds = {message.metadata.dst_node_id: message.metadata.message_type for message in messages}
         for reply in replies:
+            self._downlink.arrived(self._name(reply.metadata.src_node_id), self.state)
             if reply.has_error() and reply.error.code == Code.PRIVACY_BUDGET:
                 self._drop_out(kinds[reply.metadata.src_node_id], self._name(reply.metadata.src_node_id))
         answered = {reply.metadata.src_node_id for reply in replies}
@@ -486,9 +502,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._told.errors[client] = None if code is None else int(code)
 
     def _arrays(self) -> ArrayRecord:
-        content = RecordDict()
-        records.put_tensors(content, self.state.model, self._spool)
-        return content.array_records["payload"]
+        return self._downlink.arrays(self.state)
 
     def _sum_up(self, seconds: float) -> None:
         """Bring `result.json` up to date with its rounds."""

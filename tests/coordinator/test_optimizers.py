@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lichen.common import records
+from lichen.common.codec.layout import Layout
+from lichen.common.codec.plain import Tensors
 from lichen.common.model.adapter import State
 from lichen.common.plan import Aggregation
 from lichen.coordinator.aggregation.fedavg import FedAvg
-from lichen.coordinator.optimizers import apply_update
+from lichen.coordinator.optimizers import server_step
 
 SHAPES = {"a": (3, 2), "b": (4,)}
 
@@ -24,34 +26,33 @@ def draw(generator: np.random.Generator, scale: float = 1.0) -> State:
 
 
 def test_fedavg_adds_the_update_and_keeps_no_velocity() -> None:
-    generator = np.random.default_rng(0)
-    model, update = draw(generator), draw(generator)
-    stepped, velocity = apply_update(model, update, {}, Aggregation())
+    update = draw(np.random.default_rng(0))
+    step, velocity = server_step(update, {}, Aggregation())
     assert velocity == {}
-    assert all(torch.equal(stepped[name], model[name] + update[name]) for name in model)
+    assert all(torch.equal(step[name], update[name]) for name in update)
 
 
 def test_the_servers_learning_rate_scales_the_step() -> None:
-    model, update = {"a": torch.ones(2)}, {"a": torch.tensor([2.0, -4.0])}
-    stepped, _ = apply_update(model, update, {}, Aggregation(learning_rate=0.5))
-    assert stepped["a"].tolist() == [2.0, -1.0]
+    step, _ = server_step({"a": torch.tensor([2.0, -4.0])}, {}, Aggregation(learning_rate=0.5))
+    assert step["a"].tolist() == [1.0, -2.0]
 
 
 def test_the_state_that_goes_in_is_not_changed() -> None:
     generator = np.random.default_rng(1)
-    model, update, velocity = draw(generator), draw(generator), draw(generator)
-    copies = [{name: tensor.clone() for name, tensor in state.items()} for state in (model, update, velocity)]
-    apply_update(model, update, velocity, Aggregation(optimizer="fedavgm", momentum=0.9))
-    for state, copy in zip((model, update, velocity), copies, strict=True):
+    update, velocity = draw(generator), draw(generator)
+    copies = [{name: tensor.clone() for name, tensor in state.items()} for state in (update, velocity)]
+    server_step(update, velocity, Aggregation(optimizer="fedavgm", momentum=0.9))
+    for state, copy in zip((update, velocity), copies, strict=True):
         assert all(torch.equal(state[name], copy[name]) for name in state)
 
 
 def test_momentum_accumulates() -> None:
     settings = Aggregation(optimizer="fedavgm", momentum=0.5)
-    model, velocity = {"a": torch.zeros(1)}, State()
+    moved, velocity = 0.0, State()
     for _ in range(3):  # v = 1, 1.5, 1.75
-        model, velocity = apply_update(model, {"a": torch.ones(1)}, velocity, settings)
-    assert (velocity["a"].item(), model["a"].item()) == (1.75, 4.25)
+        step, velocity = server_step({"a": torch.ones(1)}, velocity, settings)
+        moved += step["a"].item()
+    assert (velocity["a"].item(), moved) == (1.75, 4.25)
 
 
 @settings(max_examples=30, deadline=None)
@@ -73,7 +74,7 @@ def test_fedavgm_agrees_with_flowers_own(seed: int, rounds: int, clients: int, m
         start = {name: torch.from_numpy(array.numpy().astype(np.float32)) for name, array in theirs.current_arrays.items()}
         for client in range(clients):
             update, weight = draw(generator, 0.1), int(generator.integers(1, 1000))
-            total.add(update, weight)
+            total.add(Tensors(update), weight)
             asked = records.build_message(
                 RecordDict(),
                 run_id=1,
@@ -85,9 +86,9 @@ def test_fedavgm_agrees_with_flowers_own(seed: int, rounds: int, clients: int, m
             )
             trained = ArrayRecord({name: Array((start[name] + update[name]).numpy()) for name in update})
             replies.append(records.reply(asked, RecordDict({"arrays": trained, "metrics": MetricRecord({"num-examples": weight})})))
-        model, velocity = apply_update(
-            model, total.mean(), velocity, Aggregation(optimizer="fedavgm", momentum=momentum, learning_rate=rate)
-        )
+        mean = Layout.of(model).split(total.mean())
+        step, velocity = server_step(mean, velocity, Aggregation(optimizer="fedavgm", momentum=momentum, learning_rate=rate))
+        model = {name: tensor + step[name] for name, tensor in model.items()}
         arrays, _ = theirs.aggregate_train(number, replies)
         assert arrays is not None
         for name in model:
