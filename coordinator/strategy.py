@@ -32,6 +32,7 @@ from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
 from lichen.coordinator.scoring import Beside
 
 if TYPE_CHECKING:
+    import torch
     from flwr.serverapp import Grid
 
     from lichen.common.plan import Plan
@@ -149,7 +150,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 where=f"round {server_round}",
                 fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )
-        self._step(self._layout.split(total.mean()))
+        mean = total.mean()
+        self._step(self._layout.split(mean), mean)
         if not self.plan.private:
             reports = [one.report for one in usable]
             weight = sum(report.examples or 0 for report in reports)
@@ -226,9 +228,10 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.state.clip = release.clip
         return release
 
-    def _step(self, mean: State) -> None:
+    def _step(self, mean: State, room: torch.Tensor | None = None) -> None:
+        """Move the model; ``room`` may be overwritten."""
         step, self.state.velocity = server_step(mean, self.state.velocity, self.plan.aggregation)
-        self.state.model = self._downlink.add(step, self.state)
+        self.state.model = self._downlink.add(step, self.state, room)
 
     # --- federated evaluation ---
 
@@ -305,7 +308,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     def final_model(self) -> State:
         """The mean of the last rounds' models, as the plan asks."""
         count = self.plan.aggregation.average_last
-        return {name: tensor / count for name, tensor in self.state.average.items()}
+        return {name: tensor / count for name, tensor in self.state.average.items()} if count > 1 else self.state.average
 
     def _resume(self, num_rounds: int) -> None:
         """Tell what was told already, and the round of the checkpoint if a crash came before its score: it is scored now."""
@@ -328,8 +331,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.aggregate_train(number, self._ask(grid, messages, timeout))
         if number > num_rounds - self.plan.aggregation.average_last:
             self.state.average = {
-                name: self.state.average[name] + tensor if self.state.average else tensor.clone()
-                for name, tensor in self.state.model.items()
+                name: self.state.average[name] + tensor if self.state.average else tensor for name, tensor in self.state.model.items()
             }
         every = self.plan.evaluation.federated_every
         # only then, since to write a model takes the disk's time

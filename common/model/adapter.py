@@ -56,6 +56,20 @@ class TunedModel:
         for name, parameter in self.trainable.items():
             parameter.copy_(state[name])
 
+    @torch.no_grad()
+    def show(self, state: Mapping[str, torch.Tensor]) -> None:
+        """As `load`, but for computing without training: on a CPU the network has these tensors themselves, and nothing is copied.
+
+        Raises:
+            LichenError: as `load`.
+        """
+        if self.device.type != "cpu":
+            self.load(state)
+            return
+        check_state(state, self.trainable)
+        for name, parameter in self.trainable.items():
+            parameter.data = state[name]
+
 
 def check_state(state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors that do not fit, or hold values that are not finite.
