@@ -37,7 +37,7 @@ class OwnData:
 
     def __init__(self, plan: Plan, validation: Path | None, test: Path | None) -> None:
         self.plan = plan
-        self.task, self.model, self.start = workbench(plan)
+        self.task, self.model, self.start = workbench(plan.at_precision("float32"))
         self._encoded = {path: self._read(path) for path in (validation, test) if path is not None}
         self._validation = validation
         self._test = test
