@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 LEVELS = 127
-AT_ONCE = 1 << 20
+AT_ONCE = 1 << 18
 """Numbers that are rounded at once, so that little is in memory twice."""
 
 
