@@ -142,6 +142,18 @@ def test_no_weight_in_32_bits_is_kept_for_the_backward_pass() -> None:
     assert kept == []
 
 
+def test_what_keeps_a_passing_weight_is_told() -> None:
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    quantize(layers, "int8")
+    first, second = layers
+    x = torch.ones(4, requires_grad=True)
+    y = first.passing() @ x  # type: ignore[operator]
+    assert torch.equal(first.dense(), first.passing())  # type: ignore[operator]
+    second.passing()  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_tied_weights_stay_one() -> None:
     table, head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
     head.weight = table.weight
