@@ -13,7 +13,7 @@ from lichen.simulations.benchmarks import base
 from lichen.simulations.benchmarks.cli import app
 
 pytestmark = pytest.mark.long
-SHORT = ["rounds=1", "aggregation.average_last=1", "local.steps=2", "simulation.clients=4"]
+SHORT = ["rounds=1", "task.max_length=12", "aggregation.average_last=1", "local.steps=2", "simulation.clients=4"]
 
 
 @pytest.mark.timeout(600)
