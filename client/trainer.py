@@ -16,6 +16,7 @@ from lichen.client.jobs import Job
 from lichen.client.together import Member, Noise, Together
 from lichen.common.batching import clients_at_once, most_at_once, pass_cost
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.checkpointing import checkpoint_layers
 from lichen.common.model.lean import run_lean
 from lichen.common.model.packing import Packing
 from lichen.common.privacy.accounting import Segment
@@ -64,6 +65,8 @@ class Trainer:
         self._fused: Callable[[], AbstractContextManager[None]] = nullcontext
         self._lean = plan.local.compute == "lean"
         packing = run_lean(self.model, pack=plan.privacy.gradients != "hooks") if self._lean else Packing(on=False)
+        if plan.local.checkpointing:
+            checkpoint_layers(self.model)
         self._batches = Batches(self.task, self.model, plan.local, packing)
         # what full tuning books of a pass is padded, packed or not
         self._by_length = self._lean and (not packing.on or plan.model.adapter.kind == "full")
@@ -90,7 +93,7 @@ class Trainer:
         count = clients_at_once(cost, local.batch_size * length, most)
         # on a GPU it saves more than what is known of the frozen layers
         known = self._batches.prefix is not None and self.model.device.type == "cpu"
-        if not self._lean or known or count == 1 or (groups := group_weights(self.model, self._packing)) is None:
+        if not self._lean or local.checkpointing or known or count == 1 or (groups := group_weights(self.model, self._packing)) is None:
             return None
         clip = self.plan.privacy.clip if self._private else None
         together = Together(groups, self.model, self.task, local.max_physical_batch_size * count, cost, clip)

@@ -30,6 +30,7 @@ def _whole(value: object) -> object:
 
 
 Number = Annotated[float, BeforeValidator(_whole)]
+Precision = Literal["float32", "bfloat16", "int8"]
 
 
 class Section(BaseModel):
@@ -98,6 +99,10 @@ class Model(Section):
     """A hub name, a local path, or `package:DISTRIBUTION/PATH` for weights that an installed package carries."""
     revision: str | None = None
     """The hub revision (a commit); ignored for a path."""
+    base_precision: Precision = "float32"
+    """How nodes keep the frozen base's weights; they compute in 32 bits whatever it is. `int8` takes a quarter of the memory: each row of
+    a weight, and each token of an embedding, has a scale of its own. `bfloat16` takes half. The coordinator scores with 32 bits, as those
+    who use the model will."""
     adapter: Adapter = Adapter()
     head: Head = Head()
 
@@ -138,6 +143,8 @@ class Local(Section):
     compute: Literal["lean", "plain"] = "lean"
     """`lean`: no padding (or rows of about one length together), nothing that the head does not read, LoRA fused with its layer.
     `plain`: batches as they are drawn, padded to `task.max_length`, by PEFT's own passes. Sums are the same but for rounding."""
+    checkpointing: bool = False
+    """Gradient checkpointing (Chen et al. 2016): what a layer computes is not kept for the backward pass, but computed again in it."""
     prefix_cache: Literal["float32", "float16", "off"] = "float32"
     """How a client keeps what the layers below the lowest trained one give for each row, under `compute: lean`. `float32` changes
     nothing; `float16` takes half the disk and changes updates by some 1e-5 of their size."""
@@ -341,6 +348,10 @@ class Plan(Section):
         """Whether the unit is a client and the coordinator adds the noise: clients train without it."""
         return self.privacy.unit == "client"
 
+    def at_precision(self, precision: Precision) -> Plan:
+        """The plan as a machine works by it that keeps the base's weights so."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"base_precision": precision})})
+
     def __hash__(self) -> int:
         """Equal plans hash alike; the mappings inside have no hash of their own."""
         return hash(self.canonical_json())
@@ -455,6 +466,16 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
         refuse(
             f"aggregation.average_last ({plan.aggregation.average_last}) is above rounds ({plan.rounds})",
             f"Set it to at most {plan.rounds}.",
+        )
+    if plan.model.adapter.kind == "full" and plan.model.base_precision != "float32":
+        refuse(
+            f"model.base_precision: {plan.model.base_precision} keeps a frozen base, but adapter kind full trains every weight",
+            "Nearest valid: model.base_precision: float32, or model.adapter.kind: lora.",
+        )
+    if plan.local.checkpointing and plan.private and not plan.central and plan.privacy.gradients == "hooks":
+        refuse(
+            "local.checkpointing runs layers twice, and privacy.gradients: hooks would count what they see twice",
+            "Nearest valid: privacy.gradients: single-backward, or local.checkpointing: false.",
         )
     _check_central(plan, refuse)
     if plan.private and not plan.central and plan.local.epochs is not None and plan.privacy.sample_rate is None:

@@ -45,7 +45,7 @@ class OwnData:
     def __init__(self, plan: Plan, validation: Path | None, test: Path | None, *, shared: bool = False) -> None:
         self.plan = plan
         self._shared = shared
-        self.task, self.model, self.start = workbench(plan)
+        self.task, self.model, self.start = workbench(plan.at_precision("float32"))
         self._encoded = {path: self._read(path) for path in (validation, test) if path is not None}
         self._validation = validation
         self._test = test

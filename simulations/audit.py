@@ -122,7 +122,7 @@ def run_audit(directory: Path, homes: list[Path], confidence: float = 0.95) -> A
     if not homes:
         fix = "Give the homes of nodes that took part: --home DIR. Only their owners have them."
         raise LichenError(Code.DATA_NOT_FOUND, "no node home to audit by", where=str(directory), fix=fix)
-    bench = workbench(plan)
+    bench = workbench(plan.at_precision("float32"))
     bench.model.load(bench.start)
     canaries, included, clients = _canaries(plan, run_id, homes, bench)
     before = [_losses(plan, bench, rows) for rows in canaries]

@@ -42,7 +42,7 @@ def resolve_base(base: str) -> str:
 
 
 def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the pretrained model and its tokenizer, in 32-bit floats, every dropout of the base at zero.
+    """Load the pretrained model and its tokenizer, every dropout of the base at zero; it computes in 32-bit floats.
 
     Without dropout a step is a function of its batch, which the privacy self-check and bit-for-bit repeats rely on. Only safetensors
     are read, and no code that lies beside the weights: the plan names the base, and a pickle, like that code, could do anything.
@@ -73,7 +73,7 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
             where,
             revision=model.revision,
             config=settings,
-            dtype=torch.float32,
+            dtype=torch.float32 if model.base_precision == "float32" else "auto",  # as the file has them: nothing is copied to be rounded
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -99,6 +99,10 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):  # some heads have one that no entry of the configuration rules
             module.p = 0.0
+    if model.base_precision != "float32":
+        from lichen.common.model.quantized import quantize
+
+        quantize(network, model.base_precision, skip=HEADS)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if network.config.get_text_config().pad_token_id is None:

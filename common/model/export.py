@@ -34,8 +34,15 @@ def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTra
         model: the model, with its final tensors loaded.
         tokenizer: the base model's.
         statement: of the run's privacy, for the card.
+
+    Raises:
+        LichenError: INTERNAL, if it is a whole model whose base was quantised: nobody else would load it.
     """
+    from lichen.common.model.quantized import is_quantized
+
     network: Any = model.network
+    if plan.model.adapter.kind != "lora" and is_quantized(network):
+        raise LichenError(Code.INTERNAL, "a model over a quantised base was to be saved whole")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network.save_pretrained(directory)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lichen.common.device import sent
 from lichen.common.model.packing import Packing, Padded
+from lichen.common.model.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import TunedModel
@@ -68,7 +69,7 @@ def _layer(layer: Any, packing: Packing, *, last: bool, first_token: bool) -> An
     attention = layer.attention.self
     heads, key, value = attention.num_attention_heads, attention.key, attention.value
     scale = attention.attention_head_size**-0.5
-    frozen = type(key) is nn.Linear and not any(parameter.requires_grad for parameter in key.parameters())
+    frozen = type(key) in {nn.Linear, QuantizedLinear} and not any(parameter.requires_grad for parameter in key.parameters())
     # a dropout draws for each token what it would draw once for a sum of them
     swapped = first_token and frozen and not any(isinstance(part, nn.Dropout) for part in value.modules())
 
@@ -78,7 +79,7 @@ def _layer(layer: Any, packing: Packing, *, last: bool, first_token: bool) -> An
         ⟨q, W x + b⟩ is ⟨Wᵀ q, x⟩ and a number that softmax cancels; Σ p (W x + b) is W Σ p x + b, because Σ p = 1. So the linear
         layers work on a vector for each head and row, not for each token.
         """
-        weight = key.weight.view(heads, -1, key.in_features)
+        weight = (key.dense() if isinstance(key, QuantizedLinear) else key.weight).view(heads, -1, key.in_features)
         asked = torch.einsum("bhw,hwd->bhd", query.view(len(query), heads, -1), weight)
         found: torch.Tensor = value(layout.attention(asked, hidden, hidden, 1, scale))
         return found.view(len(query), heads, heads, -1).diagonal(dim1=1, dim2=2).mT.reshape(query.shape)

@@ -87,6 +87,16 @@ class FrozenPrefix:
             self._known = None
 
 
+def encoder_layers(model: TunedModel) -> list[nn.Module] | None:
+    """All layers of a model's encoder or decoder, in order; None where they can't be told."""
+    base: Any = model.network
+    if hasattr(base, "get_base_model"):  # PEFT's wrapper
+        base = base.get_base_model()
+    expected = base.config.get_text_config().num_hidden_layers
+    lists = [part for part in base.modules() if isinstance(part, nn.ModuleList) and len(part) == expected]
+    return list(lists[0]) if len(lists) == 1 else None
+
+
 def frozen_prefix(model: TunedModel, packing: Packing | None = None) -> FrozenPrefix | None:
     """The model's frozen prefix, if it has one that can be left out.
 
@@ -98,14 +108,8 @@ def frozen_prefix(model: TunedModel, packing: Packing | None = None) -> FrozenPr
         None where a trained parameter lies below the layers (tuned embeddings), where the lowest layer is trained, or where layers
         give something else than one tensor.
     """
-    base: Any = model.network
-    if hasattr(base, "get_base_model"):  # PEFT's wrapper
-        base = base.get_base_model()
-    expected = base.config.get_text_config().num_hidden_layers
-    lists = [part for part in base.modules() if isinstance(part, nn.ModuleList) and len(part) == expected]
-    if len(lists) != 1:
+    if (layers := encoder_layers(model)) is None:
         return None
-    layers = list(lists[0])
     within = [{id(parameter) for parameter in layer.parameters() if parameter.requires_grad} for layer in layers]
     heads = {id(model.trainable[name]) for name in model.head}
     if any(id(parameter) not in heads.union(*within) for parameter in model.trainable.values()):

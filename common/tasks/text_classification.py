@@ -174,7 +174,7 @@ class TextClassification:
 
     def losses(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         """Cross-entropy of each text, shape (B,). The model's own mean over the batch is never used: it breaks DP's sensitivity."""
-        return F.cross_entropy(self._logits(network, batch), batch["labels"], reduction="none")
+        return F.cross_entropy(self.logits(network, batch), batch["labels"], reduction="none")
 
     @torch.no_grad()
     def score(self, network: nn.Module, data: EncodedTexts, batch_size: int) -> ClassificationScores:
@@ -188,7 +188,7 @@ class TextClassification:
         try:
             for start in range(0, len(order), batch_size):
                 batch = self.collate(data, order[start : start + batch_size])
-                logits = self._logits(network, batch)
+                logits = self.logits(network, batch)
                 losses.append(F.cross_entropy(logits, batch["labels"], reduction="sum"))
                 pairs.append(torch.stack([batch["labels"], logits.argmax(1)]))
         finally:
@@ -204,7 +204,8 @@ class TextClassification:
             raise LichenError(Code.FRAME_INVALID, f"{len(counts)} counts are no confusion matrix of {classes} classes")
         return ClassificationScores(np.array(counts, dtype=np.float64).reshape(classes, classes), loss_sum)
 
-    def _logits(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+    def logits(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """The class scores of each text, shape (B, C)."""
         mask = batch["attention_mask"]
         logits: torch.Tensor = network(input_ids=batch["input_ids"], attention_mask=mask).logits
         return _mean_over_tokens(logits, mask) if self._mean else logits

@@ -102,6 +102,48 @@ def agent(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def base(
+    rows: Annotated[int, typer.Option(min=32, help="Rows of the client that trains.")] = 160,
+    repeats: Annotated[int, typer.Option(min=1, help="Trainings of each kind.")] = 3,
+    r8: Annotated[bool, typer.Option("--r8", help="Instead: accuracy on Reuters R8 by precision, with a paired bootstrap.")] = False,
+    seeds: Annotated[str, typer.Option(help="For --r8; commas between them.")] = "0,1,2",
+    precisions: Annotated[str, typer.Option(help="For --r8: bfloat16, int8; commas between them.")] = "int8",
+    epsilon: Annotated[float, typer.Option(help="For --r8; inf is without privacy.")] = float("inf"),
+    set_: Annotated[list[str] | None, typer.Option("--set", help="For --r8: KEY.PATH=VALUE of the plan.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="For --r8: keep the run directories here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A base in fewer bits, and gradient checkpointing: memory, time, accuracy. Example: lichen bench base --r8."""
+    from lichen.simulations.benchmarks.base import PRECISIONS, bench_base, bench_base_r8
+
+    found = []
+    if r8:
+        given: list[str] = _list(precisions, str)
+        if odd := set(given) - set(PRECISIONS[1:]):
+            raise typer.BadParameter(f"{odd.pop()!r} is none of {', '.join(PRECISIONS[1:])}")
+        asked = [precision for precision in PRECISIONS if precision in given]
+        for row in bench_base_r8(_list(seeds, int), asked, epsilon, set_ or [], keep):
+            found.append(row)
+            if not as_json:
+                typer.echo(", ".join(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    else:
+        table = Table(title="MiniLM by precision of the base (at most)")
+        for column in ("base", "resident, MB", "over 32 bits", "CPU s a step", "over 32 bits", "training adds, MB", "logits apart"):
+            table.add_column(column, justify="left" if column == "base" else "right")
+        for row in bench_base(rows, repeats):
+            found.append(row)
+            aims = {key: f" ({aim:g})" for key, aim in row.get("targets", {}).items()}
+            memory = [f"{row['memory_mb']:.1f}", f"{row['memory']:.3f}{aims.get('memory', '')}"] if "memory" in row else ["", ""]
+            name = row["base"] + (", checkpointing" if row["checkpointing"] else "")
+            rest = [f"{row['step_s']:.3f}", f"{row['cpu']:.3f}{aims.get('cpu', '')}", f"{row['training_mb']:.0f}", f"{row['apart']:.2g}"]
+            table.add_row(name, *memory, *rest)
+        if not as_json:
+            Console().print(table)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+
+
+@app.command()
 def privacy(
     repeats: Annotated[int, typer.Option(min=1, help="Steps of each kind.")] = 7,
     lengths: Annotated[str, typer.Option(help="64, 256; commas between them.")] = "64,256",

@@ -31,8 +31,18 @@ def of_trees(roots: Iterable[int]) -> int:
         with suppress(psutil.NoSuchProcess):
             for number in (root, *(child.pid for child in psutil.Process(root).children(recursive=True))):
                 with suppress(OSError):  # it has ended
-                    lines = Path(f"/proc/{number}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
-                    sizes = {field: 1024 * int(size) for field, size, *_ in map(str.split, lines)}
+                    sizes = _rollup(number)
                     own += sizes["Pss_Anon:"]
                     mapped = max(mapped, sizes["Rss:"] - sizes["Anonymous:"])
     return own + mapped
+
+
+def own_and_mapped() -> tuple[int, int]:
+    """Resident bytes of this process (Linux only): of its own, private or shared with a fork, and of files that are mapped."""
+    sizes = _rollup("self")
+    return sizes["Anonymous:"], sizes["Rss:"] - sizes["Anonymous:"]
+
+
+def _rollup(process: int | str) -> dict[str, int]:
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+    return {field: 1024 * int(size) for field, size, *_ in map(str.split, lines)}

@@ -19,6 +19,7 @@ from lichen.common.result import write_atomically
 SHORT = (
     ("privacy", "--repeats", "3", "--lengths", "64", "--no-hooks"),
     ("step", "--rows", "96", "--repeats", "1"),
+    ("base", "--rows", "64", "--repeats", "1"),
     ("simulate", "--rounds", "3"),
     ("simulate", "--small", "--rounds", "3"),
     ("scale",),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from lichen.client.trainer import Trainer
+    from lichen.common.plan import Precision
 
 APART = 1e-5
 
@@ -41,14 +42,14 @@ def bench_step(rows: int, repeats: int) -> Iterator[dict[str, Any]]:
 def _prefix(rows: int, repeats: int) -> Iterator[dict[str, Any]]:
     from lichen.common.privacy.randomness import SeededSource
 
-    trainer = _trainer({"kind": "lora", "rank": 8, "alpha": 16, "last_layers": 2}, epochs=3)
-    data, start = _data(trainer, rows), trainer.model.state()
+    trainer = make_trainer({"kind": "lora", "rank": 8, "alpha": 16, "last_layers": 2}, epochs=3)
+    data, start = r8_rows(trainer, rows), trainer.model.state()
     found: dict[str, tuple[float, dict[str, torch.Tensor]]] = {}
     with TemporaryDirectory(prefix="lichen-bench-") as name:
         for repeat in range(repeats):
             folder = Path(name) / str(repeat)
             for way, cache in (("without", None), ("cold", folder), ("warm", folder)):
-                seconds, trained = _timed(partial(trainer.train, start, data, 1, SeededSource("order"), cache))
+                seconds, trained = timed(partial(trainer.train, start, data, 1, SeededSource("order"), cache))
                 if way not in found or seconds < found[way][0]:
                     found[way] = seconds, trained.delta
     for way, target in (("cold", 1.5), ("warm", 1.9)):
@@ -77,20 +78,21 @@ def _privacy(rows: int, repeats: int) -> Iterator[dict[str, Any]]:
             return found
 
     adapter = {"kind": "lora", "rank": 8, "alpha": 16}
-    plain = _trainer(adapter, epochs=1)
-    data, start = _data(plain, rows), plain.model.state()
+    plain = make_trainer(adapter, epochs=1)
+    data, start = r8_rows(plain, rows), plain.model.state()
     tasks.workbench.cache_clear()  # a model of its own
-    private = _trainer(adapter, privacy={"unit": "example", "epsilon": 8, "delta": 1e-5}, steps=steps.steps)
+    private = make_trainer(adapter, privacy={"unit": "example", "epsilon": 8, "delta": 1e-5}, steps=steps.steps)
     units = [[row] for row in range(rows)]
     seconds = {"plain": 0.0, "private": 0.0}
     for _ in range(repeats):
-        seconds["plain"] += _timed(lambda: plain.train(start, data, 1, SeededSource("order")))[0]
-        seconds["private"] += _timed(lambda: private.train_private(start, data, units, steps, rows, 1, Counting(), Gate(steps)))[0]
+        seconds["plain"] += timed(lambda: plain.train(start, data, 1, SeededSource("order")))[0]
+        seconds["private"] += timed(lambda: private.train_private(start, data, units, steps, rows, 1, Counting(), Gate(steps)))[0]
     ratio = (seconds["private"] / Counting.drawn) / (seconds["plain"] / (rows * repeats))
     yield {"what": "local private epoch over the same without privacy, by time a row", "ratio": ratio, "target": 1.05}
 
 
-def _trainer(adapter: dict[str, Any], privacy: dict[str, Any] | None = None, **local: Any) -> Trainer:
+def make_trainer(adapter: dict[str, Any], privacy: dict[str, Any] | None = None, precision: Precision = "float32", **local: Any) -> Trainer:
+    """A trainer of MiniLM for R8, in batches of 16 × 64."""
     from lichen.client.trainer import Trainer
     from lichen.common.plan import parse_plan
 
@@ -98,21 +100,23 @@ def _trainer(adapter: dict[str, Any], privacy: dict[str, Any] | None = None, **l
         "name": "bench-step",
         "rounds": 1,
         "task": {"kind": "text-classification", "labels": LABELS, "max_length": 64},
-        "model": {"base": MINILM.base, "adapter": adapter, "head": {"pooling": "pooler", "init": "random"}},
+        "model": {"base": MINILM.base, "base_precision": precision, "adapter": adapter, "head": {"pooling": "pooler", "init": "random"}},
         "local": {"batch_size": 16, "optimizer": "sgd", "learning_rate": 0.01, **local},
         "privacy": privacy or {"unit": "none"},
     }
     return Trainer(parse_plan(document))
 
 
-def _data(trainer: Trainer, rows: int) -> Any:
+def r8_rows(trainer: Trainer, rows: int) -> Any:
+    """The first rows of R8, encoded."""
     from lichen.simulations.datasets import load_named
 
     found = load_named("r8").train[:rows]
     return trainer.task.encode({field: [row[field] for row in found] for field in trainer.task.fields})
 
 
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that it took, and what came of it."""
     began = time.perf_counter()
     found = run()
     return time.perf_counter() - began, found

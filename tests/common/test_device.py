@@ -196,11 +196,13 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[Apart]:
 
 
 @pytest.mark.parametrize("privacy", [{"unit": "none"}, PRIVATE, {**PRIVATE, "gradients": "hooks"}], ids=["none", "private", "hooks"])
-@pytest.mark.parametrize("adapter", [{"kind": "lora", "rank": 2}, {"kind": "head"}, {"kind": "full"}], ids=lambda found: found["kind"])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("lora", "float32"), ("lora", "int8"), ("lora", "bfloat16"), ("head", "float32"), ("full", "float32")]
+)
 def test_all_follows_the_model_to_its_device(
-    tiny_plan: dict[str, Any], tiny_rows: Rows, apart: Apart, adapter: dict[str, Any], privacy: dict[str, Any], tmp_path: Path
+    tiny_plan: dict[str, Any], tiny_rows: Rows, apart: Apart, kind: str, precision: str, privacy: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = {**tiny_plan["model"], "adapter": adapter}
+    model = {**tiny_plan["model"], "adapter": {"kind": kind, "rank": 2}, "base_precision": precision}
     with apart:
         trainer = Trainer(parse_plan(tiny_plan | {"model": model, "privacy": privacy}))
         jobs = [job(trainer, tiny_rows, count, tmp_path / str(count)) for count in (13, 5)]

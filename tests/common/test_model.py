@@ -233,7 +233,7 @@ def scores_here(plan: Plan, model: Any, task: Any) -> torch.Tensor:
     model.network.eval()
     rows = task.encode({"text": TEXTS, "label": LABELS})
     with torch.no_grad():
-        found: torch.Tensor = task._logits(model.network, task.collate(rows, range(len(TEXTS))))
+        found: torch.Tensor = task.logits(model.network, task.collate(rows, range(len(TEXTS))))
     return found
 
 

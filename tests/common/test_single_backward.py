@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel
+from lichen.common.model.checkpointing import checkpoint_layers
 from lichen.common.model.lean import run_lean
 from lichen.common.privacy.hooks import HooksModule
 from lichen.common.privacy.single_backward.module import SingleBackwardModule
@@ -183,6 +184,16 @@ def test_gradient_checkpointing(family: str, adapter: str, reentrant: bool) -> N
     network.enable_input_require_grads()
     module = SingleBackwardModule(network)
     assert distance(in_one(module, losses, ENTITIES, clip), right) <= 2e-6
+
+
+@pytest.mark.parametrize("adapter", ["lora", "all-linear", "full"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not name.startswith("t5")])
+def test_layers_that_run_again(family: str, adapter: str) -> None:
+    """By our own checkpointing, which goes with every layer's own arguments: caches, masks, position embeddings."""
+    network, losses = build(family, adapter), losses_for(family)
+    right, clip = by_loop(network, losses, ENTITIES)
+    checkpoint_layers(TunedModel(network, {}, frozenset()))
+    assert distance(in_one(SingleBackwardModule(network), losses, ENTITIES, clip), right) <= 2e-6
 
 
 @pytest.mark.parametrize("adapter", ["all-linear", "full"])

@@ -58,7 +58,7 @@ def test_mean_pooling_is_the_head_on_mean_pooled_features(tiny_models: Models) -
     data = rows(task, 12)
     batch = task.collate(data, range(12))
     assert len(set(data.lengths.tolist())) > 3
-    found = task._logits(network, batch)
+    found = task.logits(network, batch)
     for index, ids in enumerate(data.tokens):  # one text at a time, without padding
         features = network.bert(input_ids=torch.from_numpy(ids).long()[None]).last_hidden_state[0].mean(0)
         expected = network.classifier.weight @ features + network.classifier.bias
@@ -94,7 +94,7 @@ def test_losses_are_cross_entropy(tiny_models: Models) -> None:
     task, model = built(tiny_models("bert"))
     batch = task.collate(rows(task, 5), range(5))
     with torch.no_grad():
-        logits = task._logits(model.network, batch).double()
+        logits = task.logits(model.network, batch).double()
         losses = task.losses(model.network, batch).double()
     expected = torch.logsumexp(logits, 1) - logits[torch.arange(5), batch["labels"]]
     torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6)
@@ -259,7 +259,7 @@ def test_scores_are_the_same_however_they_are_batched(tiny_models: Models, batch
     assert model.network.training
     with torch.no_grad():
         batch = task.collate(data, range(11))
-        guess = task._logits(model.network, batch).argmax(1).tolist()
+        guess = task.logits(model.network, batch).argmax(1).tolist()
         loss = float(task.losses(model.network, batch).sum())
     assert scores.metrics()["accuracy"] == pytest.approx(accuracy_score(data.labels.tolist(), guess))
     assert scores.loss_sum == pytest.approx(loss, rel=1e-5)

@@ -73,9 +73,13 @@ def test_it_repeats_bit_for_bit_and_another_seed_differs(play: Play) -> None:
     assert [told.train_loss for told in first.rounds] == [told.train_loss for told in second.rounds]
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize("privacy", [{"unit": "none"}, PRIVATE])
-def test_workers_give_the_bytes_of_one_process(play: Play, csv_plan: dict[str, Any], tmp_path: Path, privacy: dict[str, Any]) -> None:
+def test_workers_give_the_bytes_of_one_process(
+    play: Play, csv_plan: dict[str, Any], tmp_path: Path, privacy: dict[str, Any], precision: str
+) -> None:
     plan = csv_plan | {"privacy": privacy, "local": csv_plan["local"] | {"compute": "plain"}}
+    plan["model"] = plan["model"] | {"base_precision": precision}
     _, alone = play(plan)
     run(parse_plan(plan), tmp_path / "workers", "inprocess", workers=2)
     assert digest(alone) == digest(tmp_path / "workers")
@@ -173,16 +177,19 @@ def test_the_final_model_is_the_mean_of_the_last_rounds(play: Play) -> None:
 
 
 @pytest.mark.parametrize("private", [False, True])
-@pytest.mark.parametrize(("kind", "rate"), [("lora", 0.02), ("full", 0.005), ("head", 0.2)])
+@pytest.mark.parametrize(
+    ("kind", "rate", "precision"),
+    [("lora", 0.02, "float32"), ("full", 0.005, "float32"), ("head", 0.2, "float32"), ("lora", 0.02, "int8"), ("head", 0.2, "bfloat16")],
+)
 def test_each_kind_of_adapter_trains_and_is_loaded_by_plain_transformers(
-    play: Play, tiny_model: Path, kind: str, rate: float, private: bool
+    play: Play, tiny_model: Path, kind: str, rate: float, precision: str, private: bool
 ) -> None:
     from peft import AutoPeftModelForTokenClassification
     from transformers import AutoModelForTokenClassification, AutoTokenizer, BertModel
 
     changes: dict[str, Any] = {
         "local": {"learning_rate": rate, "head_learning_rate": None},
-        "model": {"adapter": {"kind": kind, "rank": 2}},
+        "model": {"adapter": {"kind": kind, "rank": 2}, "base_precision": precision},
     }
     result, out = play(**changes, **({"privacy": PRIVATE} if private else {}))
     assert result.final is not None

@@ -11,7 +11,6 @@ from torch import nn
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.single_backward.book import Book
-from lichen.common.privacy.single_backward.nodes import linear
 from lichen.common.privacy.single_backward.rules import is_lora, replacements
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class GroupWeights(Book):
         """LoRA over a frozen linear layer: (B, …, d) to (B, …, p)."""
         up = self._of(b).mT * scaling
         low = _by_group(x if dropped is None else dropped, up) @ self._of(a).mT
-        wide = linear(x, base.weight, base.bias, transposed)
+        wide = base(x)
         return torch.baddbmm(_by_group(wide, up), low, up).view_as(wide)
 
     def _of(self, parameter: nn.Parameter) -> torch.Tensor:

@@ -14,6 +14,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from lichen.common.model.linear import linear, times_weight
+from lichen.common.model.quantized import passing_weight
 from lichen.common.privacy.single_backward.records import dot
 
 if TYPE_CHECKING:
@@ -64,8 +66,8 @@ class LoraNode(torch.autograd.Function):
         book: Book,
     ) -> torch.Tensor:
         """Input (B, …, d), output (B, …, p). ``dropped`` is what the adapter sees, None where that is ``x``."""
-        weight, down, up = base.weight.detach(), a.detach(), b.detach()
-        y = linear(x, weight, base.bias, transposed)
+        down, up = a.detach(), b.detach()
+        y = linear(x, passing_weight(base), base.bias, transposed)
         low = F.linear(x if dropped is None else dropped, down)
         low = low.mul_(scaling)
         if low.dtype == y.dtype == up.dtype:
@@ -73,22 +75,22 @@ class LoraNode(torch.autograd.Function):
             y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up.t())
         else:
             y = (y + F.linear(low, up)).to(y.dtype)
-        ctx.save_for_backward(x, dropped, low, weight, down, up)
-        ctx.parameters, ctx.scaling, ctx.transposed, ctx.book = (a, b), scaling, transposed, book
+        ctx.save_for_backward(x, dropped, low, down, up)
+        ctx.base, ctx.parameters, ctx.scaling, ctx.transposed, ctx.book = base, (a, b), scaling, transposed, book
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> Gradients:
         """Book A and B."""
-        x, dropped, low, weight, down, up = ctx.saved_tensors
+        x, dropped, low, down, up = ctx.saved_tensors
         a, b = ctx.parameters
         seen = x if dropped is None else dropped
         gradients = g.to(low.dtype)
         back = times_weight(gradients, up, False).mul_(ctx.scaling)
         gx = gd = None
         if ctx.needs_input_grad[0]:
-            gx = times_weight(g, weight, ctx.transposed).contiguous()
+            gx = times_weight(g, passing_weight(ctx.base), ctx.transposed).contiguous()
             if dropped is None:
                 if gx.dtype == back.dtype == down.dtype:
                     gx.view(-1, gx.shape[-1]).addmm_(back.view(-1, back.shape[-1]), down)
@@ -202,19 +204,3 @@ class RmsNormNode(torch.autograd.Function):
         if ctx.layer.weight.requires_grad:
             ctx.book.add_tokens(ctx.layer.weight, normed.mul_(g))
         return gx, None, None, None, None, None
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
-    """A linear layer as it runs without us, `Conv1D` where it is transposed: (…, d) to (…, p)."""
-    bias = None if bias is None else bias.detach()
-    if not transposed:
-        return F.linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    found = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-    return found.view(*x.shape[:-1], weight.shape[1])
-
-
-def times_weight(g: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """The gradient of a linear layer's input, (…, p) to (…, d), in the type of ``g``."""
-    weight = weight.to(g.dtype)
-    return g @ (weight.t() if transposed else weight)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.quantized import QuantizedConv1D, QuantizedLinear
 from lichen.common.privacy.single_backward.book import Book
 from lichen.common.privacy.single_backward.nodes import (
     EmbeddingNode,
@@ -42,7 +43,7 @@ def replacements(network: nn.Module, book: Book) -> list[Replacement]:
             found.append((layer, "forward", _lora(name, layer, book)))
             adapter = layer.active_adapters[0]
             parts = [layer.lora_A[adapter], layer.lora_B[adapter], layer.get_base_layer()]
-        elif hasattr(layer, "compute_bias") and isinstance(getattr(layer, "relative_attention_bias", None), nn.Embedding):
+        elif hasattr(layer, "compute_bias") and type(getattr(layer, "relative_attention_bias", None)) is nn.Embedding:
             found += _shared_bias(layer, book)
             parts = [layer.relative_attention_bias]
         else:
@@ -179,13 +180,13 @@ def _lora(name: str, layer: Any, book: Book) -> Forward:
     if layer.lora_variant:
         variant = next(iter(layer.lora_variant.values()))
         raise _refusal(f"{name} is LoRA as {type(variant).__name__}, for which there is no per-example gradient", LORA_FIX)
-    if type(layer) is not Linear or type(base) not in {nn.Linear, Conv1D}:
+    if type(layer) is not Linear or type(base) not in {nn.Linear, Conv1D, QuantizedLinear, QuantizedConv1D}:
         raise _refusal(f"{name} is a LoRA {type(layer).__name__} on a {type(base).__name__}, which has no rule", LORA_FIX)
     if others or layer.lora_bias[adapter] or layer.base_layer is not base:
         raise _refusal(f"{name} has several adapters, or one with a bias, which has no rule", LORA_FIX)
     if any(parameter.requires_grad for parameter in base.parameters()):
         raise _refusal(f"{name} trains its base layer beside the adapter, which has no rule", LORA_FIX)
-    original, transposed = layer.forward, type(base) is Conv1D
+    original, transposed = layer.forward, isinstance(base, Conv1D)
     down, up, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
 
     def forward(x: torch.Tensor, *arguments: Any, **named: Any) -> Any:
