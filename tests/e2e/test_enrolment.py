@@ -418,7 +418,7 @@ def spoilt(coordinator: Coordinator, identity: Identity, how: str, directory: Pa
     if how == "expired":
         return key, coordinator.authority.sign_csr(csr, "clinic-a", "node", days=1, now=now - 2 * 86400)
     if how == "not yet valid":
-        return key, coordinator.authority.sign_csr(csr, "clinic-a", "node", now=now + 86400)
+        return key, coordinator.authority.sign_csr(csr, "clinic-a", "node", now=now + 3 * 86400)
     return coordinator.authority.issue_server(["localhost"])
 
 
@@ -428,7 +428,7 @@ def spoilt(coordinator: Coordinator, identity: Identity, how: str, directory: Pa
         ("none", Code.CERTIFICATE_MISSING),
         ("foreign", Code.CERTIFICATE_FOREIGN),
         ("expired", Code.CERTIFICATE_EXPIRED),
-        ("not yet valid", Code.CERTIFICATE_INVALID),
+        ("not yet valid", Code.CLOCK_WRONG),
         ("a server's", Code.CERTIFICATE_INVALID),
     ],
 )
