@@ -145,7 +145,7 @@ class SlowLink:
         free = loop.time()
         try:
             while data := await reader.read(int(min(_LARGEST, max(SEGMENT, self.rate * _TICK)))):
-                while self.frozen or connection.forgotten or (self.frozen_down and way == "down"):
+                while self._holds(connection, way):
                     await asyncio.sleep(_TICK)
                 if connection not in self._open:  # cut, with bytes left in the reader
                     return
@@ -168,6 +168,10 @@ class SlowLink:
         finally:
             delivering.cancel()
             self._abort(connection)
+
+    def _holds(self, connection: _Connection, way: str) -> bool:
+        held = self.frozen or connection.forgotten or (self.frozen_down and way == "down")
+        return held and connection in self._open
 
     async def _deliver(
         self, connection: _Connection, travelling: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter

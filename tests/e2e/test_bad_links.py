@@ -113,13 +113,17 @@ class Coordinator:
 
     async def ask(self, group: str, payload: bytes | None = None, timeout: float = 60.0) -> Message:
         """One message to the one node that is there, and its reply."""
+        ids = await self.push(group, payload)
+        (reply,) = await asyncio.to_thread(lambda: list(self.fleet.grid(RUN).replies(ids, timeout)))
+        assert not reply.has_error()
+        return reply
+
+    async def push(self, group: str, payload: bytes | None = None) -> list[str]:
+        """Only send the message."""
         grid = self.fleet.grid(RUN)
         (node,) = await asyncio.to_thread(grid.wait_for_nodes, 1, 30)
         content = RecordDict() if payload is None else with_payload(await asyncio.to_thread(self.spool.add_bytes, payload))
-        message = grid.create_message(content, "train", node, group)
-        (reply,) = await asyncio.to_thread(lambda: grid.send_and_receive([message], timeout=timeout))
-        assert not reply.has_error()
-        return reply
+        return grid.push_messages([grid.create_message(content, "train", node, group)])
 
     async def close(self) -> None:
         for agent in self.agents:
@@ -172,8 +176,7 @@ def test_a_payload_that_breaks_at_several_places_is_sent_once_and_a_little_more(
             await until(lambda: getattr(link, f"cut_{way}") == float("inf"))
         await asking
         assert agent.made == 1
-        # A cut loses what was under way: at most the window of HTTP/2, 64 KiB, and a chunk.
-        assert getattr(link, way) < 800 * KB + 4 * (64 + 32) * KB + OVERHEAD
+        assert getattr(link, way) < 800 * KB + 4 * 32 * KB + OVERHEAD  # a cut loses what was on its way
 
     running(coordinator, scenario())
 
@@ -182,10 +185,9 @@ def test_a_coordinator_that_restarts_in_mid_upload_goes_on_at_the_offset(coordin
     async def scenario() -> None:
         link = SlowLink(f"127.0.0.1:{coordinator.port}", rate=200 * KB)
         agent = await coordinator.agent(await coordinator.link(link), length=800 * KB)
-        asking = asyncio.create_task(coordinator.ask("1"))
+        await coordinator.push("1")
         await until(lambda: link.up > 400 * KB)
         await coordinator.stop()
-        asking.cancel()
         await coordinator.start()
         await coordinator.ask("1")
         assert agent.made == 1
@@ -231,7 +233,7 @@ def test_a_model_is_fetched_over_a_link_that_breaks_more_often_than_there_are_at
         directory = coordinator.home / "runs" / "1"
         (directory / "model").mkdir(parents=True)
         (directory / "plan.yaml").write_text("name: x\n")
-        (directory / "model" / "weights").write_bytes(os.urandom(600 * KB))
+        (directory / "model" / "weights.safetensors").write_bytes(os.urandom(600 * KB))
         run_id = 1
         coordinator.store.add_run(run_id, "{}", "1")
         coordinator.store.set_run_status(run_id, "finished")
@@ -244,7 +246,7 @@ def test_a_model_is_fetched_over_a_link_that_breaks_more_often_than_there_are_at
             link.cut_down = place * KB
             await until(lambda: link.cut_down == float("inf"))
         fetched = await fetching
-        assert (fetched.model / "weights").read_bytes() == (directory / "model" / "weights").read_bytes()
+        assert (fetched.model / "weights.safetensors").read_bytes() == (directory / "model" / "weights.safetensors").read_bytes()
         assert link.down < 600 * KB + 7 * 64 * KB + OVERHEAD
 
     running(coordinator, scenario())
@@ -300,6 +302,9 @@ def on_its_way(rate: float, delay: float, seconds: float, window: Window, now: f
         most = max(most, ahead) if now > until - seconds / 4 else 0
         if told:
             window.seen(now)
+    for now, _, told in travelling:
+        if told:
+            window.seen(now)
     return chunks, most, now
 
 
@@ -307,7 +312,7 @@ def on_its_way(rate: float, delay: float, seconds: float, window: Window, now: f
 def test_a_link_is_kept_busy_and_little_is_ahead(rate: float, delay: float) -> None:
     chunks, most, _ = on_its_way(rate, delay, 60.0, Window())
     assert sum(chunks) > 0.85 * 60 * rate
-    assert most <= max(3.5 * rate, 32 * KB)
+    assert most <= max(5 * rate, 32 * KB)
     assert max(chunks[:8]) == 4 * KB  # before the speed is known
 
 
@@ -315,8 +320,18 @@ def test_a_chunk_becomes_short_where_a_fast_link_becomes_slow() -> None:
     window = Window()
     chunks, _, now = on_its_way(1e6, 0.01, 10.0, window)
     assert chunks[-1] == CHUNK
-    chunks, most, _ = on_its_way(8e3, 0.5, 600.0, window, now)
-    assert (chunks[-1], most) == (4 * KB, 28 * KB)
+    chunks, most, _ = on_its_way(8e3, 0.5, 3000.0, window, now)
+    assert chunks[-1] == 4 * KB
+    assert most <= 32 * KB
+
+
+def test_a_sender_that_paused_with_bytes_on_their_way_does_not_wait_for_nothing() -> None:
+    window = Window()
+    _, _, now = on_its_way(1e6, 0.01, 10.0, window)
+    assert [window.sent(CHUNK, last=False, now=now) for _ in range(2)] == [True, False]
+    window.seen(now)
+    assert window.length(now + 5.0) > 0
+    assert window.sent(4 * KB, last=False, now=now + 5.0)
 
 
 # NAT and proxies
@@ -361,7 +376,7 @@ def test_an_agent_joins_fetches_and_works_through_an_http_proxy(coordinator: Coo
         with pytest.raises(LichenError) as caught:
             await asyncio.to_thread(fetch_model, identity, coordinator.home / "models")
         assert caught.value.code is Code.NO_MODEL
-        assert proxy.asked == [f"CONNECT {place} HTTP/1.0" for place in (enrolment, fleet, fleet)]
+        assert proxy.asked == [f"CONNECT {place} HTTP/1.1" for place in (enrolment, fleet, fleet)]
         assert proxy.credentials == ["Basic d2FyZDpzZWNyZXQ="] * 3
 
     running(coordinator, scenario())
@@ -471,7 +486,7 @@ def test_a_coordinator_that_is_not_valid_yet_points_at_the_clock(coordinator: Co
         key, certificate = coordinator.authority.issue_server(["127.0.0.1"], now=time.time() + 5 * DAY)
         await coordinator.fleet.start(f"127.0.0.1:{coordinator.port}", key, certificate, coordinator.authority.ca_pem)
         agent = Agent(coordinator.home / "a", f"127.0.0.1:{coordinator.port}", identity, 1, framing.Timing())
-        await until(lambda: agent.statuses[-1].error is not None)
+        await until(lambda: any(status.error for status in agent.statuses))
         assert "this machine's clock" in str(agent.statuses[-1].error)
         await agent.stop()
 
