@@ -137,7 +137,7 @@ def load_identity(home: Path, *, now: float | None = None) -> Identity:
 
 
 def address_of(home: Path) -> tuple[str, str]:
-    """This node's name and its coordinator's `host:port`, whatever became of its certificate.
+    """Return this node's name and its coordinator's `host:port`, whatever became of its certificate.
 
     Raises:
         LichenError: AGENT_HOME_MISSING; STORE_VERSION.

@@ -64,7 +64,9 @@ class Window:
         """Bytes of the next chunk; 0 if the peer has to read first."""
         limit = self._limit(now)
         chunk = min(CHUNK, max(_SHORTEST, limit // 8))
-        return chunk if not self._marks or self._sent - self._seen + chunk <= limit else 0  # the limit falls with time: never wait for nothing
+        return (
+            chunk if not self._marks or self._sent - self._seen + chunk <= limit else 0
+        )  # the limit falls with time: never wait for nothing
 
     def sent(self, length: int, *, last: bool, now: float) -> bool:
         """Count a chunk; whether the peer is to tell when it has read it. Some in a window are enough."""

@@ -74,10 +74,12 @@ class Link:
 
     def traffic(self) -> tuple[Traffic, Traffic]:
         """What went from far to near, and from near to far, so far."""
-        assert self._process.stdin is not None and self._process.stdout is not None  # noqa: S101
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        up, down = json.loads(self._process.stdout.readline())
+        asked, answered = self._process.stdin, self._process.stdout
+        if asked is None or answered is None:
+            raise OSError("the link's process has no pipes")
+        asked.write("\n")
+        asked.flush()
+        up, down = json.loads(answered.readline())
         return Traffic(**up), Traffic(**down)
 
 
@@ -93,8 +95,8 @@ def packet_link(conditions: Conditions) -> Iterator[Link]:
     command = [sys.executable, "-m", __name__, json.dumps(asdict(conditions))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None  # noqa: S101
-            told = json.loads(process.stdout.readline() or '{"error": "it did not start"}')
+            said = process.stdout.readline() if process.stdout else ""
+            told = json.loads(said or '{"error": "it did not start"}')
             if "error" in told:
                 raise OSError(told["error"])
             yield Link(process, told["near"])

@@ -104,7 +104,7 @@ class SlowLink:
         connection.near.transport.abort()
         connection.far.transport.abort()
 
-    async def _target_of(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:  # noqa: ARG002
+    async def _target_of(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         return self.target
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -173,9 +173,7 @@ class SlowLink:
         held = self.frozen or connection.forgotten or (self.frozen_down and way == "down")
         return held and connection in self._open
 
-    async def _deliver(
-        self, connection: _Connection, travelling: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter
-    ) -> None:
+    async def _deliver(self, connection: _Connection, travelling: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()
         while True:
             due, data = await travelling.get()

@@ -8,11 +8,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from flwr.app import Message, RecordDict
 
@@ -55,9 +53,7 @@ class Agent:
         self.length = length
         self.statuses: list[Status] = []
         credentials = Credentials(identity.ca_pem, identity.key_pem, identity.certificate_pem)
-        self.connection = Connection(
-            address, lambda: credentials, self.mailbox, self.spool, timing=timing, on_status=self.statuses.append
-        )
+        self.connection = Connection(address, lambda: credentials, self.mailbox, self.spool, timing=timing, on_status=self.statuses.append)
         self.task = asyncio.create_task(self.connection.run(self.handle))
 
     async def handle(self, message: Message) -> Message:
@@ -136,8 +132,8 @@ class Coordinator:
 
 
 @pytest.fixture
-def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
-    yield Coordinator(tmp_path)
+def coordinator(tmp_path: Path) -> Coordinator:
+    return Coordinator(tmp_path)
 
 
 def running(coordinator: Coordinator, scenario: Any) -> None:
@@ -460,7 +456,7 @@ def test_an_agent_whose_clock_is_off_works_or_says_so(coordinator: Coordinator, 
         command = [sys.executable, "-m", "lichen.common.cli", "client", "run", "--home", str(home)]
         with subprocess.Popen(command, env=environment, stderr=log, stdout=log) as process:
             try:
-                text = lambda: (tmp_path / "log").read_text()  # noqa: E731
+                text = (tmp_path / "log").read_text
                 if works:
                     await until(coordinator.fleet.connected)
                     grid = coordinator.fleet.grid(RUN)
