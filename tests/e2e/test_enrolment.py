@@ -450,7 +450,8 @@ def test_refused_handshake_has_its_number_at_the_agent_and_in_the_log(
     error = refused(code, load_identity, home)
     assert error.where.endswith("identity.pem")
     refused(code, renew_if_due, home)
-    refused(code, attach, coordinator, home)
+    if code is not Code.CLOCK_WRONG:  # with that it goes on trying: the clock may be set yet
+        refused(code, attach, coordinator, home)
 
 
 def test_an_exposed_key_is_not_used(coordinator: Coordinator, tmp_path: Path) -> None:
