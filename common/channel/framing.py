@@ -28,6 +28,7 @@ _MAX_FRAME = MAX_ENVELOPE + 4096
 _DIGEST_BYTES = 32
 _SIGNATURE_BYTES = 64
 _MAX_SEQUENCE = 1 << 62
+_MAX_TIME = 1 << 40
 _MESSAGE_ID = re.compile(r"[0-9a-f]{32}")
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -141,6 +142,8 @@ def _welcome(frame: Any) -> None:
     _greeting(frame)
     _message_ids(frame.outstanding)
     _ledger(frame)
+    if not 0 <= frame.time < _MAX_TIME:  # also if it is no number
+        raise frame_invalid("a time that is none")
     if frame.node_id <= 0 or not _NAME.fullmatch(frame.name):
         raise frame_invalid("a welcome without a node's id and name")
 

@@ -624,6 +624,7 @@ FRAMES: dict[str, bytes | AgentFrame] = {
     "a path for a name": AgentFrame(ack=Ack(message_id="../../../etc/passwd")),
     "a reply that is no message": AgentFrame(envelope=Envelope(message_id="0" * 32, message=b"\xff\xff")),
     "a chunk out of nothing": AgentFrame(chunk=Chunk(digest=DIGEST, data=b"z")),
+    "a chunk seen that was not sent": AgentFrame(seen=Seen()),
 }
 
 
@@ -794,7 +795,13 @@ def test_a_reply_that_was_not_receipted_is_sent_again_as_the_same_bytes(world: W
         CoordinatorFrame(welcome=Welcome(protocol=framing.PROTOCOL, version="1", node_id=5, name="a")),
         CoordinatorFrame(),
     ],
-    ids=["a message to another node", "a message under another's id", "a chunk out of nothing", "a second welcome", "an empty frame"],
+    ids=[
+        "a message to another node",
+        "a message under another's id",
+        "a chunk out of nothing",
+        "a second welcome",
+        "an empty frame",
+    ],
 )
 def test_an_agent_leaves_a_coordinator_that_breaks_the_protocol(world: World, script: tuple[Script, str], frame: CoordinatorFrame) -> None:
     coordinator, address = script
