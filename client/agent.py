@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,22 +48,21 @@ class Agent:
         timing: heartbeats; tests shorten them.
 
     Raises:
-        LichenError: AGENT_HOME_MISSING, AGENT_IN_USE, and the certificate's errors (70 to 79).
+        LichenError: AGENT_HOME_MISSING, AGENT_IN_USE.
     """
 
     def __init__(self, home: Path, *, timing: Timing | None = None) -> None:
         self.home = home.expanduser().resolve()
-        identity = enrolment.load_identity(self.home)
-        self.name = identity.name
+        self.name, address = enrolment.address_of(self.home)
         self._locks = HomeLocks(self.home)
-        self._status = StatusFile(self.home, identity.name, identity.coordinator)
+        self._status = StatusFile(self.home, self.name, address)
         self._mailbox = Mailbox(self.home / "agent.sqlite")
         spool = Spool(self.home / "spool")
         self._worker = Worker(self.home, self.name, spool.directory)
         self._connected = False
         self._witness = Witness(self.home)
         self._connection = connection.Connection(
-            identity.coordinator,
+            address,
             self._credentials,
             self._mailbox,
             spool,
@@ -75,7 +75,8 @@ class Agent:
         """Serve until SIGTERM, SIGINT or `stop`.
 
         Raises:
-            LichenError: AGENT_IN_USE, if another home's agent uses this data; what the connection cannot mend by trying again.
+            LichenError: AGENT_IN_USE, if another home's agent uses this data; what the connection cannot mend by trying again, such as
+                the certificate's errors (70 to 79).
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -172,7 +173,7 @@ class Agent:
 
     def _connection_changed(self, status: connection.Status) -> None:
         self._connected = status.state == "connected"
-        changes: dict[str, object] = {"connected": self._connected}
+        changes: dict[str, object] = {"connected": self._connected, "clock_off": round(status.clock_off)}
         if self._status.state in {"connecting", "idle"}:
             changes["state"] = self._resting()
         if status.error is not None:
@@ -190,7 +191,8 @@ class Agent:
         """Renew the certificate in time. A failure is tried again: there is a third of the validity for it."""
         while True:
             try:
-                if await asyncio.to_thread(enrolment.renew_if_due, self.home):
+                now = time.time() - self._connection.status.clock_off  # it is the coordinator that must find the certificate valid
+                if await asyncio.to_thread(enrolment.renew_if_due, self.home, now=now):
                     log.info("renewed this node's certificate")
             except LichenError as error:
                 log.warning("the certificate was not renewed: %s", error)

@@ -77,7 +77,7 @@ def status(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     import psutil
 
     from lichen.client.enrolment import load_identity
-    from lichen.client.status import read_status
+    from lichen.client.status import CLOCK_OFF, read_status
 
     facts: dict[str, Any] = asdict(read_status(home))
     for key in ("pid", "worker_pid"):
@@ -98,6 +98,7 @@ def status(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         "state": f"{facts['state']} since {_when(facts['since'])}",
         "node": facts["name"],
         "coordinator": facts["coordinator"] and f"{facts['coordinator']}, {'connected' if facts['connected'] else 'not connected'}",
+        "clock": f"{facts['clock_off']:+d} s against the coordinator's: set it" if abs(facts["clock_off"]) > CLOCK_OFF else None,
         "certificate": facts.get("certificate_error") or f"good until {_when(facts['certificate_until'])}",
         "last work": f"round {facts['round']} of run {facts['run']}" if facts["run"] else None,
         "last error": f"{_when(facts['last_error_at'])}: {facts['last_error']}" if facts["last_error"] else None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -22,9 +21,11 @@ import grpc.aio
 
 from lichen.client.chain import steps_from
 from lichen.client.mailbox import Mailbox
+from lichen.client.status import CLOCK_OFF
 from lichen.common.channel import framing
 from lichen.common.channel.fleet_pb2 import Ack, AgentFrame, Bye, Envelope, Hello, LedgerState, Welcome
-from lichen.common.channel.refusal import told
+from lichen.common.channel.refusal import explain
+from lichen.common.channel.retry import jittered
 from lichen.common.channel.spool import Spool
 from lichen.common.channel.transfer import Link, Locks, PayloadMissingError, next_frame
 from lichen.common.errors import Code, LichenError
@@ -44,7 +45,7 @@ _ACK_AFTER = 0.05  # seconds; most replies are not made so fast, and those that 
 _CORRUPT_LIMIT = 3  # then the sender's copy must be bad, and fetching it again is of no use
 _COLLECT_EVERY = 60.0
 _LASTING = 2.0  # seconds after which a stream that breaks was a good one
-_LONGEST_DELAY = 1.5
+_SHARE = 4  # of the time without a good stream, over which a fleet's next attempts are spread
 # What trying again cannot mend.
 _FINAL = frozenset(
     {
@@ -70,13 +71,23 @@ class Credentials(NamedTuple):
 
 @dataclass(frozen=True)
 class Status:
-    """Where the connection stands, for the owner's eyes; ``error`` is what ended the last attempt."""
+    """Where the connection stands, for the owner's eyes.
+
+    Attributes:
+        state: now.
+        since: Unix time of its last change.
+        error: what ended the last attempt.
+        node_id: as the coordinator told it.
+        name: as the coordinator told it.
+        clock_off: seconds by which this machine's clock is ahead of the coordinator's, as the last welcome told.
+    """
 
     state: State
     since: float
     error: LichenError | None = None
     node_id: int | None = None
     name: str | None = None
+    clock_off: float = 0.0
 
 
 @dataclass
@@ -142,6 +153,7 @@ class Connection:
         self._stream: _Stream | None = None
         self._corrupt: Counter[str] = Counter()
         self._collected = 0.0
+        self._clock_off = 0.0
 
     def stop(self) -> None:
         """Say goodbye and let `run` return; a message that is being handled is handled again after the next start."""
@@ -184,28 +196,34 @@ class Connection:
     def _tell(self, state: State, error: LichenError | None = None) -> None:
         welcome = self._stream.welcome if self._stream else None
         node = (welcome.node_id, welcome.name) if welcome else (self.status.node_id, self.status.name)
-        self.status = Status(state, time.time(), error, *node)
+        self.status = Status(state, time.time(), error, *node, self._clock_off)
         if self._on_status is not None:
             self._on_status(self.status)
 
     # Connecting
 
     async def _stay_connected(self) -> None:
-        failures = 0
+        failures = 0  # since the coordinator last answered
+        lost = time.monotonic()  # when the last good stream ended
         while not self._stopping.is_set():
             self._tell("connecting", self.status.error)
             began = time.monotonic()
             try:
-                await self._connect()
+                await self._connect(min(framing.LONGEST_ATTEMPT, framing.CONNECT_SECONDS * 2.0 ** min(failures, 8)))
                 error = None
             except LichenError as refused:
                 if refused.code in _FINAL:
                     raise
                 error = refused
-            failures = failures + 1 if self.status.state != "connected" or time.monotonic() - began < _LASTING else 0
+            now = time.monotonic()
+            if self.status.state != "connected":
+                failures += 1
+            else:
+                failures = 0
+                lost = now if now - began > _LASTING else lost
             self._tell("disconnected", error)
             log.info("not connected to %s: %s", self.address, error or "the stream ended")
-            await self._pause(_delay(failures))
+            await self._pause(jittered((now - lost) / _SHARE))
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -214,11 +232,12 @@ class Connection:
         except TimeoutError:
             pass
 
-    async def _connect(self) -> None:
-        """Make one stream and serve it until it ends."""
+    async def _connect(self, patience: float) -> None:
+        """Make one stream and serve it until it ends; short patience finds a way that works again soon, a slow link needs more."""
         ca, key, certificate = await asyncio.to_thread(self._credentials)
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-        async with grpc.aio.secure_channel(self.address, credentials, options=framing.client_options(self._timing)) as channel:
+        options = framing.client_options(self._timing, self.address, patience)
+        async with grpc.aio.secure_channel(self.address, credentials, options=options) as channel:
             attach: Any = channel.stream_stream(framing.METHOD, None, None)  # bytes in and out: frames are checked by framing.py
             call = attach()
             try:
@@ -226,7 +245,7 @@ class Connection:
             except TimeoutError as error:
                 raise self._failed(str(error) or f"no welcome within {self._timing.handshake:g} s") from None
             except grpc.aio.AioRpcError as error:
-                raise told(error, self.address) or self._failed(f"{error.details() or error.code().name}") from None
+                raise explain(error, self.address) from None
             except (OSError, asyncio.InvalidStateError, grpc.aio.BaseError) as error:
                 raise self._failed(str(error)) from None
             finally:
@@ -238,8 +257,7 @@ class Connection:
             Code.CONNECT_FAILED,
             what,
             where=self.address,
-            fix="Is the coordinator up, and is this its address? If it is, its log says why it refused; a certificate of another"
-            " authority, or an expired one, looks like this too.",
+            fix="Is the coordinator up, and is this its address?",
         )
 
     async def _serve(self, call: Any) -> None:
@@ -253,6 +271,7 @@ class Connection:
             kind, frame = framing.decode_coordinator_frame(data or b"")
         if kind != "welcome":
             raise framing.frame_invalid(f"{kind} before welcome")
+        self._compare_clocks(frame.welcome)
         if self._witness is not None and frame.welcome.HasField("ledger"):
             await asyncio.to_thread(self._witness.remember, frame.welcome.ledger)  # before any message is wanted
         stream.welcome = frame.welcome
@@ -267,6 +286,16 @@ class Connection:
             await _raise_status(call)
         else:
             await call.done_writing()
+
+    def _compare_clocks(self, welcome: Welcome) -> None:
+        """Tell the owner of a wrong clock; which of the two it is, nobody here knows."""
+        self._clock_off = time.time() - welcome.time
+        if abs(self._clock_off) > CLOCK_OFF:
+            log.warning(
+                "this machine's clock is %.0f s %s the coordinator's: set it, since certificates and the policy's hours go by it",
+                abs(self._clock_off),
+                "ahead of" if self._clock_off > 0 else "behind",
+            )
 
     async def _reconcile(self, stream: _Stream, outstanding: set[str]) -> None:
         """Drop what was withdrawn while this agent was away, and send again what was not receipted."""
@@ -441,10 +470,3 @@ async def _raise_status(call: Any) -> None:
     if code is not grpc.StatusCode.OK:
         initial, trailing = await call.initial_metadata(), await call.trailing_metadata()
         raise grpc.aio.AioRpcError(code, initial, trailing, await call.details(), None)
-
-
-def _delay(failures: int) -> float:
-    """Seconds before the next attempt: none after the first failure, then growing, jittered so that a fleet does not come at once."""
-    if failures <= 1:
-        return 0.0
-    return min(_LONGEST_DELAY, 0.1 * 2.0 ** (failures - 2)) * random.uniform(0.6, 1.0)  # noqa: S311

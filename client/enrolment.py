@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +18,9 @@ import yaml
 
 from lichen.common import pki
 from lichen.common.channel import enrolment_pb2 as pb
-from lichen.common.channel.refusal import explain
+from lichen.common.channel.framing import proxy_options
+from lichen.common.channel.refusal import explain, passing
+from lichen.common.channel.retry import backoff
 from lichen.common.errors import Code, LichenError
 from lichen.common.invite import Invite, check_address
 from lichen.common.private_files import read_private, write_private
@@ -26,6 +29,9 @@ FORMAT = 1
 PROTOCOL = 1
 RENEW_BELOW = 1 / 3  # share of a certificate's validity
 TIMEOUT_SECONDS = 30.0
+ATTEMPTS = 3
+
+log = logging.getLogger(__name__)
 
 NODE_FILE = "node.yaml"
 IDENTITY_FILE = Path("pki/identity.pem")
@@ -72,11 +78,11 @@ def join(invite: str, home: Path, *, force: bool = False, timeout: float = TIMEO
         invite: the string from `lichen coordinator invite`.
         home: the node's home, made if it is not there.
         force: give up the enrolment that the home has.
-        timeout: seconds to wait for the coordinator.
+        timeout: seconds to wait for the coordinator, each of some times.
 
     Raises:
         LichenError: INVITE_INVALID, INVITE_EXPIRED, INVITE_USED, NAME_TAKEN; ALREADY_ENROLLED; CONNECT_FAILED; CERTIFICATE_…
-            (70 to 74) if the coordinator's answer is not a certificate for this key and name.
+            (70 to 74) if the coordinator's answer is not a certificate for this key and name; CLOCK_WRONG.
     """
     told = Invite.decode(invite)
     if (home / NODE_FILE).exists() and not force:
@@ -115,7 +121,7 @@ def load_identity(home: Path, *, now: float | None = None) -> Identity:
 
     Raises:
         LichenError: AGENT_HOME_MISSING if the home is not enrolled; STORE_VERSION if a newer lichen wrote it; KEY_EXPOSED;
-            CERTIFICATE_MISSING, CERTIFICATE_EXPIRED, CERTIFICATE_FOREIGN or CERTIFICATE_INVALID.
+            CERTIFICATE_MISSING, CERTIFICATE_EXPIRED, CERTIFICATE_FOREIGN or CERTIFICATE_INVALID; CLOCK_WRONG.
     """
     name, coordinator, enrolment = _read_node_file(home / NODE_FILE)
     path = home / IDENTITY_FILE
@@ -130,6 +136,15 @@ def load_identity(home: Path, *, now: float | None = None) -> Identity:
     return Identity(name, coordinator, enrolment, key, certificate, ca_pem, info)
 
 
+def address_of(home: Path) -> tuple[str, str]:
+    """Return this node's name and its coordinator's `host:port`, whatever became of its certificate.
+
+    Raises:
+        LichenError: AGENT_HOME_MISSING; STORE_VERSION.
+    """
+    return _read_node_file(home / NODE_FILE)[:2]
+
+
 def renew_if_due(home: Path, *, now: float | None = None, timeout: float = TIMEOUT_SECONDS) -> bool:
     """Renew the certificate, on a new key, when less than a third of its validity is left; True if it was renewed.
 
@@ -138,7 +153,7 @@ def renew_if_due(home: Path, *, now: float | None = None, timeout: float = TIMEO
     Args:
         home: the node's home.
         now: Unix seconds; the present if None.
-        timeout: seconds to wait for the coordinator.
+        timeout: seconds to wait for the coordinator, each of some times.
 
     Raises:
         LichenError: as `load_identity`; CERTIFICATE_REVOKED or NODE_UNKNOWN if the coordinator refuses; CONNECT_FAILED.
@@ -165,15 +180,21 @@ def leave(home: Path) -> None:
 
 
 def _call(address: str, credentials: grpc.ChannelCredentials, method: str, request: Any, timeout: float) -> bytes:
-    """Make one call on a channel of its own; returns the certificate that it is answered with."""
+    """Make one call, on a channel of its own, again if the network failed; returns the certificate that it is answered with."""
     parse: Callable[[bytes], pb.Certificate] = pb.Certificate.FromString
-    with grpc.secure_channel(address, credentials, options=[("grpc.max_receive_message_length", 65_536)]) as channel:
-        call = channel.unary_unary(method, request_serializer=type(request).SerializeToString, response_deserializer=parse)
-        try:
-            answer: pb.Certificate = call(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise explain(error, address) from error
-    return answer.pem
+    options = [("grpc.max_receive_message_length", 65_536), *proxy_options(address)]
+    for attempt in range(1, ATTEMPTS + 1):
+        with grpc.secure_channel(address, credentials, options=options) as channel:
+            call = channel.unary_unary(method, request_serializer=type(request).SerializeToString, response_deserializer=parse)
+            try:
+                answer: pb.Certificate = call(request, timeout=timeout)
+                return answer.pem
+            except grpc.RpcError as error:
+                if attempt == ATTEMPTS or not passing(error):
+                    raise explain(error, address) from error
+                log.info("attempt %d failed: %s", attempt, explain(error, address))
+        time.sleep(backoff(attempt))
+    raise LichenError(Code.INTERNAL, "no attempt was made")
 
 
 def _check_answer(key: bytes, certificate: bytes, ca_pem: bytes, name: str, address: str) -> None:

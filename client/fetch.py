@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +15,16 @@ import grpc
 from lichen.client.enrolment import Identity
 from lichen.common.channel import models_pb2 as pb
 from lichen.common.channel.archive import PLAN, unpack
-from lichen.common.channel.framing import MAX_CHUNK
-from lichen.common.channel.refusal import explain, told
+from lichen.common.channel.framing import LONGEST_ATTEMPT, MAX_CHUNK, Timing, client_options
+from lichen.common.channel.refusal import explain, passing
+from lichen.common.channel.retry import backoff
 from lichen.common.errors import Code, LichenError
 
 PROTOCOL = 1
-ATTEMPTS = 3
+ATTEMPTS = 5
 TIMEOUT_SECONDS = 3600.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,17 +68,28 @@ def fetch_model(
         timeout: seconds for one attempt.
 
     Raises:
-        LichenError: RUN_UNKNOWN, NO_MODEL; CERTIFICATE_REVOKED, NODE_UNKNOWN; CONNECT_FAILED after some attempts; PAYLOAD_CORRUPT.
+        LichenError: RUN_UNKNOWN, NO_MODEL; CERTIFICATE_REVOKED, NODE_UNKNOWN; CONNECT_FAILED after some attempts that
+            brought nothing; PAYLOAD_CORRUPT.
     """
     models.mkdir(parents=True, exist_ok=True)
-    with grpc.secure_channel(identity.coordinator, identity.credentials()) as channel:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
+    options = client_options(Timing(), identity.coordinator, LONGEST_ATTEMPT)
+    failures, before = 0, _fetched(models)
+    while True:
+        try:
+            with grpc.secure_channel(identity.coordinator, identity.credentials(), options=options) as channel:
                 return _attempt(channel, models, run_id, progress or (lambda *_: None), timeout)
-            except grpc.RpcError as error:
-                if told(error, identity.coordinator) is not None or attempt == ATTEMPTS:
-                    raise explain(error, identity.coordinator) from error
-    raise LichenError(Code.INTERNAL, "no attempt was made")
+        except grpc.RpcError as error:
+            came, before = _fetched(models) != before, _fetched(models)
+            failures = 1 if came else failures + 1
+            if failures == ATTEMPTS or not passing(error):
+                raise explain(error, identity.coordinator) from error
+            log.info("going on: %s", explain(error, identity.coordinator))
+        time.sleep(backoff(failures))
+
+
+def _fetched(models: Path) -> dict[str, int]:
+    """The bytes that are here of what is not complete."""
+    return {path.name: path.stat().st_size for path in models.glob("*.part")}
 
 
 def _attempt(channel: grpc.Channel, models: Path, run_id: int, progress: Callable[[int, int], None], timeout: float) -> FetchedModel:

@@ -14,6 +14,7 @@ from lichen.common.errors import Code, LichenError
 
 FORMAT = 1
 STATUS = "status.json"
+CLOCK_OFF = 60.0  # seconds beyond which a clock is wrong, and its owner told
 PAUSED = "paused"
 
 State = Literal["stopped", "connecting", "idle", "paused", "waiting", "training", "evaluating"]
@@ -31,6 +32,8 @@ class AgentStatus:
     coordinator: str = ""
     """Its address."""
     connected: bool = False
+    clock_off: int = 0
+    """Seconds by which this machine's clock is ahead of the coordinator's."""
     run: str | None = None
     """The run whose message was handled last."""
     round: int | None = None

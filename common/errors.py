@@ -59,6 +59,7 @@ class Code(IntEnum):
     PROTOCOL_VERSION = 63
     CODEC_MISMATCH = 64
     MODEL_BEHIND = 65
+    CLOCK_WRONG = 66
     # 70: keys, certificates, enrolment
     CERTIFICATE_MISSING = 70
     CERTIFICATE_EXPIRED = 71

@@ -32,7 +32,7 @@ Role = Literal["node", "operator", "server"]
 AUTHORITY_DAYS = 3650.0
 SERVER_DAYS = 365.0
 CLIENT_DAYS = 90.0
-BACKDATE_SECONDS = 600.0  # a clock a few minutes slow must not refuse a new certificate as not yet valid
+BACKDATE_SECONDS = 2 * 86400.0  # a clock two days slow must not refuse a new certificate as not yet valid
 MAX_CSR_BYTES = 8192
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -282,7 +282,7 @@ def check_client_certificate(
 
     Raises:
         LichenError: CERTIFICATE_MISSING without key or certificate; CERTIFICATE_FOREIGN if another authority signed it;
-            CERTIFICATE_INVALID if it is unreadable, for another role or key, or not yet valid; CERTIFICATE_EXPIRED.
+            CERTIFICATE_INVALID if it is unreadable or for another role or key; CLOCK_WRONG if it is not yet valid; CERTIFICATE_EXPIRED.
     """
     if not key_pem or not certificate_pem:
         raise LichenError(
@@ -303,15 +303,21 @@ def check_client_certificate(
             where=where,
             fix=_NEW_CERTIFICATE,
         ) from error
-    fault, fix = "", _NEW_CERTIFICATE
+    fault = ""
     if certificate.public_key() != key.public_key():
         fault = "does not belong to the private key beside it"
     elif info.role != role:
         fault = f"is for the role {info.role!r}, not {role!r}"
-    elif now < info.not_before:
-        fault, fix = f"is not valid before {_utc(info.not_before)}, and it is {_utc(now)} here", "Set this machine's clock."
     if fault:
-        raise LichenError(Code.CERTIFICATE_INVALID, f"the certificate of {info.name!r} {fault}", where=where, fix=fix)
+        raise LichenError(Code.CERTIFICATE_INVALID, f"the certificate of {info.name!r} {fault}", where=where, fix=_NEW_CERTIFICATE)
+    if now < info.not_before:
+        raise LichenError(
+            Code.CLOCK_WRONG,
+            f"this machine's clock is behind by {(info.not_before - now) / 3600:.1f} hours or more: the certificate of {info.name!r}"
+            f" is not valid before {_utc(info.not_before)}, and it is {_utc(now)} here",
+            where=where,
+            fix="Set this machine's clock.",
+        )
     if now >= info.not_after:
         raise LichenError(
             Code.CERTIFICATE_EXPIRED,

@@ -27,7 +27,7 @@ _CAUSES: tuple[tuple[str, Code, str], ...] = (
     ("self signed certificate", Code.CERTIFICATE_FOREIGN, "the peer's certificate is signed by itself"),
     ("self-signed certificate", Code.CERTIFICATE_FOREIGN, "the peer's certificate is signed by itself"),
     ("certificate signature failure", Code.CERTIFICATE_FOREIGN, "the peer's certificate is not signed by this authority's key"),
-    ("certificate is not yet valid", Code.CERTIFICATE_INVALID, "the peer's certificate is not yet valid: a clock is wrong"),
+    ("certificate is not yet valid", Code.CLOCK_WRONG, "the peer's certificate is not yet valid by this machine's clock"),
     ("unsupported certificate purpose", Code.CERTIFICATE_INVALID, "the peer's certificate is not for a client"),
 )
 

@@ -15,7 +15,6 @@ import grpc.aio
 
 from lichen.common.channel import models_pb2 as pb
 from lichen.common.channel.archive import pack
-from lichen.common.channel.framing import MAX_CHUNK
 from lichen.common.channel.refusal import refuse
 from lichen.common.errors import Code, LichenError
 from lichen.common.records import PayloadRef
@@ -24,6 +23,7 @@ from lichen.coordinator.store import Run, Store
 
 PROTOCOL = 1
 ARCHIVE = "model.tar"
+PART = 32 << 10  # bytes: one that is not there whole is fetched again, and a slow link takes seconds for it
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class ModelService:
         yield pb.FetchPart(about=pb.About(run_id=run_id, digest=digest, length=ref.length, offset=offset))
         with path.open("rb") as file:
             file.seek(offset)
-            while data := await asyncio.to_thread(file.read, MAX_CHUNK):
+            while data := await asyncio.to_thread(file.read, PART):
                 yield pb.FetchPart(data=data)
 
     def _find(self, run_id: int) -> tuple[int, Path, PayloadRef]:

@@ -19,6 +19,7 @@ import grpc.aio
 import yaml
 
 from lichen.common import pki
+from lichen.common.channel.framing import proxy_options
 from lichen.common.channel.refusal import explain, refuse
 from lichen.common.errors import Code, LichenError
 from lichen.common.invite import check_address
@@ -131,7 +132,8 @@ def ask_remote(directory: Path, call: str, arguments: Mapping[str, Any] | None =
     certificate = begin + rest
     pki.check_client_certificate(key, certificate, authority, time.time(), role="operator", where=str(directory))
     credentials = grpc.ssl_channel_credentials(authority, key, certificate)
-    with grpc.secure_channel(address, credentials, options=[("grpc.max_receive_message_length", MAX_BYTES)]) as channel:
+    options = [("grpc.max_receive_message_length", MAX_BYTES), *proxy_options(address)]
+    with grpc.secure_channel(address, credentials, options=options) as channel:
         try:
             unary = channel.unary_unary(METHOD, request_serializer=None, response_deserializer=None)
             answer: bytes = unary(make_request(call, arguments), timeout=timeout)

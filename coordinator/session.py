@@ -49,6 +49,7 @@ class Session:
             name=self.node.name,
             outstanding=outstanding[: framing.MAX_IDS],
             ledger=ledger,
+            time=time.time(),
         )
         self.link.send(CoordinatorFrame(welcome=welcome))
         self.welcomed = True

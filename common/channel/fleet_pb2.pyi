@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AgentFrame(_message.Message):
-    __slots__ = ("hello", "envelope", "ack", "chunk", "want", "stop", "missing", "heartbeat", "bye")
+    __slots__ = ("hello", "envelope", "ack", "chunk", "want", "stop", "missing", "heartbeat", "bye", "seen")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ENVELOPE_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class AgentFrame(_message.Message):
     MISSING_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     envelope: Envelope
     ack: Ack
@@ -26,10 +27,11 @@ class AgentFrame(_message.Message):
     missing: Missing
     heartbeat: Heartbeat
     bye: Bye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ...) -> None: ...
+    seen: Seen
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ...) -> None: ...
 
 class CoordinatorFrame(_message.Message):
-    __slots__ = ("welcome", "envelope", "receipt", "chunk", "want", "stop", "missing", "heartbeat", "cancel")
+    __slots__ = ("welcome", "envelope", "receipt", "chunk", "want", "stop", "missing", "heartbeat", "cancel", "seen")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ENVELOPE_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +41,7 @@ class CoordinatorFrame(_message.Message):
     MISSING_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     envelope: Envelope
     receipt: Receipt
@@ -48,7 +51,8 @@ class CoordinatorFrame(_message.Message):
     missing: Missing
     heartbeat: Heartbeat
     cancel: Cancel
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    seen: Seen
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "version")
@@ -59,20 +63,22 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "version", "node_id", "name", "outstanding", "ledger")
+    __slots__ = ("protocol", "version", "node_id", "name", "outstanding", "ledger", "time")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     OUTSTANDING_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     node_id: int
     name: str
     outstanding: _containers.RepeatedScalarFieldContainer[str]
     ledger: LedgerState
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., node_id: _Optional[int] = ..., name: _Optional[str] = ..., outstanding: _Optional[_Iterable[str]] = ..., ledger: _Optional[_Union[LedgerState, _Mapping]] = ...) -> None: ...
+    time: float
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., node_id: _Optional[int] = ..., name: _Optional[str] = ..., outstanding: _Optional[_Iterable[str]] = ..., ledger: _Optional[_Union[LedgerState, _Mapping]] = ..., time: _Optional[float] = ...) -> None: ...
 
 class LedgerState(_message.Message):
     __slots__ = ("sequence", "head", "signature")
@@ -123,14 +129,20 @@ class Want(_message.Message):
     def __init__(self, digest: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("digest", "offset", "data")
+    __slots__ = ("digest", "offset", "data", "tell")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    TELL_FIELD_NUMBER: _ClassVar[int]
     digest: bytes
     offset: int
     data: bytes
-    def __init__(self, digest: _Optional[bytes] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    tell: bool
+    def __init__(self, digest: _Optional[bytes] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., tell: _Optional[bool] = ...) -> None: ...
+
+class Seen(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Stop(_message.Message):
     __slots__ = ("digest",)

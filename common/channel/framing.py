@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from lichen.common.channel.fleet_pb2 import AgentFrame, CoordinatorFrame
 from lichen.common.errors import Code, LichenError
 
-PROTOCOL = 2
+PROTOCOL = 3
 SERVICE = "lichen.fleet.v1.Fleet"
 METHOD = f"/{SERVICE}/Attach"
 
@@ -22,10 +22,13 @@ MAX_ENVELOPE = 4 << 20  # bytes of a message without its payload: a plan and som
 MAX_CHUNK = 256 << 10
 MAX_IDS = 10_000  # message ids in one frame
 MAX_PAYLOAD = 1 << 40
+CONNECT_SECONDS = 10.0
+LONGEST_ATTEMPT = 30.0
 _MAX_FRAME = MAX_ENVELOPE + 4096
 _DIGEST_BYTES = 32
 _SIGNATURE_BYTES = 64
 _MAX_SEQUENCE = 1 << 62
+_MAX_TIME = 1 << 40
 _MESSAGE_ID = re.compile(r"[0-9a-f]{32}")
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -36,11 +39,17 @@ F = TypeVar("F", AgentFrame, CoordinatorFrame)
 
 @dataclass(frozen=True)
 class Timing:
-    """How fast a dead peer is noticed: a heartbeat after ``heartbeat`` seconds without another frame, given up after ``dead``."""
+    """How fast a dead peer is noticed, in seconds.
 
-    heartbeat: float = 3.0
-    dead: float = 12.0
-    handshake: float = 10.0
+    Attributes:
+        heartbeat: sent after so long without another frame, which also keeps NATs and proxies from forgetting the connection.
+        dead: the peer is given up after so long without a frame. A lost packet can hold up a slow link for ten seconds.
+        handshake: for the coordinator's welcome, and for the agent's hello.
+    """
+
+    heartbeat: float = 5.0
+    dead: float = 30.0
+    handshake: float = 60.0
 
 
 def decode_agent_frame(data: bytes) -> tuple[str, AgentFrame]:
@@ -133,6 +142,8 @@ def _welcome(frame: Any) -> None:
     _greeting(frame)
     _message_ids(frame.outstanding)
     _ledger(frame)
+    if not 0 <= frame.time < _MAX_TIME:  # also if it is no number
+        raise frame_invalid("a time that is none")
     if frame.node_id <= 0 or not _NAME.fullmatch(frame.name):
         raise frame_invalid("a welcome without a node's id and name")
 
@@ -172,14 +183,26 @@ def server_options(timing: Timing) -> list[tuple[str, int]]:
     ]
 
 
-def client_options(timing: Timing) -> list[tuple[str, int]]:
-    """The gRPC options of an agent's channel: its own back-off, not gRPC's, decides when to try again."""
+def client_options(timing: Timing, address: str, patience: float = CONNECT_SECONDS) -> list[tuple[str, int]]:
+    """The gRPC options of a channel to the fleet's listener: the agent's own back-off, not gRPC's, decides when to try again.
+
+    Args:
+        timing: as the coordinator's, which permits no more keep-alive than that.
+        address: the coordinator's ``host:port``.
+        patience: seconds for TCP, the proxy, TLS and HTTP/2 to connect.
+    """
     return [
         *_options(timing),
+        *proxy_options(address),
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_retries", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 5000),
+        ("grpc.min_reconnect_backoff_ms", int(patience * 1000)),
         ("grpc.max_reconnect_backoff_ms", 1000),
-        ("grpc.enable_http_proxy", 0),
     ]
+
+
+def proxy_options(address: str) -> list[tuple[str, int]]:
+    """The gRPC options of any channel: the environment's proxy is used, as gRPC does, but never to this machine itself."""
+    host = address.rpartition(":")[0].strip("[]")
+    return [("grpc.enable_http_proxy", int(host != "localhost" and not host.startswith("127.") and host != "::1"))]

@@ -12,6 +12,8 @@ from lichen.common.errors import Code, LichenError
 _NUMBER = "lichen-error"
 _FIX = "lichen-fix-bin"
 _MAX_CHARACTERS = 500
+_UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
+_NAME_MISMATCH = "Hostname Verification"
 
 
 async def refuse(context: grpc.aio.ServicerContext[Any, Any], error: LichenError) -> NoReturn:
@@ -37,6 +39,17 @@ def told(failure: Any, where: str) -> LichenError | None:
     return LichenError(code, _plain(failure.details() or ""), where=where, fix=_plain(fix))
 
 
+def passing(failure: Any) -> bool:
+    """Whether trying a failed call again may help: the network failed, not one of the two ends.
+
+    Args:
+        failure: a call's failure, as raised by grpc or grpc.aio.
+    """
+    details = failure.details() or ""
+    failed = failure.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+    return failed and told(failure, "") is None and not any(text in details for text in (_UNTRUSTED, _NAME_MISMATCH))
+
+
 def explain(failure: Any, where: str) -> LichenError:
     """Return a failed call as a numbered error: what the server told, else CONNECT_FAILED with what is likely wrong.
 
@@ -51,9 +64,9 @@ def explain(failure: Any, where: str) -> LichenError:
     status: grpc.StatusCode = failure.code()
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return LichenError(Code.CONNECT_FAILED, details or "the coordinator is busy", where=where, fix="Wait a minute and try again.")
-    if "CERTIFICATE_VERIFY_FAILED" in details:
+    if _UNTRUSTED in details:
         what, fix = "the server there did not prove to be this federation's coordinator", "Check the address and this machine's clock."
-    elif "Hostname Verification" in details:
+    elif _NAME_MISMATCH in details:
         what, fix = (
             "the coordinator's certificate is not for this address",
             "Use the address in the invite, or have its operator add this one.",

@@ -18,6 +18,7 @@ RULES: Mapping[str, Rule] = {
     "Chunk.digest": PAYLOAD_RULE,
     "Chunk.offset": Rule.PROTOCOL,
     "Chunk.data": PAYLOAD_RULE,
+    "Chunk.tell": Rule.PROTOCOL,
     "Want.digest": Rule.PROTOCOL,  # of what the coordinator offered
     "Want.offset": Rule.PROTOCOL,
     "Stop.digest": Rule.PROTOCOL,

@@ -139,6 +139,7 @@ class Partial:
             self._hash.update(block)
             self._file.write(block)
             self.offset += len(block)
+        self._file.flush()  # a process that is killed leaves what has come
         if self.offset - self._synced >= _SYNC_EVERY:
             self._sync()
 

@@ -1,13 +1,14 @@
 """One end of a live stream: what goes out in which order, payloads that come and go in chunks, heartbeats.
 
-Control frames go before chunks, so they wait for one chunk at most; payloads share the stream by turns. The next frame is made
-only when the one before has been taken by the transport, so nothing piles up behind a slow peer, in either direction.
+Control frames go before chunks, so they wait for what is on its way, which is little (`Window`); payloads share the stream by turns.
+The next frame is made only when the one before has been taken by the transport, so nothing piles up behind a slow peer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, BinaryIO, Generic
@@ -15,14 +16,18 @@ from weakref import WeakValueDictionary
 
 import grpc.aio
 
-from lichen.common.channel.fleet_pb2 import Chunk, Heartbeat, Missing, Stop, Want
+from lichen.common.channel.fleet_pb2 import Chunk, Heartbeat, Missing, Seen, Stop, Want
 from lichen.common.channel.framing import MAX_PAYLOAD, F, Timing, frame_invalid
 from lichen.common.channel.spool import Partial, Spool
 from lichen.common.errors import Code, LichenError
 from lichen.common.records import PayloadRef
 
-CHUNK = 128 << 10
+CHUNK = 128 << 10  # the longest: `Window` has how long one is
+_SHORTEST = 4 << 10
+_LEAST, _MOST = 32 << 10, 32 << 20  # bytes on their way, however slow or fast
+_AHEAD = 3  # seconds: the longest round trip that does not slow a link down
 _BLOCK = 1 << 20  # read and written at once, in a thread
+_KEEP = 1.0  # seconds after which what has come is written, so that a process that is killed on a slow link loses little
 _FETCHES = 4  # payloads that come on one stream at a time: each holds up to two blocks
 _MAX_QUEUED = 50_000  # control frames; a peer that provokes more and reads none is broken
 
@@ -43,6 +48,53 @@ class PayloadMissingError(LichenError):
         super().__init__(Code.PAYLOAD_CORRUPT, "its sender no longer has it", where=f"payload {digest}")
 
 
+class Window:
+    """How many bytes may be on their way, and how long a chunk may be, by what the peer says it has read.
+
+    The transport takes megabytes at once, and a slow link would then hold up for minutes what is sent behind them, heartbeats and
+    receipts included. So no more is sent ahead than the peer has read in the last second, times `_AHEAD`.
+    """
+
+    def __init__(self) -> None:
+        self._marks: deque[int] = deque()  # bytes sent up to each chunk that the peer is to tell of
+        self._told: deque[tuple[float, int]] = deque()
+        self._sent = self._marked = self._seen = 0
+
+    def length(self, now: float) -> int:
+        """Bytes of the next chunk; 0 if the peer has to read first."""
+        limit = self._limit(now)
+        chunk = min(CHUNK, max(_SHORTEST, limit // 8))
+        return (
+            chunk if not self._marks or self._sent - self._seen + chunk <= limit else 0
+        )  # the limit falls with time: never wait for nothing
+
+    def sent(self, length: int, *, last: bool, now: float) -> bool:
+        """Count a chunk; whether the peer is to tell when it has read it. Some in a window are enough."""
+        self._sent += length
+        tell = last or not self._marks or not self.length(now) or self._sent - self._marked >= self._limit(now) // 8
+        if tell:
+            self._marks.append(self._sent)
+            self._marked = self._sent
+        return tell
+
+    def seen(self, now: float) -> None:
+        """The peer has read the next of the chunks of which it was to tell.
+
+        Raises:
+            LichenError: FRAME_INVALID, if there is none.
+        """
+        if not self._marks:
+            raise frame_invalid("it has seen a chunk that was not sent")
+        mark = self._marks.popleft()
+        self._told.append((now, mark - self._seen))
+        self._seen = mark
+
+    def _limit(self, now: float) -> int:
+        while self._told and self._told[0][0] < now - 1.0:
+            self._told.popleft()
+        return min(_MOST, max(_LEAST, _AHEAD * sum(length for _, length in self._told)))
+
+
 class _Outgoing:
     """A payload on its way out, read block by block."""
 
@@ -54,14 +106,14 @@ class _Outgoing:
         self._start = offset
         self.closed = False
 
-    async def next(self) -> Chunk | None:
+    async def next(self, length: int) -> Chunk | None:
         at = self._position - self._start
         if at == len(self._block):
             self._block = await asyncio.to_thread(os.pread, self._file.fileno(), _BLOCK, self._position)
             self._start, at = self._position, 0
             if self.closed or not self._block:
                 return None
-        data = self._block[at : at + CHUNK]
+        data = self._block[at : at + length]
         chunk = Chunk(digest=self.digest, offset=self._position, data=data)
         self._position += len(data)
         return chunk
@@ -80,6 +132,7 @@ class _Incoming:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._blocks: list[bytes] = []
         self._held = 0
+        self._wrote = asyncio.get_running_loop().time()
         self._writing: asyncio.Task[None] | None = None
 
     async def add(self, offset: int, data: bytes) -> None:
@@ -88,10 +141,11 @@ class _Incoming:
         self.expected += len(data)
         self._blocks.append(data)
         self._held += len(data)
-        if self._held >= _BLOCK or self.expected == self._partial.length:
+        now = asyncio.get_running_loop().time()
+        if self._held >= _BLOCK or self.expected == self._partial.length or now - self._wrote >= _KEEP:
             await self.written()
             self._writing = asyncio.create_task(asyncio.to_thread(self._partial.write, self._blocks))
-            self._blocks, self._held = [], 0
+            self._blocks, self._held, self._wrote = [], 0, now
         if self.expected == self._partial.length:
             await self.written()
             self.done.set_result(None)
@@ -139,6 +193,7 @@ class Link(Generic[F]):
         self._fetching = asyncio.Semaphore(_FETCHES)
         self._stopped: set[bytes] = set()
         self._offers: dict[str, list[bytes]] = {}
+        self._window = Window()
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -241,6 +296,9 @@ class Link(Generic[F]):
                 await self._chunk(frame.chunk)
             case "want":
                 self._want(frame.want)
+            case "seen":
+                self._window.seen(time.monotonic())
+                self._wake.set()
             case "stop":
                 self._drop_outgoing(frame.stop.digest)
             case "missing":
@@ -260,6 +318,8 @@ class Link(Generic[F]):
             await incoming.add(chunk.offset, chunk.data)
         elif chunk.digest not in self._stopped:  # else it was under way when we said stop
             raise frame_invalid("a chunk that nobody asked for")
+        if chunk.tell:
+            self.send(self._kind(seen=Seen()))
 
     def _want(self, want: Want) -> None:
         self._drop_outgoing(want.digest)
@@ -340,8 +400,8 @@ class Link(Generic[F]):
                     await self._write(data)
             elif self._finishing:
                 return
-            elif self._outgoing:
-                await self._send_chunk()
+            elif self._outgoing and (length := self._window.length(time.monotonic())):
+                await self._send_chunk(length)
             else:
                 self._wake.clear()
                 try:
@@ -358,9 +418,9 @@ class Link(Generic[F]):
         self.bytes_sent += len(data)
         return data
 
-    async def _send_chunk(self) -> None:
+    async def _send_chunk(self, length: int) -> None:
         outgoing = self._outgoing[0]
-        chunk = await outgoing.next()
+        chunk = await outgoing.next(length)
         if outgoing.closed:
             return  # the peer has stopped it meanwhile
         if chunk is None:
@@ -369,6 +429,7 @@ class Link(Generic[F]):
             return
         self._outgoing.rotate(-1)
         self.bytes_sent += len(chunk.data)
+        chunk.tell = self._window.sent(len(chunk.data), last=len(chunk.data) < length, now=time.monotonic())
         await self._write(self._kind(chunk=chunk).SerializeToString())
 
     async def _watch(self) -> None:

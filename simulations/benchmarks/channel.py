@@ -41,7 +41,7 @@ def bench_channel(rounds: int = 200, megabytes: int = 100, json: bool = False) -
     """
     with tempfile.TemporaryDirectory(prefix="lichen-bench-") as name:
         home = Path(name)
-        _enrol(home)
+        enrol(home)
         for agent in AGENTS:
             _random_file(home / agent / "reply.bin", megabytes * _MB)
         processes = [_start("coordinator", home, str(rounds), str(megabytes))]
@@ -77,7 +77,7 @@ def _table(figures: dict[str, Any]) -> str:
     )
 
 
-def _enrol(home: Path) -> None:
+def enrol(home: Path) -> None:
     """Make a federation's keys and the coordinator's store, as `lichen coordinator init` and `lichen client join` do."""
     from lichen.coordinator.store import Store
 
@@ -118,7 +118,8 @@ def _wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
         time.sleep(0.02)
 
 
-def _with_payload(ref: PayloadRef) -> RecordDict:
+def with_payload(ref: PayloadRef) -> RecordDict:
+    """What a message with this payload alone holds."""
     array = reference(ref)
     return RecordDict({"payload": ArrayRecord({"payload": array})})
 
@@ -163,7 +164,7 @@ def _measure(grid: Any, home: Path, rounds: int, megabytes: int) -> dict[str, An
         refs.append(grid.spool.add_file(path))
     forget_peak()
     began = time.perf_counter()
-    messages = [grid.create_message(_with_payload(ref), "train", node, "data") for node, ref in zip(nodes, refs, strict=True)]
+    messages = [grid.create_message(with_payload(ref), "train", node, "data") for node, ref in zip(nodes, refs, strict=True)]
     replies = grid.send_and_receive(messages, timeout=300)
     seconds = time.perf_counter() - began
     came = {ref.digest for message in replies for ref in payload_refs(message) if grid.spool.length(ref.digest) == megabytes * _MB}
@@ -200,7 +201,7 @@ async def _serve_agent(home: Path, name: str) -> None:
     async def handle(message: Message) -> Message:
         if not payload_refs(message):
             return reply(message, RecordDict({"task": message.content["task"]}))
-        return reply(message, _with_payload(await asyncio.to_thread(spool.add_file, own / "reply.bin")))
+        return reply(message, with_payload(await asyncio.to_thread(spool.add_file, own / "reply.bin")))
 
     credentials = Credentials(*((own / item).read_bytes() for item in ("ca.pem", "key.pem", "certificate.pem")))
     address = f"127.0.0.1:{(home / 'port').read_text()}"

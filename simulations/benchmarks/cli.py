@@ -37,9 +37,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 def channel(
     rounds: Annotated[int, typer.Option(min=1, help="Round trips of an empty task.")] = 200,
     megabytes: Annotated[int, typer.Option(min=1, help="Payload to each agent, and back from each.")] = 100,
+    bad_link: Annotated[bool, typer.Option("--bad-link", help="Instead: a round at 64 kbit/s with loss, and what cuts cost.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Round trip, transfer and memory of the channel, over mutual TLS. Example: lichen bench channel --megabytes 100."""
+    if bad_link:
+        from lichen.simulations.benchmarks.bad_link import bench_bad_link
+
+        bench_bad_link(as_json)
+        return
     from lichen.simulations.benchmarks.channel import bench_channel
 
     bench_channel(rounds, megabytes, json=as_json)

@@ -71,6 +71,8 @@ BAD_COORDINATOR = [
     CoordinatorFrame(welcome=Welcome(version="1", node_id=1, name="a", outstanding=["x"])),
     CoordinatorFrame(welcome=Welcome(version="1", node_id=1, name="a", outstanding=[ID] * (framing.MAX_IDS + 1))),
     CoordinatorFrame(welcome=Welcome(version="1", node_id=1, name="a", ledger=LedgerState(sequence=1, head=bytes(32)))),
+    CoordinatorFrame(welcome=Welcome(version="1", node_id=1, name="a", time=float("nan"))),
+    CoordinatorFrame(welcome=Welcome(version="1", node_id=1, name="a", time=-1.0)),
     CoordinatorFrame(receipt=Receipt(message_id="")),
     CoordinatorFrame(cancel=Cancel(message_ids=[ID, "x"])),
 ]

@@ -23,13 +23,14 @@ from lichen.client.connection import Connection, Credentials
 from lichen.client.mailbox import Mailbox
 from lichen.common import records
 from lichen.common.channel import framing
-from lichen.common.channel.fleet_pb2 import Ack, AgentFrame, Chunk, CoordinatorFrame, Envelope, Hello, Missing, Receipt, Want, Welcome
+from lichen.common.channel.fleet_pb2 import Ack, AgentFrame, Chunk, CoordinatorFrame, Envelope, Hello, Missing, Receipt, Seen, Want, Welcome
 from lichen.common.channel.spool import Spool
 from lichen.common.channel.transfer import CHUNK
 from lichen.common.errors import Code, LichenError
 from lichen.common.pki import Authority, fingerprint, make_csr, make_key
 from lichen.coordinator.fleet import FleetServer, GrpcGrid
 from lichen.coordinator.store import Store
+from lichen.simulations.benchmarks.slow_link import SlowLink
 
 MB = 1 << 20
 QUICK = framing.Timing(heartbeat=0.1, dead=1.0, handshake=2.0)
@@ -108,58 +109,6 @@ class Agent:
             self.running.result(10)
         finally:
             self.mailbox.close()
-
-
-class Proxy:
-    """A TCP relay between agent and coordinator that counts, and can cut, freeze and slow the connection."""
-
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self.up = self.down = 0
-        self.cut_up = self.cut_down = float("inf")
-        self.frozen = False
-        self.rate = float("inf")
-        self._writers: list[asyncio.StreamWriter] = []
-
-    async def start(self) -> str:
-        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, port = self._target.split(":")
-        try:
-            far_reader, far_writer = await asyncio.open_connection(host, int(port))
-        except OSError:
-            writer.close()
-            return
-        self._writers += [writer, far_writer]
-        await asyncio.gather(self._pump(reader, far_writer, "up"), self._pump(far_reader, writer, "down"), return_exceptions=True)
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
-        try:
-            while data := await reader.read(64 << 10):
-                while self.frozen:
-                    await asyncio.sleep(0.02)
-                setattr(self, way, getattr(self, way) + len(data))
-                writer.write(data)
-                await writer.drain()
-                if self.rate < float("inf"):
-                    await asyncio.sleep(len(data) / self.rate)
-                if getattr(self, way) >= getattr(self, f"cut_{way}"):
-                    setattr(self, f"cut_{way}", float("inf"))
-                    self.cut()
-        finally:
-            writer.close()
-
-    def cut(self) -> None:
-        """Break every connection, as a network does: without a goodbye."""
-        for writer in self._writers:
-            writer.transport.abort()
-        self._writers.clear()
-
-    def stop(self) -> None:
-        self._server.close()
-        self.cut()
 
 
 class Raw:
@@ -243,9 +192,9 @@ class World:
         self._closers.append(lambda: agent.running.done() or agent.stop())
         return agent
 
-    def proxy(self) -> tuple[Proxy, str]:
-        proxy = Proxy(self.address)
-        self._closers.append(lambda: self.loop.call_soon_threadsafe(proxy.stop))
+    def proxy(self, **options: Any) -> tuple[SlowLink, str]:
+        proxy = SlowLink(self.address, **options)
+        self._closers.append(lambda: self.on_loop(proxy.stop()))
         return proxy, self.on_loop(proxy.start())
 
     def raw(self, name: str = "a", **options: Any) -> Raw:
@@ -439,6 +388,8 @@ def test_a_peer_that_reads_nothing_costs_little_memory(world: World) -> None:
         assert chunk.offset == offset
         digest.update(chunk.data)
         offset += len(chunk.data)
+        if chunk.tell:
+            raw.send(AgentFrame(seen=Seen()))
     assert digest.hexdigest() == ref.digest
 
 
@@ -673,6 +624,7 @@ FRAMES: dict[str, bytes | AgentFrame] = {
     "a path for a name": AgentFrame(ack=Ack(message_id="../../../etc/passwd")),
     "a reply that is no message": AgentFrame(envelope=Envelope(message_id="0" * 32, message=b"\xff\xff")),
     "a chunk out of nothing": AgentFrame(chunk=Chunk(digest=DIGEST, data=b"z")),
+    "a chunk seen that was not sent": AgentFrame(seen=Seen()),
 }
 
 
@@ -843,7 +795,13 @@ def test_a_reply_that_was_not_receipted_is_sent_again_as_the_same_bytes(world: W
         CoordinatorFrame(welcome=Welcome(protocol=framing.PROTOCOL, version="1", node_id=5, name="a")),
         CoordinatorFrame(),
     ],
-    ids=["a message to another node", "a message under another's id", "a chunk out of nothing", "a second welcome", "an empty frame"],
+    ids=[
+        "a message to another node",
+        "a message under another's id",
+        "a chunk out of nothing",
+        "a second welcome",
+        "an empty frame",
+    ],
 )
 def test_an_agent_leaves_a_coordinator_that_breaks_the_protocol(world: World, script: tuple[Script, str], frame: CoordinatorFrame) -> None:
     coordinator, address = script
