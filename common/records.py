@@ -70,6 +70,19 @@ class Assignment(_Record):
     round: Annotated[int, Rule.DECLARED]
     clip: Annotated[float | None, Field(gt=0), Rule.DECLARED] = None
     """Under `unit: client`: ℓ2 bound on the update; it follows from the plan and from what was released."""
+    # For this node's hardware, where `cohort.assign` permits it (common/assignment.py); left out, the plan's own holds.
+    rank: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
+    """LoRA's, at most the plan's; α is scaled so that α / rank stays."""
+    max_physical_batch_size: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
+    """Rows at once, at most the plan's."""
+    max_length: Annotated[int | None, Field(ge=4), Rule.DECLARED] = None
+    """Tokens kept of each text, at most the plan's."""
+    checkpointing: Annotated[bool | None, Rule.DECLARED] = None
+    """Whether activations are computed again in the backward pass, and not kept."""
+    precision: Annotated[Literal["float32", "bfloat16", "int8"] | None, Rule.DECLARED] = None
+    """How the frozen base is kept."""
+    steps: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
+    """Most optimizer steps of this round. The noise stays that of all the plan's steps."""
 
 
 class TrainReport(_Record):
@@ -79,7 +92,7 @@ class TrainReport(_Record):
     client: Annotated[str, Rule.DECLARED]
     round: Annotated[int, Rule.DECLARED]
     steps: Annotated[int, Rule.DECLARED]
-    """Under `unit: client` the plan's, or 0 where it counts epochs: the number would tell the true size."""
+    """Under `unit: client` the plan's or the assignment's, or 0 where the plan counts epochs: the number would tell the true size."""
     declared_size: Annotated[int | None, Field(ge=1, le=MOST), Rule.DECLARED] = None
     noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     sample_rate: Annotated[float | None, Rule.DECLARED] = None

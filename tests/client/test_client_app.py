@@ -58,11 +58,19 @@ def home(tmp_path: Path, tiny_rows: Rows) -> Path:
 
 
 def ask(
-    home: Path, plan: Plan, round: int = 1, *, kind: str = records.TRAIN, simulated: bool = False, message_id: str = "", run: int = 7
+    home: Path,
+    plan: Plan,
+    round: int = 1,
+    *,
+    kind: str = records.TRAIN,
+    simulated: bool = False,
+    message_id: str = "",
+    run: int = 7,
+    **assigned: Any,
 ) -> Message:
     """The app's reply to what a coordinator would send, both through the wire's bytes."""
     text = plan.canonical_json()
-    assignment = records.Assignment(plan=text, plan_sha256=plan.sha256(), round=round)
+    assignment = records.Assignment(plan=text, plan_sha256=plan.sha256(), round=round, **assigned)
     content = RecordDict({"assignment": records.to_config(assignment)})
     records.put_tensors(content, workbench(plan).start, None)
     message = records.build_message(
@@ -183,6 +191,46 @@ def test_without_privacy_the_plain_fields_are_there(home: Path, plan_of: Callabl
     assert 0 < report["train_loss"] < 2
     assert {"declared_size", "noise_multiplier", "sample_rate"}.isdisjoint(report)
     assert report_of(ask(home, plan, kind=records.EVALUATE))["loss_sum"] > 0
+    assert not (home / "ledger.sqlite").exists()
+
+
+# --- assignments ------------------------------------------------------------------------------------------------------------------
+
+
+def test_fewer_steps_are_charged_as_such_with_the_noise_of_all(home: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(cohort={"size": 2, "assign": ["steps"]})
+    report = report_of(ask(home, plan, steps=1))
+    planned = planned_steps(plan, DECLARED)
+    assert (report["steps"], report["noise_multiplier"]) == (1, planned.noise_multiplier)
+    assert planned.steps > 1, "the noise would else be that of the fewer steps anyway"
+    with Ledger(home) as ledger:
+        (entry,) = ledger.entries()
+    assert entry.segment == planned._replace(steps=1)
+
+
+def test_more_steps_than_planned_are_not_taken(home: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(cohort={"size": 2, "assign": ["steps"]})
+    assert report_of(ask(home, plan, steps=10**6))["steps"] == planned_steps(plan, DECLARED).steps
+
+
+def test_fewer_steps_without_privacy(home: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(False, cohort={"size": 2, "assign": ["steps"]})
+    usual, fewer = (report_of(ask(home, plan, simulated=True, **given)) for given in ({}, {"steps": 1}))
+    assert (usual["steps"], fewer["steps"]) == (plan.local.steps, 1)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_fewer_rows_at_once_give_the_same_update_but_for_rounding(home: Path, plan_of: Callable[..., Plan], private: bool) -> None:
+    updates = [
+        records.get_tensors(ask(home, plan_of(private), simulated=True, **given).content, None)
+        for given in ({}, {"max_physical_batch_size": 1})
+    ]
+    for name, tensor in updates[0].items():
+        torch.testing.assert_close(updates[1][name], tensor, atol=1e-4 * float(tensor.abs().max()), rtol=1e-4)
+
+
+def test_an_assignment_that_the_plan_does_not_permit_is_refused_before_it_is_charged(home: Path, plan_of: Callable[..., Plan]) -> None:
+    bare_number(ask(home, plan_of(), steps=1), Code.POLICY_REFUSED)
     assert not (home / "ledger.sqlite").exists()
 
 

@@ -21,7 +21,19 @@ from lichen.common.records import Assignment, EvaluateReport, Rule, TrainReport
 
 KINDS = records._Record.__subclasses__()
 FULL: dict[type, dict[str, Any]] = {
-    Assignment: {"format": 1, "plan": "{}", "plan_sha256": "0" * 64, "round": 1, "clip": 0.5},
+    Assignment: {
+        "format": 1,
+        "plan": "{}",
+        "plan_sha256": "0" * 64,
+        "round": 1,
+        "clip": 0.5,
+        "rank": 2,
+        "max_physical_batch_size": 4,
+        "max_length": 16,
+        "checkpointing": True,
+        "precision": "int8",
+        "steps": 3,
+    },
     TrainReport: {
         "format": 1,
         "client": "clinic-a",
