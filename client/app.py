@@ -23,10 +23,13 @@ from lichen.client.gate import Gate
 from lichen.client.jobs import Job, Private
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit, Limits
+from lichen.client.memory import is_out_of_memory
 from lichen.client.policy import enforce, load_policy
+from lichen.client.probe import tokens_per_s
 from lichen.common import records
 from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.errors import Code, LichenError
+from lichen.common.hardware import rounded
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.clipping import clipped
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
     Serving = Generator[Work, Trained, T]
     """What asks for training on its way to a result."""
+    Serve = Callable[["Node", Plan, records.Assignment, Message], Serving[RecordDict]]
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -59,6 +63,9 @@ class Node:
         self.cache = self.home / CACHE
         self.simulated = bool(config.get("simulated", False))
         self.spool = Path(str(config["spool"])) if "spool" in config else None
+        self.rows = int(str(config["rows"])) if "rows" in config else None
+        self.retried = bool(config.get("retried", False))
+        """Whether a work for which memory was not enough is asked for again with fewer rows at once, and so nothing of it is told."""
 
 
 @app.train()  # type: ignore[untyped-decorator]
@@ -70,12 +77,13 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()  # type: ignore[untyped-decorator]
 def evaluate(message: Message, context: Context) -> Message:
     """Score the model on the node's hold-out; the reply holds an `EvaluateReport`."""
-    serving = _serve(message, context, _evaluate)
-    try:
-        next(serving)
-    except StopIteration as done:
-        return cast("Message", done.value)
-    raise LichenError(Code.INTERNAL, "an evaluation asked for training")
+    return _serve_alone(message, context, _evaluate)
+
+
+@app.query()  # type: ignore[untyped-decorator]
+def probe(message: Message, context: Context) -> Message:
+    """Time the plan's training on made-up text; the reply holds a `ProbeReport`."""
+    return _serve_alone(message, context, _probe)
 
 
 def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
@@ -120,9 +128,17 @@ def clients_at_once(plan: Plan) -> int:
     return trainer.at_once
 
 
-def _serve(
-    message: Message, context: Context, work: Callable[[Node, Plan, records.Assignment, Message], Serving[RecordDict]]
-) -> Serving[Message]:
+def _serve_alone(message: Message, context: Context, work: Serve) -> Message:
+    """Serve a message that asks for no training of the caller."""
+    serving = _serve(message, context, work)
+    try:
+        next(serving)
+    except StopIteration as done:
+        return cast("Message", done.value)
+    raise LichenError(Code.INTERNAL, "it asked for training")
+
+
+def _serve(message: Message, context: Context, work: Serve) -> Serving[Message]:
     """Serve a message, and let the caller do what training it asks for: its `Job` is yielded, what came of it sent or thrown in."""
     private = True  # until the plan says otherwise
     try:
@@ -138,12 +154,15 @@ def _serve(
         log.error("%s", error)
         return records.error_reply(message, int(error.code), "" if private else error.what)
     except Exception as error:
+        if is_out_of_memory(error):
+            log.error("memory ran out: %s", error)
+            return records.error_reply(message, int(Code.WORKER_FAILED), "" if private else "memory ran out")
         log.exception("unexpected failure")
         return records.error_reply(message, int(Code.INTERNAL), "" if private else type(error).__name__)
 
 
 def _train(node: Node, plan: Plan, assignment: records.Assignment, message: Message) -> Serving[RecordDict]:
-    round, own = assignment.round, own_plan(plan, assignment)
+    round, own = assignment.round, own_plan(plan, assignment, node.rows)
     trainer = trainer_of(own)
     start = records.get_tensors(message.content, node.spool)
     trainer.model.load(start)  # what does not fit is refused before it is charged
@@ -185,11 +204,17 @@ def _train_private(
         segment = grant.segment
         source = _source(node, "train", plan.seed, node.name, round)
         units = rows.readable_units(grant.readable)
+        nothing_left = False
         try:
             private = Private(units, segment, rows.declared_size, Gate(segment))
             trained = yield trainer, Job(start, rows.encoded, round, source, node.cache, private)
+        except Exception as error:
+            # it is begun again, under this reservation, as after a crash
+            nothing_left = node.retried and trainer.plan.local.max_physical_batch_size > 1 and is_out_of_memory(error)
+            raise
         finally:
-            ledger.released("train", run, message_id, again=node.simulated)  # after a failure too: its number tells of the noised steps
+            if not nothing_left:  # after a failure too: its number tells of the noised steps
+                ledger.released("train", run, message_id, again=node.simulated)
         report = records.TrainReport(
             client=node.name,
             round=round,
@@ -231,7 +256,7 @@ def _train_central(
 
 def _evaluate(node: Node, plan: Plan, assignment: records.Assignment, message: Message) -> Serving[RecordDict]:
     yield from ()  # it asks for no training
-    round, own = assignment.round, own_plan(plan, assignment)
+    round, own = assignment.round, own_plan(plan, assignment, node.rows)
     every = plan.evaluation.federated_every  # what the policy has permitted
     if not every or round % every:
         raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")
@@ -258,6 +283,14 @@ def _evaluate(node: Node, plan: Plan, assignment: records.Assignment, message: M
         report = records.EvaluateReport(client=node.name, round=round, counts=counts, noise_multiplier=segment.noise_multiplier)
     records.check_release(report, private=plan.private)
     return RecordDict({"report": records.to_config(report)})
+
+
+def _probe(node: Node, plan: Plan, assignment: records.Assignment, message: Message) -> Serving[RecordDict]:
+    yield from ()  # it asks for no training
+    if not node.simulated and not load_policy(node.home).profile:
+        raise LichenError(Code.POLICY_REFUSED, "the policy keeps in what this machine can do", where="profile")
+    speed = tokens_per_s(trainer_of(own_plan(plan, assignment, node.rows)))
+    return RecordDict({"report": records.to_config(records.ProbeReport(tokens_per_s=rounded(speed)))})
 
 
 @dataclass(frozen=True)

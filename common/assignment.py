@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 ASSIGNED = ("max_physical_batch_size", "checkpointing", "steps", "rank", "max_length", "precision")
 """What may vary from node to node: the names of `cohort.assign`, and of an assignment's fields."""
 
+BUILT = frozenset(ASSIGNED) - {"checkpointing", "precision"}
+"""What this version can do otherwise than the plan says."""
 
-def own_plan(plan: Plan, assignment: Assignment) -> Plan:
+
+def own_plan(plan: Plan, assignment: Assignment, most_rows: int | None = None) -> Plan:
     """The plan that a node's model and training follow; the plan itself where the assignment leaves all to it.
 
     Nothing that privacy rests on is among what changes: unit, clip, sample rate and rounds stay, and the noise is calibrated by the
@@ -26,6 +29,7 @@ def own_plan(plan: Plan, assignment: Assignment) -> Plan:
     Args:
         plan: as it was approved.
         assignment: of one round. A smaller rank gets an α that keeps α / rank.
+        most_rows: rows at once that this node's memory is known to be enough for.
 
     Raises:
         LichenError: POLICY_REFUSED, if `cohort.assign` does not permit what varies, or it is more than the plan's; FRAME_INVALID, if
@@ -34,7 +38,7 @@ def own_plan(plan: Plan, assignment: Assignment) -> Plan:
     given = {name: value for name in ASSIGNED if (value := getattr(assignment, name)) is not None}
     for name in given.keys() - set(plan.cohort.assign):
         raise _refused(f"the coordinator asks for another {name}, which cohort.assign does not permit")
-    if unbuilt := given.keys() & {"checkpointing", "precision"}:
+    if unbuilt := given.keys() - BUILT:
         raise LichenError(Code.FRAME_INVALID, f"this lichen can't vary {', '.join(sorted(unbuilt))}", where="Assignment")
     adapter, local, task = plan.model.adapter, plan.local, plan.task
     most = {
@@ -42,6 +46,8 @@ def own_plan(plan: Plan, assignment: Assignment) -> Plan:
         "max_length": task.max_length,
         "max_physical_batch_size": local.max_physical_batch_size,
     }
+    if most_rows is not None and most_rows < given.get("max_physical_batch_size", local.max_physical_batch_size):
+        given["max_physical_batch_size"] = most_rows
     for name in given.keys() & most.keys():
         if given[name] > most[name]:
             raise _refused(f"{name} {given[name]} is above the plan's {most[name]}")

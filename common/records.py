@@ -45,6 +45,7 @@ class Rule(Enum):
     SUMMED = "depends on the data, un-noised; only where the plan has noise: central, whose coordinator releases a noised sum of it"
     ERROR = "an error number; under privacy without text"
     PROTOCOL = "the state of the connection: an id, a key, a version, an offset; it does not depend on the data"
+    MACHINE = "what the machine and its link can do, measured without the data and rounded; the owner can keep it in"
     LEDGER = "how far the node's ledger is, hashed and signed: it tells that work was charged and that new rows came, and nothing of them"
     TIME = "when it was sent, which depends on how long the work took; neither noised nor hidden"
 
@@ -111,6 +112,14 @@ class EvaluateReport(_Record):
     counts: Annotated[list[Annotated[float, Field(ge=-MOST, le=MOST)]], Rule.NOISED]
     noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     loss_sum: Annotated[float | None, Rule.PLAIN] = None
+
+
+class ProbeReport(_Record):
+    """How fast a node trains a plan's model."""
+
+    format: Annotated[Literal[1], Rule.DECLARED] = 1
+    tokens_per_s: Annotated[int, Field(ge=1), Rule.MACHINE]
+    """On made-up text; two significant digits."""
 
 
 def check_round(round: int, rounds: int) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
-from lichen.common.records import Assignment, EvaluateReport, Rule, TrainReport
+from lichen.common.records import Assignment, EvaluateReport, ProbeReport, Rule, TrainReport
 
 KINDS = records._Record.__subclasses__()
 FULL: dict[type, dict[str, Any]] = {
@@ -46,6 +46,7 @@ FULL: dict[type, dict[str, Any]] = {
         "train_loss": 0.5,
         "within_clip": True,
     },
+    ProbeReport: {"format": 1, "tokens_per_s": 1200},
     EvaluateReport: {"format": 1, "client": "clinic-a", "round": 1, "counts": [1.0, -2.0], "noise_multiplier": 1.5, "loss_sum": 2.0},
 }
 
