@@ -194,6 +194,7 @@ class Agent:
         work = work_of(plan)
         if work not in self._unknown and not self._hardware.knows_speed(work):
             self._unknown.add(work)
+            log.info("probing how fast this plan trains here")
             reply = await self._have_done(_probe(message), plan, assignment, self._hardware.limits, until)
             if reply.has_error():
                 log.warning("this plan's speed could not be measured: error %d", reply.error.code)

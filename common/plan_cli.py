@@ -154,7 +154,7 @@ def _lines(plan: Plan, profile: Profile, found: Fit) -> Iterator[tuple[str, str]
         "rank": plan.model.adapter.rank if plan.model.adapter.kind == "lora" else None,
         "max_length": plan.task.max_length,
         "max_physical_batch_size": plan.local.max_physical_batch_size,
-        "steps": found.steps,
+        "steps": plan.local.steps or found.steps,
     }
     for name, value in (values | found.changes).items():
         if value is not None:
