@@ -95,7 +95,7 @@ class Agent:
         renewal = asyncio.create_task(self._renew())
         try:
             await asyncio.to_thread(self._locks.hold_data)
-            await asyncio.to_thread(self._tell_profile)
+            await self._tell_profile()
             trim()
             await self._connection.run(self.handle)
         except LichenError as error:
@@ -184,52 +184,6 @@ class Agent:
                 log.warning("%s; it is done again with %d rows at once, not %d", error.what, before // 2, before)
                 self._status.change(last_error=f"{error}", rows=before // 2)
 
-    # --- what this machine can do ---
-
-    async def _measure(self, message: Message, plan: Plan, assignment: records.Assignment, policy: Policy, until: float) -> None:
-        """Measure how fast this plan trains here, if that is not known yet, and tell the coordinator what is new."""
-        if not policy.profile:
-            self._tell_profile(plan)
-            return
-        work = work_of(plan)
-        if work not in self._unknown and not self._hardware.knows_speed(work):
-            self._unknown.add(work)
-            log.info("probing how fast this plan trains here")
-            reply = await self._have_done(_probe(message), plan, assignment, self._hardware.limits, until)
-            if reply.has_error():
-                log.warning("this plan's speed could not be measured: error %d", reply.error.code)
-            else:
-                report = records.from_config(records.ProbeReport, reply.content.config_records["report"])
-                self._hardware.keep_speed(work, report.tokens_per_s)
-        await asyncio.to_thread(self._tell_profile, plan)
-
-    def _keep_to_time(self, message: Message, plan: Plan, assignment: records.Assignment, until: float) -> None:
-        """Where the coordinator did not know this node's speed yet, the node itself lowers the steps, if the plan lets it."""
-        from lichen.common.fitting import SHARE, on_the_way_s, step_seconds
-
-        if self._profile is None or assignment.steps is not None or "steps" not in plan.cohort.assign:
-            return
-        if (step_s := step_seconds(plan, self._profile, assignment.max_length)) is None:
-            return
-        up = on_the_way_s(self._profile, (0, records.payload_bytes(message.content)))
-        steps = max(1, int(SHARE * (until - asyncio.get_running_loop().time() - up) / step_s))
-        message.content["assignment"] = records.to_config(assignment.model_copy(update={"steps": steps}))
-
-    def _tell_profile(self, plan: Plan | None = None) -> None:
-        """Tell the coordinator what this machine can do, and note what was told."""
-        if is_kept_in(self.home):
-            profile = None
-        elif plan is None:
-            profile = self._hardware.profile(speeds=self._connection.speeds)
-        else:
-            from lichen.client.data import declared_size
-
-            rows = rows_per_step(plan, declared_size(self.home))
-            profile = self._hardware.profile(work_of(plan), rows, self._connection.speeds, self._worker.memory_mb)
-        self._profile = profile
-        self._hardware.told(profile)
-        self._connection.tell(to_frame(profile))
-
     async def _permission(self, plan: Plan, until: float) -> Policy:
         """The policy, once it permits the plan; while a person has yet to decide, wait for them."""
         from lichen.client.policy import enforce
@@ -247,6 +201,53 @@ class Agent:
         if self._status.state != "waiting":
             log.warning("plan %s waits for your decision: lichen client approve %s, or reject", plan.name, plan.sha256()[:12])
             self._status.change(state="waiting")
+
+    # --- what this machine can do ---
+
+    async def _measure(self, message: Message, plan: Plan, assignment: records.Assignment, policy: Policy, until: float) -> None:
+        """Measure how fast this plan trains here, if that is not known yet, and tell the coordinator what is new."""
+        work = work_of(plan)
+        if policy.profile and work not in self._unknown and not self._hardware.knows_speed(work):
+            self._unknown.add(work)
+            log.info("probing how fast this plan trains here")
+            reply = await self._have_done(_probe(message), plan, assignment, self._hardware.limits, until)
+            if reply.has_error():
+                log.warning("this plan's speed could not be measured: error %d", reply.error.code)
+            else:
+                report = records.from_config(records.ProbeReport, reply.content.config_records["report"])
+                self._hardware.keep_speed(work, report.tokens_per_s)
+        await self._tell_profile(plan)
+
+    def _keep_to_time(self, message: Message, plan: Plan, assignment: records.Assignment, until: float) -> None:
+        """Where the coordinator did not know this node's speed yet, the node itself lowers the steps, if the plan lets it."""
+        from lichen.common.fitting import SHARE, on_the_way_s, step_seconds
+
+        if self._profile is None or assignment.steps is not None or "steps" not in plan.cohort.assign:
+            return
+        if (step_s := step_seconds(plan, self._profile, assignment.max_length)) is None:
+            return
+        up = on_the_way_s(self._profile, (0, records.payload_bytes(message.content)))
+        steps = max(1, int(SHARE * (until - asyncio.get_running_loop().time() - up) / step_s))
+        message.content["assignment"] = records.to_config(assignment.model_copy(update={"steps": steps}))
+
+    async def _tell_profile(self, plan: Plan | None = None) -> None:
+        """Tell the coordinator what this machine can do, and note what was told."""
+        self._profile = await asyncio.to_thread(self._profile_now, plan)
+        self._connection.tell(to_frame(self._profile))
+
+    def _profile_now(self, plan: Plan | None) -> Profile | None:
+        """What is told; None where the owner keeps it in."""
+        if is_kept_in(self.home):
+            profile = None
+        elif plan is None:
+            profile = self._hardware.profile(speeds=self._connection.speeds)
+        else:
+            from lichen.client.data import declared_size
+
+            rows = rows_per_step(plan, declared_size(self.home))
+            profile = self._hardware.profile(work_of(plan), rows, self._connection.speeds, self._worker.memory_mb)
+        self._hardware.told(profile)
+        return profile
 
     # --- beside ---
 
