@@ -204,16 +204,16 @@ def _train_private(
         segment = grant.segment
         source = _source(node, "train", plan.seed, node.name, round)
         units = rows.readable_units(grant.readable)
-        nothing_left = False
+        begun_again = False
         try:
             private = Private(units, segment, rows.declared_size, Gate(segment))
             trained = yield trainer, Job(start, rows.encoded, round, source, node.cache, private)
         except Exception as error:
-            # it is begun again, under this reservation, as after a crash
-            nothing_left = node.retried and trainer.plan.local.max_physical_batch_size > 1 and is_out_of_memory(error)
+            # by the agent, under this reservation, as after a crash
+            begun_again = node.retried and trainer.plan.local.max_physical_batch_size > 1 and is_out_of_memory(error)
             raise
         finally:
-            if not nothing_left:  # after a failure too: its number tells of the noised steps
+            if not begun_again:  # after a failure too: its number tells of the noised steps
                 ledger.released("train", run, message_id, again=node.simulated)
         report = records.TrainReport(
             client=node.name,

@@ -48,6 +48,8 @@ def own_plan(plan: Plan, assignment: Assignment, most_rows: int | None = None) -
     }
     if most_rows is not None and most_rows < given.get("max_physical_batch_size", local.max_physical_batch_size):
         given["max_physical_batch_size"] = most_rows
+    if not given:
+        return plan
     for name in given.keys() & most.keys():
         if given[name] > most[name]:
             raise _refused(f"{name} {given[name]} is above the plan's {most[name]}")

@@ -35,7 +35,8 @@ def test_the_names_are_those_of_the_plan_and_of_the_record() -> None:
 
 
 def test_an_assignment_that_leaves_all_to_the_plan_changes_nothing(plan: Plan) -> None:
-    assert own_plan(plan, of(plan)) == plan
+    assert own_plan(plan, of(plan)) is plan
+    assert own_plan(plan, of(plan), most_rows=32) is plan
     assert capped_steps(5, of(plan)) == 5
 
 
@@ -56,6 +57,14 @@ def test_what_privacy_rests_on_is_the_plans_whatever_is_assigned(plan: Plan) -> 
     assert own.local.model_copy(update=changed) == plan.local, "steps stay what the noise is calibrated for"
     assert (own.local.max_physical_batch_size, own.task.max_length, own.evaluation.batch_size) == (1, 8, 1)
     assert [capped_steps(5, of(plan, steps=steps)) for steps in (1, 5, 9)] == [1, 5, 5]
+
+
+def test_memory_that_ran_out_lowers_rows_at_once_whatever_may_vary(tiny_plan: dict[str, Any]) -> None:
+    plan = parse_plan({**tiny_plan, "cohort": {"assign": ["max_physical_batch_size"]}})
+    assert own_plan(plan, of(plan), most_rows=4).local.max_physical_batch_size == 4
+    assert own_plan(plan, of(plan, max_physical_batch_size=2), most_rows=4).local.max_physical_batch_size == 2
+    fixed = parse_plan({**tiny_plan, "cohort": {"assign": []}})
+    assert own_plan(fixed, of(fixed), most_rows=4).local.max_physical_batch_size == 4
 
 
 @pytest.mark.parametrize("given", [{"rank": 99}, {"max_physical_batch_size": 10**6}, {"max_length": 64}])

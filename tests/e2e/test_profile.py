@@ -150,6 +150,8 @@ def test_a_worker_that_has_too_little_memory_goes_on_with_fewer_rows_under_the_s
     read = parse_plan(plan)
     shape = Shape.of(make_task(read).outline())
     assert peak_mb(read, shape, rows=128) < TOO_LITTLE_MB < peak_mb(read, shape) / 1.25
+    policy = world.folder / "node" / "policy.yaml"
+    policy.write_text(policy.read_text() + "profile: false\n")  # the probe would run out of memory before anything is charged
     world.run_agent("--threads", 1, "--memory", f"{TOO_LITTLE_MB}M")
     result = world.run(plan)
     assert result.rounds[0].participants == 1
