@@ -11,25 +11,29 @@ import contextlib
 import logging
 import signal
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lichen.client import connection, enrolment
+from lichen.client.hardware import Hardware, is_kept_in
 from lichen.client.locks import HomeLocks
 from lichen.client.mailbox import Mailbox
 from lichen.client.status import State, StatusFile, is_paused
 from lichen.client.witness import Witness
-from lichen.client.worker import Limits, Worker, trim
+from lichen.client.worker import Limits, OutOfMemoryError, Worker, trim
 from lichen.common import records
 from lichen.common.channel.framing import Timing
 from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
+from lichen.common.hardware import rows_per_step, to_frame, work_of
 
 if TYPE_CHECKING:
     from flwr.app import Message
 
     from lichen.client.policy import Policy
+    from lichen.common.hardware import Profile
     from lichen.common.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,7 @@ log = logging.getLogger(__name__)
 _RENEWAL_EVERY = 3600.0
 _DECISION_EVERY = 0.5
 _HELD = 0.9  # share of the deadline that a message waits for a person: an answer after the deadline would tell nobody anything
+_MORE_MEMORY = "Raise memory_mb in policy.yaml (or --memory), or ask for shorter texts or a smaller adapter."
 _WORK = {records.TRAIN: "training", records.EVALUATE: "evaluating"}
 
 
@@ -46,12 +51,13 @@ class Agent:
     Args:
         home: the node's home, enrolled by `lichen client join`.
         timing: heartbeats; tests shorten them.
+        limits: of the worker, beside the policy's.
 
     Raises:
         LichenError: AGENT_HOME_MISSING, AGENT_IN_USE.
     """
 
-    def __init__(self, home: Path, *, timing: Timing | None = None) -> None:
+    def __init__(self, home: Path, *, timing: Timing | None = None, limits: Limits | None = None) -> None:
         self.home = home.expanduser().resolve()
         self.name, address = enrolment.address_of(self.home)
         self._locks = HomeLocks(self.home)
@@ -59,6 +65,11 @@ class Agent:
         self._mailbox = Mailbox(self.home / "agent.sqlite")
         spool = Spool(self.home / "spool")
         self._worker = Worker(self.home, self.name, spool.directory)
+        self._limits = limits or Limits()
+        self._hardware = Hardware(self.home, self._limits)
+        self._profile: Profile | None = None  # as told
+        self._unknown: set[str] = set()  # trainings whose speed could not be measured
+        self._rows: dict[tuple[str, int | None], int] = {}  # at once, by training and memory limit, where memory was not enough for more
         self._connected = False
         self._witness = Witness(self.home)
         self._connection = connection.Connection(
@@ -85,6 +96,7 @@ class Agent:
         renewal = asyncio.create_task(self._renew())
         try:
             await asyncio.to_thread(self._locks.hold_data)
+            await self._tell_profile()
             trim()
             await self._connection.run(self.handle)
         except LichenError as error:
@@ -112,10 +124,10 @@ class Agent:
         try:
             if is_paused(self.home):
                 raise LichenError(Code.AGENT_PAUSED, "the owner has paused this node", fix="lichen client pause --resume")
-            plan, round = await asyncio.to_thread(_assignment, message)
-            private = plan.private
+            plan, assignment = await asyncio.to_thread(_assignment, message)
+            private, round = plan.private, assignment.round
             self._status.change(run=run, round=round)
-            reply = await self._do(message, plan, round)
+            reply = await self._do(message, plan, assignment)
             if not reply.has_error():
                 log.info("%s, round %d of %s: answered", _WORK[message.metadata.message_type], round, plan.name)
                 return reply
@@ -129,7 +141,7 @@ class Agent:
             self._status.change(state=self._resting())
         return records.error_reply(message, code, "" if private else reason)
 
-    async def _do(self, message: Message, plan: Plan, round: int) -> Message:
+    async def _do(self, message: Message, plan: Plan, assignment: records.Assignment) -> Message:
         loop = asyncio.get_running_loop()
         began = loop.time()
         policy = await self._permission(plan, until=began + _HELD * plan.cohort.deadline_s)
@@ -137,15 +149,41 @@ class Agent:
         if plan.private:
             await asyncio.to_thread(self._witness.check)
         work = _WORK[message.metadata.message_type]
-        log.info("%s, round %d of %s", work, round, plan.name)
+        log.info("%s, round %d of %s", work, assignment.round, plan.name)
         self._status.change(state=work)
-        left = began + plan.cohort.deadline_s - loop.time()
-        data = await self._worker.ask(records.message_to_bytes(message), Limits(policy.threads, policy.memory_mb), left)
-        self._status.change(worker_pid=self._worker.pid)
-        reply = records.message_from_bytes(data)
-        if reply.metadata.reply_to_message_id != message.metadata.message_id:
-            raise LichenError(Code.WORKER_FAILED, "the worker answered another message")
-        return reply
+        limits, until = self._limits.tightened(policy), began + plan.cohort.deadline_s
+        self._hardware.limits = limits
+        if message.metadata.message_type == records.TRAIN:
+            await self._measure(message, plan, assignment, policy, until)
+            self._keep_to_time(message, plan, assignment, until)
+        return await self._have_done(message, plan, assignment, limits, until)
+
+    async def _have_done(self, message: Message, plan: Plan, assignment: records.Assignment, limits: Limits, until: float) -> Message:
+        """The worker's reply. Where memory was not enough it begins anew with half the rows at once, in a new process.
+
+        Nothing of what it had done has left the process, so the ledger's reservation is the same one.
+        """
+        key = work_of(plan), limits.memory_mb
+        asked = min(plan.local.max_physical_batch_size, assignment.max_physical_batch_size or plan.local.max_physical_batch_size)
+        while True:
+            rows = self._rows.get(key)
+            left = until - asyncio.get_running_loop().time()
+            try:
+                data = await self._worker.ask(records.message_to_bytes(message), replace(limits, rows=rows), left)
+                self._status.change(worker_pid=self._worker.pid)
+                reply = records.message_from_bytes(data)
+                if reply.metadata.reply_to_message_id != message.metadata.message_id:
+                    raise LichenError(Code.WORKER_FAILED, "the worker answered another message")
+                if not (reply.has_error() and reply.error.code == Code.WORKER_FAILED):  # which the app answers for want of memory alone
+                    return reply
+                raise OutOfMemoryError("memory ran out", _MORE_MEMORY)
+            except OutOfMemoryError as error:
+                before = min(asked, rows or asked)
+                if before == 1:
+                    raise
+                self._rows[key] = before // 2
+                log.warning("%s; it is done again with %d rows at once, not %d", error.what, before // 2, before)
+                self._status.change(last_error=f"{error}", rows=before // 2)
 
     async def _permission(self, plan: Plan, until: float) -> Policy:
         """The policy, once it permits the plan; while a person has yet to decide, wait for them."""
@@ -164,6 +202,53 @@ class Agent:
         if self._status.state != "waiting":
             log.warning("plan %s waits for your decision: lichen client approve %s, or reject", plan.name, plan.sha256()[:12])
             self._status.change(state="waiting")
+
+    # --- what this machine can do ---
+
+    async def _measure(self, message: Message, plan: Plan, assignment: records.Assignment, policy: Policy, until: float) -> None:
+        """Measure how fast this plan trains here, if that is not known yet, and tell the coordinator what is new."""
+        work = work_of(plan)
+        if policy.profile and work not in self._unknown and not self._hardware.knows_speed(work):
+            self._unknown.add(work)
+            log.info("probing how fast this plan trains here")
+            reply = await self._have_done(_probe(message), plan, assignment, self._hardware.limits, until)
+            if reply.has_error():
+                log.warning("this plan's speed could not be measured: error %d", reply.error.code)
+            else:
+                report = records.from_config(records.ProbeReport, reply.content.config_records["report"])
+                self._hardware.keep_speed(work, report.tokens_per_s)
+        await self._tell_profile(plan)
+
+    def _keep_to_time(self, message: Message, plan: Plan, assignment: records.Assignment, until: float) -> None:
+        """Where the coordinator did not know this node's speed yet, the node itself lowers the steps, if the plan lets it."""
+        from lichen.common.fitting import SHARE, on_the_way_s, step_seconds
+
+        if self._profile is None or assignment.steps is not None or "steps" not in plan.cohort.assign:
+            return
+        if (step_s := step_seconds(plan, self._profile, assignment.max_length)) is None:
+            return
+        up = on_the_way_s(self._profile, (0, records.payload_bytes(message.content)))
+        steps = max(1, int(SHARE * (until - asyncio.get_running_loop().time() - up) / step_s))
+        message.content["assignment"] = records.to_config(assignment.model_copy(update={"steps": steps}))
+
+    async def _tell_profile(self, plan: Plan | None = None) -> None:
+        """Tell the coordinator what this machine can do, and note what was told."""
+        self._profile = await asyncio.to_thread(self._profile_now, plan)
+        self._connection.tell(to_frame(self._profile))
+
+    def _profile_now(self, plan: Plan | None) -> Profile | None:
+        """What is told; None where the owner keeps it in."""
+        if is_kept_in(self.home):
+            profile = None
+        elif plan is None:
+            profile = self._hardware.profile(speeds=self._connection.speeds)
+        else:
+            from lichen.client.data import declared_size
+
+            rows = rows_per_step(plan, declared_size(self.home))
+            profile = self._hardware.profile(work_of(plan), rows, self._connection.speeds, self._worker.memory_mb)
+        self._hardware.told(profile)
+        return profile
 
     # --- beside ---
 
@@ -199,8 +284,25 @@ class Agent:
             await asyncio.sleep(_RENEWAL_EVERY)
 
 
-def _assignment(message: Message) -> tuple[Plan, int]:
-    """The plan and the round that a message asks for.
+def _probe(message: Message) -> Message:
+    """What asks this node's worker for the speed of a message's plan."""
+    from flwr.app import RecordDict
+
+    metadata = message.metadata
+    content = RecordDict({"assignment": message.content.config_records["assignment"]})
+    return records.build_message(
+        content,
+        run_id=metadata.run_id,
+        message_id=metadata.message_id,
+        src_node_id=metadata.src_node_id,
+        dst_node_id=metadata.dst_node_id,
+        message_type=records.QUERY,
+        group_id=metadata.group_id,
+    )
+
+
+def _assignment(message: Message) -> tuple[Plan, records.Assignment]:
+    """The plan and what of it a message asks for.
 
     Raises:
         LichenError: FRAME_INVALID, if it asks for nothing that an agent does; PLAN_…
@@ -216,4 +318,4 @@ def _assignment(message: Message) -> tuple[Plan, int]:
     if plan.sha256() != assignment.plan_sha256:
         raise LichenError(Code.POLICY_REFUSED, f"the plan's digest is {plan.sha256()}, not {assignment.plan_sha256}", where=plan.name)
     records.check_round(assignment.round, plan.rounds)
-    return plan, assignment.round
+    return plan, assignment

@@ -24,12 +24,16 @@ from lichen.client.gate import Gate
 from lichen.client.jobs import Job, Private
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit, Limits
+from lichen.client.memory import is_out_of_memory
 from lichen.client.policy import enforce, load_policy
+from lichen.client.probe import tokens_per_s
 from lichen.client.residual import load_residual, save_residual
 from lichen.common import records
+from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.codec.feedback import corrected, lost
 from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
 from lichen.common.errors import Code, LichenError
+from lichen.common.hardware import rounded
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.clipping import clipped
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
     Serving = Generator[Work, Trained, T]
     """What asks for training on its way to a result."""
+    Serve = Callable[["Node", Plan, records.Assignment, Message], Serving[RecordDict]]
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -62,6 +67,9 @@ class Node:
         self.cache = self.home / CACHE
         self.simulated = bool(config.get("simulated", False))
         self.spool = Path(str(config["spool"])) if "spool" in config else None
+        self.rows = int(str(config["rows"])) if "rows" in config else None
+        self.retried = bool(config.get("retried", False))
+        """Whether a work for which memory was not enough is asked for again with fewer rows at once, and so nothing of it is told."""
 
 
 @app.train()  # type: ignore[untyped-decorator]
@@ -73,12 +81,13 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()  # type: ignore[untyped-decorator]
 def evaluate(message: Message, context: Context) -> Message:
     """Score the model on the node's hold-out; the reply holds an `EvaluateReport`."""
-    serving = _serve(message, context, _evaluate)
-    try:
-        next(serving)
-    except StopIteration as done:
-        return cast("Message", done.value)
-    raise LichenError(Code.INTERNAL, "an evaluation asked for training")
+    return _serve_alone(message, context, _evaluate)
+
+
+@app.query()  # type: ignore[untyped-decorator]
+def probe(message: Message, context: Context) -> Message:
+    """Time the plan's training on made-up text; the reply holds a `ProbeReport`."""
+    return _serve_alone(message, context, _probe)
 
 
 def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
@@ -96,10 +105,12 @@ def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> 
     for number, serving in enumerate(servings):
         go_on(number, functools.partial(next, serving))
     jobs, waiting = waiting, {}
+    by_trainer: dict[Trainer, dict[int, Job]] = {}  # assignments may give some another model
+    for number, (trainer, job) in jobs.items():
+        by_trainer.setdefault(trainer, {})[number] = job
     try:
-        if jobs:
-            trainer = next(iter(jobs.values()))[0]
-            for number, trained in zip(jobs, trainer.run_together([job for _, job in jobs.values()]), strict=True):
+        for trainer, own in by_trainer.items():
+            for number, trained in zip(own, trainer.run_together([*own.values()]), strict=True):
                 serving = servings[number]
                 go_on(number, functools.partial(serving.throw if isinstance(trained, Exception) else serving.send, trained))  # type: ignore[arg-type]
     finally:
@@ -121,7 +132,17 @@ def clients_at_once(plan: Plan) -> int:
     return trainer.at_once
 
 
-def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, Message], Serving[RecordDict]]) -> Serving[Message]:
+def _serve_alone(message: Message, context: Context, work: Serve) -> Message:
+    """Serve a message that asks for no training of the caller."""
+    serving = _serve(message, context, work)
+    try:
+        next(serving)
+    except StopIteration as done:
+        return cast("Message", done.value)
+    raise LichenError(Code.INTERNAL, "it asked for training")
+
+
+def _serve(message: Message, context: Context, work: Serve) -> Serving[Message]:
     """Serve a message, and let the caller do what training it asks for: its `Job` is yielded, what came of it sent or thrown in."""
     private = True  # until the plan says otherwise
     try:
@@ -132,32 +153,36 @@ def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, 
         node = Node(context)
         if not node.simulated:
             enforce(node.home, plan, datetime.now().astimezone())
-        return records.reply(message, (yield from work(node, plan, assignment.round, message)))
+        return records.reply(message, (yield from work(node, plan, assignment, message)))
     except LichenError as error:
         log.error("%s", error)
         return records.error_reply(message, int(error.code), "" if private else error.what)
     except Exception as error:
+        if is_out_of_memory(error):
+            log.error("memory ran out: %s", error)
+            return records.error_reply(message, int(Code.WORKER_FAILED), "" if private else "memory ran out")
         log.exception("unexpected failure")
         return records.error_reply(message, int(Code.INTERNAL), "" if private else type(error).__name__)
 
 
-def _train(node: Node, plan: Plan, round: int, message: Message) -> Serving[RecordDict]:
-    trainer = trainer_of(plan)
+def _train(node: Node, plan: Plan, assignment: records.Assignment, message: Message) -> Serving[RecordDict]:
+    round, own = assignment.round, own_plan(plan, assignment, node.rows)
+    trainer = trainer_of(own)
     start = _model(node, plan, message)
     trainer.model.load(start)  # what does not fit is refused before it is charged
-    rows = _rows(node, plan, "train", trainer)
+    rows = _rows(node, own, "train", trainer)
     if plan.privacy.audit.canaries:
         rows = _with_canaries(node, plan, str(message.metadata.run_id), trainer, rows)
     if not plan.private:
         source = SeededSource("order", plan.seed, node.name, round)
-        trained = yield trainer, Job(start, rows.encoded, round, source, node.cache)
+        trained = yield trainer, Job(start, rows.encoded, round, source, node.cache, most_steps=assignment.steps)
         report = records.TrainReport(
             client=node.name, round=round, steps=trained.steps, examples=len(rows.encoded), train_loss=trained.loss
         )
     elif plan.central:
-        trained, report = yield from _train_central(node, plan, round, message, trainer, start, rows)
+        trained, report = yield from _train_central(node, plan, assignment, message, trainer, start, rows)
     else:
-        trained, report = yield from _train_private(node, plan, round, message, trainer, start, rows)
+        trained, report = yield from _train_private(node, plan, assignment, message, trainer, start, rows)
     records.check_release(report, private=plan.private, central=plan.central)
     content = RecordDict({"report": records.to_config(report)})
     _put_update(content, node, plan, round, str(message.metadata.run_id), trained.delta)
@@ -184,7 +209,7 @@ def _put_update(content: RecordDict, node: Node, plan: Plan, round: int, run: st
 
 
 def _train_private(
-    node: Node, plan: Plan, round: int, message: Message, trainer: Trainer, start: State, rows: Rows
+    node: Node, plan: Plan, assignment: records.Assignment, message: Message, trainer: Trainer, start: State, rows: Rows
 ) -> Serving[tuple[Trained, records.TrainReport]]:
     if rows.declared_size is None:
         raise LichenError(
@@ -193,19 +218,26 @@ def _train_private(
             where=str(node.home / "data.yaml"),
             fix="Add the source again with --declared-size N.",
         )
-    planned = planned_steps(plan, rows.declared_size)
+    round, planned = assignment.round, planned_steps(plan, rows.declared_size)
     run, message_id = str(message.metadata.run_id), message.metadata.message_id
     with open_ledger(node.home, own=node.simulated) as ledger:
         ahead = planned.steps * (plan.rounds - round)
-        grant = ledger.reserve("train", run, message_id, round, planned, _limits(node, plan), rows.segments, ahead=ahead)
+        asked = planned._replace(steps=capped_steps(planned.steps, assignment))
+        grant = ledger.reserve("train", run, message_id, round, asked, _limits(node, plan), rows.segments, ahead=ahead)
         segment = grant.segment
         source = _source(node, "train", plan.seed, node.name, round)
         units = rows.readable_units(grant.readable)
+        begun_again = False
         try:
             private = Private(units, segment, rows.declared_size, Gate(segment))
             trained = yield trainer, Job(start, rows.encoded, round, source, node.cache, private)
+        except Exception as error:
+            # by the agent, under this reservation, as after a crash
+            begun_again = node.retried and trainer.plan.local.max_physical_batch_size > 1 and is_out_of_memory(error)
+            raise
         finally:
-            ledger.released("train", run, message_id, again=node.simulated)  # after a failure too: its number tells of the noised steps
+            if not begun_again:  # after a failure too: its number tells of the noised steps
+                ledger.released("train", run, message_id, again=node.simulated)
         report = records.TrainReport(
             client=node.name,
             round=round,
@@ -218,13 +250,13 @@ def _train_private(
 
 
 def _train_central(
-    node: Node, plan: Plan, round: int, message: Message, trainer: Trainer, start: State, rows: Rows
+    node: Node, plan: Plan, assignment: records.Assignment, message: Message, trainer: Trainer, start: State, rows: Rows
 ) -> Serving[tuple[Trained, records.TrainReport]]:
     """Train without noise, and clip: the coordinator promises the noise, and the policy has permitted to believe it.
 
     The first message of a run pays for the whole of it, since ε counts the rounds in which this node is not drawn as well.
     """
-    run = str(message.metadata.run_id)
+    run, round = str(message.metadata.run_id), assignment.round
     with open_ledger(node.home, own=node.simulated) as ledger:
         planned = planned_central(plan).segment
         grant = ledger.reserve("train", run, "all rounds", round, planned, _limits(node, plan), rows.segments, whole=True)
@@ -232,28 +264,30 @@ def _train_central(
     readable = [row for unit in rows.readable_units(grant.readable) for row in unit]
     if not readable:
         raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(node.home / "data.yaml"))
-    trained = yield trainer, Job(start, rows.encoded.select(readable), round, SeededSource("order", plan.seed, node.name, round))
-    clip = records.from_config(records.Assignment, message.content.config_records["assignment"]).clip or plan.privacy.clip
+    source = SeededSource("order", plan.seed, node.name, round)
+    trained = yield trainer, Job(start, rows.encoded.select(readable), round, source, most_steps=assignment.steps)
+    clip = assignment.clip or plan.privacy.clip
     delta, norm = clipped(trained.delta, clip)
     report = records.TrainReport(
         client=node.name,
         round=round,
-        steps=plan.local.steps or 0,
+        steps=capped_steps(plan.local.steps or 0, assignment),
         within_clip=norm <= clip if plan.privacy.adaptive_clip else None,
     )
     return replace(trained, delta={name: tensor.float() for name, tensor in delta.items()}), report
 
 
-def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> Serving[RecordDict]:
+def _evaluate(node: Node, plan: Plan, assignment: records.Assignment, message: Message) -> Serving[RecordDict]:
     yield from ()  # it asks for no training
+    round, own = assignment.round, own_plan(plan, assignment, node.rows)
     every = plan.evaluation.federated_every  # what the policy has permitted
     if not every or round % every:
         raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")
-    trainer = trainer_of(plan)
+    trainer = trainer_of(own)
     trainer.model.load(_model(node, plan, message))
-    rows = _rows(node, plan, "holdout", trainer)
+    rows = _rows(node, own, "holdout", trainer)
     if not plan.private:
-        scores = trainer.task.score(trainer.model.network, rows.encoded, plan.evaluation.batch_size)
+        scores = trainer.task.score(trainer.model.network, rows.encoded, own.evaluation.batch_size)
         report = records.EvaluateReport(client=node.name, round=round, counts=scores.counts.flatten().tolist(), loss_sum=scores.loss_sum)
     else:
         segment = planned_evaluation(plan)
@@ -264,7 +298,7 @@ def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> Serving[R
             segment = grant.segment
             Gate(segment).step(segment)
             readable = rows.encoded.select([row for unit in rows.readable_units(grant.readable) for row in unit])
-            scores = trainer.task.score(trainer.model.network, readable, plan.evaluation.batch_size)
+            scores = trainer.task.score(trainer.model.network, readable, own.evaluation.batch_size)
             noise = _source(node, "holdout", plan.seed, node.name, round).normal(scores.counts.shape, segment.noise_multiplier)
             ledger.released("holdout", run, message_id, again=node.simulated)
         # whole noise: the fraction of a sum of a count and a float would tell the count (Mironov 2012)
@@ -272,6 +306,14 @@ def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> Serving[R
         report = records.EvaluateReport(client=node.name, round=round, counts=counts, noise_multiplier=segment.noise_multiplier)
     records.check_release(report, private=plan.private)
     return RecordDict({"report": records.to_config(report)})
+
+
+def _probe(node: Node, plan: Plan, assignment: records.Assignment, message: Message) -> Serving[RecordDict]:
+    yield from ()  # it asks for no training
+    if not node.simulated and not load_policy(node.home).profile:
+        raise LichenError(Code.POLICY_REFUSED, "the policy keeps in what this machine can do", where="profile")
+    speed = tokens_per_s(trainer_of(own_plan(plan, assignment, node.rows)))
+    return RecordDict({"report": records.to_config(records.ProbeReport(tokens_per_s=rounded(speed)))})
 
 
 @dataclass(frozen=True)

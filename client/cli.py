@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -35,6 +36,8 @@ Home = Annotated[
 ]
 DEFAULT_HOME = Path("~/.lichen/node")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+LEAST_MEMORY_MB = 256
+"""What the libraries of training take; the policy's memory_mb has the same least."""
 Sha = Annotated[str, typer.Argument(help="The plan's digest, or its first 8 digits or more.", show_default=False)]
 
 
@@ -61,14 +64,20 @@ def join(
 @app.command()
 def run(
     device: Annotated[str, typer.Option(envvar=VARIABLE, help=f"Where to train: {HELP}")] = AUTO,
+    threads: Annotated[int | None, typer.Option(min=1, help="Most threads of training; policy.yaml may permit fewer.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most memory of training, such as 2G or 800M; policy.yaml may permit less.")
+    ] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Run the agent until it is interrupted. Example: lichen client run --home /srv/lichen/node."""
+    """Run the agent until it is interrupted. Example: lichen client run --home /srv/lichen/node --memory 2G."""
     from lichen.client.agent import Agent
+    from lichen.client.worker import Limits
 
+    limits = Limits(threads, None if memory is None else _mebibytes(memory))
     choose_unloaded(device)
     logging.getLogger("lichen").setLevel(min(logging.INFO, logging.getLogger().level))
-    asyncio.run(Agent(home).run())
+    asyncio.run(Agent(home, limits=limits).run())
 
 
 @app.command()
@@ -77,9 +86,10 @@ def status(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     import psutil
 
     from lichen.client.enrolment import load_identity
+    from lichen.client.hardware import told_profile
     from lichen.client.status import CLOCK_OFF, read_status
 
-    facts: dict[str, Any] = asdict(read_status(home))
+    facts: dict[str, Any] = asdict(read_status(home)) | {"profile": told_profile(home)}
     for key in ("pid", "worker_pid"):
         try:
             found = psutil.Process(facts[key]).memory_info().rss if facts[key] else None
@@ -103,10 +113,38 @@ def status(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         "last work": f"round {facts['round']} of run {facts['run']}" if facts["run"] else None,
         "last error": f"{_when(facts['last_error_at'])}: {facts['last_error']}" if facts["last_error"] else None,
         "memory": f"agent {facts['memory_mb']} MB, worker {facts['worker_memory_mb'] or 0} MB" if facts["memory_mb"] else None,
+        "rows at once": f"{facts['rows']}, since memory was not enough for more" if facts["rows"] else None,
+        "profile told": _profile(facts["profile"]) if facts["profile"] else None,
     }
     for key, value in told.items():
         if value:
             typer.echo(f"{key:12} {value}")
+
+
+@app.command()
+def profile(
+    device: Annotated[str, typer.Option(envvar=VARIABLE, help=f"Where to train: {HELP}")] = AUTO,
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the coordinator is told of this machine, or would be. Example: lichen client profile --json > node.json."""
+    from lichen.client.hardware import Hardware, is_kept_in
+    from lichen.client.policy import load_policy
+    from lichen.client.worker import Limits
+
+    _need(home)
+    choose_unloaded(device)
+    found = Hardware(home, Limits().tightened(load_policy(home))).profile().model_dump(mode="json")
+    if as_json:
+        _print_json(found)
+        return
+    typer.echo(_profile(found))
+    told = (
+        "policy.yaml keeps it in (profile: false)"
+        if is_kept_in(home)
+        else "the coordinator is told so; profile: false in policy.yaml keeps it in"
+    )
+    typer.echo(told)
 
 
 # --- data --------------------------------------------------------------------------------------------------------------------
@@ -384,6 +422,24 @@ def _field(given: str) -> tuple[str, str]:
     if not (name and equals and column):
         raise LichenError(Code.DATA_FIELD, f"{given!r} is not FIELD=COLUMN", where="--field", fix="For example --field text=BODY.")
     return name, column
+
+
+def _profile(found: Mapping[str, Any]) -> str:
+    """A profile in one line."""
+    told = [found["device"], f"{found['memory_mb']} MiB", f"{found['threads']} threads"]
+    if found["tokens_per_s"]:
+        told.append(f"{found['tokens_per_s']} tokens/s of the last plan")
+    told += [f"{way} {found[f'{way}load_kbit_s']} kbit/s" for way in ("down", "up") if found[f"{way}load_kbit_s"]]
+    return ", ".join(told)
+
+
+def _mebibytes(size: str) -> int:
+    """A size such as 2G, 800M or 2147483648, in MiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)i?[bB]?", size.strip())
+    mebibytes = int(float(found[1]) * {"": 2**-20, "k": 2**-10, "m": 1, "g": 2**10}[found[2].lower()]) if found else 0
+    if mebibytes < LEAST_MEMORY_MB:
+        raise typer.BadParameter(f"{size!r} is no size of {LEAST_MEMORY_MB}M or more, such as 2G", param_hint="--memory")
+    return mebibytes
 
 
 def _power_of_two(count: int) -> int:

@@ -23,7 +23,7 @@ from lichen.client.chain import steps_from
 from lichen.client.mailbox import Mailbox
 from lichen.client.status import CLOCK_OFF
 from lichen.common.channel import framing
-from lichen.common.channel.fleet_pb2 import Ack, AgentFrame, Bye, Envelope, Hello, LedgerState, Welcome
+from lichen.common.channel.fleet_pb2 import Ack, AgentFrame, Bye, Envelope, Hello, LedgerState, Profile, Welcome
 from lichen.common.channel.refusal import explain
 from lichen.common.channel.retry import jittered
 from lichen.common.channel.spool import Spool
@@ -154,12 +154,29 @@ class Connection:
         self._corrupt: Counter[str] = Counter()
         self._collected = 0.0
         self._clock_off = 0.0
+        self._profile = Profile()
+        self._speeds: tuple[float | None, float | None] = (None, None)
 
     def stop(self) -> None:
         """Say goodbye and let `run` return; a message that is being handled is handled again after the next start."""
         self._stopping.set()
         if self._stream is not None:
             self._stream.link.finish(AgentFrame(bye=Bye(code=0)))
+
+    def tell(self, profile: Profile) -> None:
+        """Tell the coordinator this of the machine, now and on every new stream."""
+        if profile != self._profile:
+            self._profile = profile
+            if self._stream is not None:
+                self._stream.link.send(AgentFrame(profile=profile))
+
+    @property
+    def speeds(self) -> tuple[float | None, float | None]:
+        """Of the last large payloads, in kbit/s, down and up; None before the first."""
+        if self._stream is not None:
+            link, before = self._stream.link, self._speeds
+            self._speeds = (link.download_kbit_s or before[0], link.upload_kbit_s or before[1])
+        return self._speeds
 
     async def run(self, handler: Handler) -> None:
         """Stay connected and have every message handled, until `stop`.
@@ -264,7 +281,8 @@ class Connection:
         link: Link[AgentFrame] = Link(AgentFrame, self.spool, self._locks, call.write, self._timing)
         stream = _Stream(link)
         async with asyncio.timeout(self._timing.handshake):
-            await call.write(AgentFrame(hello=Hello(protocol=framing.PROTOCOL, version=version("lichen"))).SerializeToString())
+            hello = Hello(protocol=framing.PROTOCOL, version=version("lichen"), profile=self._profile)
+            await call.write(AgentFrame(hello=hello).SerializeToString())
             data = await next_frame(call)
             if data is None:
                 await _raise_status(call)

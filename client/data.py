@@ -287,9 +287,22 @@ def load(home: Path, split: Split, fields: Sequence[str], *, fault: Callable[[Ro
     table = pa.concat_tables(tables)
     if split == "train" and table.num_rows == 0 and not fault:
         raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(home / MANIFEST))
+    return LocalData(table, _declared(manifest) if split == "train" else None)
+
+
+def declared_size(home: Path) -> int | None:
+    """The sum of the sources' declared sizes; None if one source has none, or there is no data.
+
+    Raises:
+        LichenError: as `read_manifest`.
+    """
+    return _declared(read_manifest(home)) if (home / MANIFEST).exists() else None
+
+
+def _declared(manifest: Manifest) -> int | None:
     sizes = [source.declared_size for source in manifest.sources]
     known = [size for size in sizes if size is not None]
-    return LocalData(table, sum(known) if split == "train" and len(known) == len(sizes) else None)
+    return sum(known) if len(known) == len(sizes) else None
 
 
 def said(value: object) -> str:

@@ -41,3 +41,5 @@ class Job:
     source: RandomSource
     cache: Path | None = None
     private: Private | None = None
+    most_steps: int | None = None
+    """Without privacy: fewer steps than the plan's, where the assignment asks for them. With it they are in the segment."""

@@ -79,6 +79,8 @@ class Policy(_Section):
     """Most threads of the worker that trains."""
     memory_mb: int | None = Field(default=None, ge=256)
     """Most memory of the worker that trains, in MiB."""
+    profile: bool = True
+    """Whether the coordinator is told what this machine can do, rounded: device, free memory, threads, speeds (lichen client profile)."""
     hours: str | None = None
     """When the node may train, in local time, such as "22:00-06:00". Outside it takes no work."""
     approval: Literal["automatic", "ask"] = "automatic"

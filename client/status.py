@@ -43,6 +43,8 @@ class AgentStatus:
     pid: int | None = None
     worker_pid: int | None = None
     """Of the process that holds the model; None before the first message."""
+    rows: int | None = None
+    """Rows that pass through the model at once, after memory was not enough for more."""
 
 
 class StatusFile:

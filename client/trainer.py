@@ -104,7 +104,7 @@ class Trainer:
     def run(self, job: Job) -> Trained:
         """Train one client. Raises as `train` and `train_private`."""
         if (private := job.private) is None:
-            return self.train(job.start, job.data, job.round, job.source, job.cache)
+            return self.train(job.start, job.data, job.round, job.source, job.cache, job.most_steps)
         return self.train_private(
             job.start, job.data, private.units, private.segment, private.declared_size, job.round, job.source, private.gate, job.cache
         )
@@ -141,13 +141,21 @@ class Trainer:
 
     def _member(self, job: Job) -> Member:
         if (private := job.private) is None:
-            drawn = list(batches(self.plan.local, len(job.data), job.source))
+            drawn = list(batches(self.plan.local, len(job.data), job.source, job.most_steps))
             return Member(job.data, len(drawn), iter(drawn))
         rows, segment = [row for (row,) in private.units], private.segment
         draws = ([rows[index] for index in poisson_sample(len(rows), segment.sample_rate, job.source)] for _ in range(segment.steps))
         return Member(job.data, segment.steps, draws, Noise(segment, private.declared_size, private.gate, job.source))
 
-    def train(self, start: State, data: Encoded, round: int, source: RandomSource, cache: Path | None = None) -> Trained:
+    def train(
+        self,
+        start: State,
+        data: Encoded,
+        round: int,
+        source: RandomSource,
+        cache: Path | None = None,
+        most_steps: int | None = None,
+    ) -> Trained:
         """Train without differential privacy.
 
         Args:
@@ -156,6 +164,7 @@ class Trainer:
             round: from 1; the learning rate's decay follows it.
             source: of the examples' order.
             cache: a folder of the node, where what frozen layers give may be kept; None: nothing is kept.
+            most_steps: fewer than the plan's; None: the plan's.
 
         Raises:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED.
@@ -166,7 +175,7 @@ class Trainer:
         losses_of: list[torch.Tensor] = []
         seen, steps = 0, 0
         with self._batches.of(data, cache) as collate:
-            for batch in batches(self.plan.local, len(data), source):
+            for batch in batches(self.plan.local, len(data), source, most_steps):
                 collate.prepare(batch)
                 optimizer.zero_grad(set_to_none=True)
                 for part in self._batches.parts(batch, data):
@@ -256,9 +265,10 @@ class Trainer:
         return delta
 
 
-def batches(local: Local, count: int, source: RandomSource) -> Iterator[list[int]]:
+def batches(local: Local, count: int, source: RandomSource, most_steps: int | None = None) -> Iterator[list[int]]:
     """Batches of shuffled passes over ``count`` rows, without privacy."""
     steps = local.steps or max(1, math.ceil((local.epochs or 1) * count / local.batch_size))
+    steps = steps if most_steps is None else min(steps, most_steps)
     order: list[int] = []
     for _ in range(steps):
         if not order:

@@ -16,7 +16,7 @@ import queue
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -25,6 +25,8 @@ from lichen.common.records import message_from_bytes
 
 if TYPE_CHECKING:
     from flwr.app import Message
+
+    from lichen.client.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,24 @@ class Limits:
     """Threads of one computation."""
     memory_mb: int | None = None
     """Resident memory, in MiB."""
+    rows: int | None = None
+    """Rows that pass through the model at once, where memory was not enough for more."""
+
+    def tightened(self, policy: Policy) -> Limits:
+        """The tighter of these and the policy's."""
+        return replace(self, threads=least(self.threads, policy.threads), memory_mb=least(self.memory_mb, policy.memory_mb))
+
+
+def least(first: int | None, second: int | None) -> int | None:
+    """The smaller of two limits; None is no limit."""
+    return min((value for value in (first, second) if value is not None), default=None)
+
+
+class OutOfMemoryError(LichenError):
+    """The worker passed its memory limit, or the kernel killed it, which memory is the usual cause of: WORKER_FAILED."""
+
+    def __init__(self, what: str, fix: str, where: str = "") -> None:
+        super().__init__(Code.WORKER_FAILED, what, where=where, fix=fix)
 
 
 class Worker:
@@ -65,6 +85,16 @@ class Worker:
         """The process's id; None while there is none."""
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
+    @property
+    def memory_mb(self) -> float:
+        """Resident memory of the process in MiB; 0 while there is none."""
+        import psutil
+
+        try:
+            return float(psutil.Process(self.pid).memory_info().rss) / 2**20 if self.pid is not None else 0.0
+        except psutil.Error:
+            return 0.0
+
     async def ask(self, message: bytes, limits: Limits, seconds: float) -> bytes:
         """Have one message answered; one at a time.
 
@@ -74,8 +104,8 @@ class Worker:
             seconds: from now, after which the process is killed.
 
         Raises:
-            LichenError: WORKER_DEADLINE; WORKER_FAILED, if it died or passed its memory limit. Either way, and when this is
-                cancelled, no process is left, and the next message starts one.
+            LichenError: WORKER_DEADLINE; WORKER_FAILED, if it died or passed its memory limit (then `OutOfMemoryError`). Either way,
+                and when this is cancelled, no process is left, and the next message starts one.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -113,6 +143,7 @@ class Worker:
                 sys.executable,
                 *_STARTED_BY_AGENT,
                 *self._arguments,
+                *(str(limit or 0) for limit in (limits.memory_mb, limits.rows)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=environment,
@@ -128,19 +159,18 @@ class Worker:
             await asyncio.wait({answer, watch}, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()
-            raise LichenError(
-                Code.WORKER_FAILED,
-                f"the worker passed the {limits.memory_mb} MiB that policy.yaml gives it, and was stopped",
+            raise OutOfMemoryError(
+                f"the worker passed the {limits.memory_mb} MiB that it is given, and was stopped",
                 where="memory_mb",
-                fix="Raise memory_mb, or ask for a smaller local.max_physical_batch_size.",
+                fix="Raise memory_mb in policy.yaml (or --memory), or ask for a smaller local.max_physical_batch_size.",
             )
         except (asyncio.IncompleteReadError, ConnectionError):
             status = await process.wait()
-            raise LichenError(
-                Code.WORKER_FAILED,
-                f"the worker was killed by signal {-status}" if status < 0 else f"the worker ended with status {status}",
-                fix="Too little memory is the usual cause of signal 9; else the log above tells more.",
-            ) from None
+            fix = "Too little memory is the usual cause of signal 9; else the log above tells more."
+            if status == -signal.SIGKILL:
+                raise OutOfMemoryError(f"the worker was killed by signal {-status}", fix) from None
+            what = f"the worker was killed by signal {-status}" if status < 0 else f"the worker ended with status {status}"
+            raise LichenError(Code.WORKER_FAILED, what, fix=fix) from None
         finally:
             answer.cancel()
             watch.cancel()
@@ -159,10 +189,7 @@ async def _send_and_receive(process: asyncio.subprocess.Process, message: bytes)
 
 
 async def _watch_memory(pid: int, limit_mb: int | None) -> None:
-    """Return when the process has passed the limit.
-
-    Its resident memory is what counts: torch reserves more than twice as much address space as it uses, so RLIMIT_AS cannot bound it.
-    """
+    """Return when the process has passed the limit, by resident memory: its own limit (`_limit_memory`) does not count mapped libraries."""
     if limit_mb is None:
         await asyncio.Event().wait()
         return
@@ -186,8 +213,9 @@ def trim() -> None:
 # --- the process -------------------------------------------------------------------------------------------------------------
 
 
-def main(home: str, name: str, spool: str) -> None:
-    """Answer messages until the input ends."""
+def main(home: str, name: str, spool: str, memory_mb: str = "0", rows: str = "0") -> None:
+    """Answer messages until the input ends; `Limits` of 0 are none."""
+    _limit_memory(int(memory_mb))
     for switch, value in (("FLWR_TELEMETRY_ENABLED", "0"), ("FLWR_DISABLE_UPDATE_CHECK", "1")):
         os.environ.setdefault(switch, value)
     # The agent decides when this ends: a Ctrl-C or a service manager's SIGTERM to both must not look like a failure of training.
@@ -201,17 +229,33 @@ def main(home: str, name: str, spool: str) -> None:
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_frames, args=(source, frames), name="input", daemon=True).start()
     held: int | None = None
+    node: dict[str, bool | float | int | str] = {"home": home, "name": name, "spool": spool, "retried": True}
+    if int(rows):
+        node["rows"] = int(rows)
     while True:
         message = message_from_bytes(frames.get())
         if held != message.metadata.run_id:
             gc.unfreeze()  # what the run before held may go
-        reply = _answer(message, {"home": home, "name": name, "spool": spool})
+        reply = _answer(message, node)
         sink.write(len(reply).to_bytes(_LENGTH_BYTES, "big") + reply)
         sink.flush()
         trim()  # between rounds the machine is its owner's: a round of MiniLM leaves 0.9 GB in the allocator
         if held != message.metadata.run_id:
             held = message.metadata.run_id
             gc.freeze()  # libraries and model stay while the run does: to look through them took a quarter of a second a round
+
+
+def _limit_memory(memory_mb: int) -> None:
+    """Let an allocation fail that would pass the limit, so that the app can say so and nobody else's memory is taken.
+
+    What counts is what the process may write to. Address space can't be limited: torch reserves more than twice what it uses.
+    """
+    if memory_mb and sys.platform == "linux":
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        wanted = memory_mb << 20
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
 
 
 def _own_the_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -253,4 +297,4 @@ def _answer(message: Message, node: dict[str, bool | float | int | str]) -> byte
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:])

@@ -121,11 +121,19 @@ class Cohort(Section):
     """Seconds that a round may take; who is later is left out."""
     mode: Literal["synchronous"] = "synchronous"
     """`synchronous`: a round ends when all asked clients have answered or the deadline has passed."""
+    assign: tuple[Literal["max_physical_batch_size", "checkpointing", "steps", "rank", "max_length", "precision"], ...] = (
+        "max_physical_batch_size",
+        "checkpointing",
+    )
+    """What the coordinator may lower for a node whose hardware needs it. The two of the default change no update but for rounding; the
+    others give an update of fewer steps, a smaller rank, shorter texts or a coarser base."""
 
     @model_validator(mode="after")
     def _minimum_fits(self) -> Self:
         if self.minimum > self.size:
             raise ValueError(f"minimum ({self.minimum}) is above size ({self.size})")
+        if len(set(self.assign)) != len(self.assign):
+            raise ValueError("assign names a thing twice")
         return self
 
 
@@ -407,6 +415,8 @@ def find_plan(name: str) -> Path:
     raise LichenError(Code.PLAN_UNREADABLE, "no such file, and no scenario of that name", where=name, fix=f"Scenarios: {known}.")
 
 
+MIXED_RANKS = frozenset({"flora", "nested"})
+"""Aggregation rules that add updates of different ranks."""
 _ASKS_FOR_PRIVACY = {"epsilon", "delta", "clip", "adaptive_clip", "noise", "sample_rate", "unit_field"}
 
 
@@ -478,20 +488,13 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "Nearest valid: privacy.gradients: single-backward, or local.checkpointing: false.",
         )
     _check_central(plan, refuse)
+    _check_assign(plan, refuse)
     if plan.private and not plan.central and plan.local.epochs is not None and plan.privacy.sample_rate is None:
         refuse(
             "local.epochs under differential privacy needs privacy.sample_rate: the number of steps must not depend on true sizes",
             "Set privacy.sample_rate, or local.steps instead of local.epochs.",
         )
-    if plan.transfer.uplink.error_feedback:
-        codec = plan.transfer.uplink.codec
-        if codec in {"eden", "none"}:
-            refuse(f"transfer.uplink.error_feedback with codec: {codec}, which has no lasting error", "Leave error_feedback out.")
-        if plan.private:
-            refuse(
-                "transfer.uplink.error_feedback under differential privacy would carry one round's rows into another",
-                "Leave it out, and use codec: eden, whose errors average out.",
-            )
+    _check_transfer(plan, refuse)
     if plan.privacy.audit.canaries and plan.privacy.unit not in {"example", "entity"}:
         if plan.private:
             refuse(f"privacy.audit has canaries that are rows, not a {plan.privacy.unit}", "Set privacy.audit.canaries: 0.")
@@ -505,6 +508,36 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "federated evaluation under unit: entity would read an entity on both sides: hold-outs are drawn by row",
             "Set evaluation.federated_every: 0.",
         )
+
+
+def _check_assign(plan: Plan, refuse: Callable[[str, str], None]) -> None:
+    """What may vary from node to node only with other settings."""
+    if "rank" in plan.cohort.assign:
+        if plan.model.adapter.kind != "lora":
+            refuse(f"cohort.assign: rank, but a {plan.model.adapter.kind} adapter has none", "Leave rank out of cohort.assign.")
+        if plan.aggregation.rule not in MIXED_RANKS:
+            refuse(
+                f"cohort.assign: rank, but aggregation.rule: {plan.aggregation.rule} adds updates of one rank only",
+                "Leave rank out of cohort.assign.",
+            )
+    if "max_length" in plan.cohort.assign and plan.privacy.audit.canaries:
+        refuse(
+            "cohort.assign: max_length, but an auditor makes canaries again by the plan's own length",
+            "Leave max_length out of cohort.assign, or set privacy.audit.canaries: 0.",
+        )
+
+
+def _check_transfer(plan: Plan, refuse: Callable[[str, str], None]) -> None:
+    """What error feedback needs."""
+    if plan.transfer.uplink.error_feedback:
+        codec = plan.transfer.uplink.codec
+        if codec in {"eden", "none"}:
+            refuse(f"transfer.uplink.error_feedback with codec: {codec}, which has no lasting error", "Leave error_feedback out.")
+        if plan.private:
+            refuse(
+                "transfer.uplink.error_feedback under differential privacy would carry one round's rows into another",
+                "Leave it out, and use codec: eden, whose errors average out.",
+            )
 
 
 def _check_central(plan: Plan, refuse: Callable[[str, str], None]) -> None:

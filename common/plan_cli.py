@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import find_plan, load_plan, parse_plan, schema
+
+if TYPE_CHECKING:
+    from lichen.common.fitting import Fit
+    from lichen.common.hardware import Profile
+    from lichen.common.plan import Plan
 
 app = typer.Typer(help="Make and check plans.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -92,8 +98,75 @@ def schema_() -> None:
 
 @app.command()
 def show(
-    plan: PlanFile, settings: Settings = None, as_json: Annotated[bool, typer.Option("--json", help="As canonical JSON.")] = False
+    plan: PlanFile,
+    settings: Settings = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="PROFILE",
+            help="Say what a node of this profile would be asked: a file of `lichen client profile --json`, or a tier.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As canonical JSON.")] = False,
 ) -> None:
-    """Print a plan with all defaults filled in. Example: lichen plan show r8 --set rounds=10."""
+    """Print a plan with all defaults filled in, or what of it one node would do. Example: lichen plan show r8 --for cpu-4gb."""
     found = load_plan(find_plan(plan), settings or ())
+    if machine is not None:
+        _explain(found, machine, as_json=as_json)
+        return
     typer.echo(found.canonical_json() if as_json else found.to_yaml().rstrip())
+
+
+def _explain(plan: Plan, machine: str, *, as_json: bool) -> None:
+    """What a node of that profile would do of a plan, and why; raises CHECK_FAILED where it can't take part."""
+    from dataclasses import asdict
+
+    from lichen.common.fitting import fit
+    from lichen.common.hardware import find_profile
+    from lichen.common.model.memory import Shape
+    from lichen.common.tasks import make_task
+
+    profile = find_profile(machine)
+    shape = Shape.of(make_task(plan).outline())
+    payload = 4 * shape.trainable
+    found = fit(plan, shape, profile, (payload, payload))
+    if as_json:
+        typer.echo(json.dumps({"profile": profile.model_dump(mode="json"), **asdict(found)}, indent=2))
+    else:
+        for key, told in _lines(plan, profile, found):
+            typer.echo(f"{key:10} {told}")
+    if not found.possible:
+        raise LichenError(
+            Code.CHECK_FAILED,
+            "such a node can't take part: " + "; ".join(reason for reason in found.reasons if reason.startswith(("memory", "time"))),
+            where=plan.name,
+            fix="Let more vary in cohort.assign, ask for less in the plan (local, task.max_length, model), or raise cohort.deadline_s.",
+        )
+
+
+def _lines(plan: Plan, profile: Profile, found: Fit) -> Iterator[tuple[str, str]]:
+    speed = f"{profile.tokens_per_s} tokens/s" if profile.tokens_per_s else "speed not measured"
+    yield "machine", f"{profile.device}, {profile.memory_mb} MiB free, {profile.threads} threads, {speed}"
+    may = ", ".join(plan.cohort.assign) or "nothing"
+    yield "may vary", f"{may} (cohort.assign)"
+    values = {
+        "rank": plan.model.adapter.rank if plan.model.adapter.kind == "lora" else None,
+        "max_length": plan.task.max_length,
+        "max_physical_batch_size": plan.local.max_physical_batch_size,
+        "steps": plan.local.steps or found.steps,
+    }
+    for name, value in (values | found.changes).items():
+        if value is not None:
+            yield "asked", f"{name} {value}" + (f", not {values[name]}" if name in found.changes and values[name] != value else "")
+    whole = f"; the plan as it is takes {found.whole_mb:.0f}" if found.whole_mb != found.memory_mb else ""
+    yield "memory", f"{found.memory_mb:.0f} MiB at its peak{whole}"
+    if found.step_s is not None and found.steps is not None:
+        yield (
+            "time",
+            f"{found.step_s * found.steps:.1f} s a round, {found.step_s:.2g} s a step; the deadline is {plan.cohort.deadline_s:g} s",
+        )
+    elif found.step_s is None:
+        yield "time", "not known: this plan's training was not measured on such a machine"
+    for reason in found.reasons:
+        yield "because", reason

@@ -51,6 +51,7 @@ class Rule(Enum):
     SUMMED = "depends on the data, un-noised; only where the plan has noise: central, whose coordinator releases a noised sum of it"
     ERROR = "an error number; under privacy without text"
     PROTOCOL = "the state of the connection: an id, a key, a version, an offset; it does not depend on the data"
+    MACHINE = "what the machine and its link can do, measured without the data and rounded; the owner can keep it in"
     LEDGER = "how far the node's ledger is, hashed and signed: it tells that work was charged and that new rows came, and nothing of them"
     TIME = "when it was sent, which depends on how long the work took; neither noised nor hidden"
 
@@ -76,6 +77,19 @@ class Assignment(_Record):
     round: Annotated[int, Rule.DECLARED]
     clip: Annotated[float | None, Field(gt=0), Rule.DECLARED] = None
     """Under `unit: client`: ℓ2 bound on the update; it follows from the plan and from what was released."""
+    # For this node's hardware, where `cohort.assign` permits it (common/assignment.py); left out, the plan's own holds.
+    rank: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
+    """LoRA's, at most the plan's; α is scaled so that α / rank stays."""
+    max_physical_batch_size: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
+    """Rows at once, at most the plan's."""
+    max_length: Annotated[int | None, Field(ge=4), Rule.DECLARED] = None
+    """Tokens kept of each text, at most the plan's."""
+    checkpointing: Annotated[bool | None, Rule.DECLARED] = None
+    """Whether activations are computed again in the backward pass, and not kept."""
+    precision: Annotated[Literal["float32", "bfloat16", "int8"] | None, Rule.DECLARED] = None
+    """How the frozen base is kept."""
+    steps: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
+    """Most optimizer steps of this round. The noise stays that of all the plan's steps."""
 
 
 class TrainReport(_Record):
@@ -85,7 +99,7 @@ class TrainReport(_Record):
     client: Annotated[str, Rule.DECLARED]
     round: Annotated[int, Rule.DECLARED]
     steps: Annotated[int, Rule.DECLARED]
-    """Under `unit: client` the plan's, or 0 where it counts epochs: the number would tell the true size."""
+    """Under `unit: client` the plan's or the assignment's, or 0 where the plan counts epochs: the number would tell the true size."""
     declared_size: Annotated[int | None, Field(ge=1, le=MOST), Rule.DECLARED] = None
     noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     sample_rate: Annotated[float | None, Rule.DECLARED] = None
@@ -104,6 +118,14 @@ class EvaluateReport(_Record):
     counts: Annotated[list[Annotated[float, Field(ge=-MOST, le=MOST)]], Rule.NOISED]
     noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     loss_sum: Annotated[float | None, Rule.PLAIN] = None
+
+
+class ProbeReport(_Record):
+    """How fast a node trains a plan's model."""
+
+    format: Annotated[Literal[1], Rule.DECLARED] = 1
+    tokens_per_s: Annotated[int, Field(ge=1), Rule.MACHINE]
+    """On made-up text; two significant digits."""
 
 
 def check_round(round: int, rounds: int) -> None:

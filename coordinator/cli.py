@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -116,11 +116,12 @@ def nodes(home: HomeOption = DEFAULT_HOME, operator: OperatorOption = None, as_j
         return
     states = {True: "connected", False: "away", None: "service not running"}
     print_table(
-        ("name", "state", "last seen", "enrolled", "certificate until"),
+        ("name", "state", "machine", "last seen", "enrolled", "certificate until"),
         [
             (
                 node["name"],
                 states[node["connected"]] if node["active"] else f"revoked {when(node['revoked_at'])}",
+                _machine(node["profile"]),
                 when(node["last_seen"]),
                 when(node["enrolled_at"]),
                 when(node["certificate_ends"]),
@@ -128,6 +129,14 @@ def nodes(home: HomeOption = DEFAULT_HOME, operator: OperatorOption = None, as_j
             for node in found
         ],
     )
+
+
+def _machine(profile: dict[str, Any] | None) -> str:
+    """What a node tells of its machine, in short."""
+    if profile is None:
+        return ""
+    speed = f", {profile['tokens_per_s']} tokens/s" if profile["tokens_per_s"] else ""
+    return f"{profile['device']}, {profile['memory_mb']} MiB{speed}"
 
 
 @app.command()

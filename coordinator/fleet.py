@@ -26,6 +26,7 @@ from lichen.common.channel.refusal import refuse
 from lichen.common.channel.spool import Spool
 from lichen.common.channel.transfer import Locks
 from lichen.common.errors import Code, LichenError
+from lichen.common.hardware import Profile
 from lichen.common.records import error_reply, message_from_bytes, message_to_bytes, offered_refs
 from lichen.coordinator.admission import admit, one_line, revoked
 from lichen.coordinator.grid import Arrivals, GrpcGrid
@@ -112,14 +113,14 @@ class FleetServer:
         try:
             node, fingerprint = await asyncio.to_thread(admit, self.store, context.auth_context())
             async with asyncio.timeout(self.timing.handshake):
-                await take_hello(context)
+                profile = await take_hello(context)
         except LichenError as error:
             log.warning("refused an agent from %s: %s", context.peer(), one_line(error))
             await refuse(context, error)
         except TimeoutError:
             log.warning("refused an agent from %s: no hello within %g s", context.peer(), self.timing.handshake)
             return
-        session = Session(self, node, context)
+        session = Session(self, node, context, profile)
         old, self._sessions[node.node_id] = self._sessions.get(node.node_id), session
         if old is not None:
             old.link.fail(LichenError(Code.AGENT_IN_USE, f"another agent attached as {node.name!r}", fix="Stop one of the two."))
@@ -152,6 +153,11 @@ class FleetServer:
     def connected(self) -> list[Node]:
         """The nodes that are attached now, by id."""
         return sorted((item.node for item in list(self._sessions.values()) if item.welcomed), key=lambda node: node.node_id)
+
+    def profile_of(self, node_id: int) -> Profile | None:
+        """What an attached node tells of its machine; None if it tells nothing, or is not here. From any thread."""
+        session = self._sessions.get(node_id)
+        return session.profile if session else None
 
     def wait_for_nodes(self, count: int, timeout: float | None = None) -> bool:
         """Wait until ``count`` nodes are attached; False after ``timeout`` seconds. Not for the event loop's thread."""

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
+from lichen.common.hardware import Profile
 from lichen.common.records import build_message, message_from_bytes
 
 if TYPE_CHECKING:
@@ -98,6 +99,10 @@ class GrpcGrid(Grid):  # type: ignore[misc]
         if node is None:
             raise LichenError(Code.NODE_UNKNOWN, f"there is no node with id {node_id}")
         return node.name
+
+    def profile_of(self, node_id: int) -> Profile | None:
+        """What a node tells of its machine; None if it tells nothing, or is not attached now."""
+        return self._fleet.profile_of(node_id)
 
     def wait_for_nodes(self, count: int, timeout: float | None = None) -> list[int]:
         """Wait until ``count`` nodes are attached, at most ``timeout`` seconds; the ids of those that are there then."""

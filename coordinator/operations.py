@@ -98,9 +98,15 @@ class Operations:
         return {"name": name, "invite": text, "expires_at": _iso(time.time() + hours * 3600)}
 
     def nodes(self) -> list[dict[str, Any]]:
-        """All nodes ever enrolled; ``connected`` is null if no service runs."""
-        connected = None if self._live is None else {node.node_id for node in self._live.fleet.connected()}
-        return [_node(node, None if connected is None else node.node_id in connected) for node in self._store.nodes()]
+        """All nodes ever enrolled; ``connected`` is null if no service runs, ``profile`` where a node tells nothing of its machine."""
+        fleet = self._live.fleet if self._live else None
+        connected = None if fleet is None else {node.node_id for node in fleet.connected()}
+        found = []
+        for node in self._store.nodes():
+            profile = fleet.profile_of(node.node_id) if fleet else None
+            known = {"profile": profile.model_dump(mode="json") if profile else None}
+            found.append(_node(node, None if connected is None else node.node_id in connected) | known)
+        return found
 
     def revoke(self, name: str) -> dict[str, Any]:
         """Shut a node out for good; its stream ends at once.

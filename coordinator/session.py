@@ -14,6 +14,7 @@ from lichen.common.channel import framing
 from lichen.common.channel.fleet_pb2 import Cancel, CoordinatorFrame, Envelope, LedgerState, Receipt, Welcome
 from lichen.common.channel.transfer import Link, PayloadMissingError, next_frame
 from lichen.common.errors import Code, LichenError
+from lichen.common.hardware import Profile, from_frame
 from lichen.common.records import message_from_bytes, offered_refs, payload_refs
 from lichen.coordinator.admission import revoked
 from lichen.coordinator.store import Node
@@ -29,8 +30,11 @@ _CORRUPT_LIMIT = 3  # then the sender's copy must be bad, and fetching it again 
 class Session:
     """One agent's live stream."""
 
-    def __init__(self, fleet: FleetServer, node: Node, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    def __init__(
+        self, fleet: FleetServer, node: Node, context: grpc.aio.ServicerContext[bytes, bytes], profile: Profile | None = None
+    ) -> None:
         self.node = node
+        self.profile = profile
         self.welcomed = False
         self.link: Link[CoordinatorFrame] = Link(CoordinatorFrame, fleet.spool, fleet.locks, context.write, fleet.timing)
         self._fleet = fleet
@@ -109,6 +113,8 @@ class Session:
                     self._replying[message_id] = self.link.spawn(self._reply(message_id, frame.envelope))
             case "ack":
                 await asyncio.to_thread(self._fleet.store.ack, frame.ack.message_id, self.node.node_id)
+            case "profile":
+                self.profile = from_frame(frame.profile)
             case "bye":
                 return False
             case _:
@@ -160,8 +166,8 @@ class Session:
         return await self._fleet.save_reply(message_id, self.node.node_id, data)
 
 
-async def take_hello(context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-    """Take an agent's first frame.
+async def take_hello(context: grpc.aio.ServicerContext[bytes, bytes]) -> Profile | None:
+    """Take an agent's first frame; returns what it tells of its machine.
 
     Raises:
         LichenError: FRAME_INVALID or PROTOCOL_VERSION.
@@ -175,3 +181,4 @@ async def take_hello(context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
             f"the agent speaks protocol {frame.hello.protocol} (lichen {frame.hello.version}), this coordinator {framing.PROTOCOL}",
             fix="Install the coordinator's version of lichen.",
         )
+    return from_frame(frame.hello.profile)

@@ -85,6 +85,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         name_of: the name of a node, where the grid knows it: then a report must bear it.
         beside: whether a model is scored in a thread of its own while the next round runs. Only sound where no client trains in this
             process, on the evaluator's model.
+        assign: what one node is asked otherwise than the plan says, by its id and the payload's bytes (`Assigner.of`).
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         name_of: Callable[[int], str] | None = None,
         *,
         beside: bool = False,
+        assign: Callable[[int, int], dict[str, int]] | None = None,
     ) -> None:
         self.plan = plan
         self.directory = directory
@@ -107,6 +109,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._name_of = name_of
         self._told: Round
         self._beside = beside
+        self._assign = assign
         self._scoring = Beside(here=not beside)
         self._used: list[int] = []
         self._codec = uplink_codec(plan.transfer.uplink)
@@ -419,11 +422,14 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
     def _messages(self, kind: str, round: int, arrays: ArrayRecord, nodes: list[int], grid: Grid) -> Iterator[Message]:
         clip = (self.state.clip or self.plan.privacy.clip) if self._central else None
-        assignment = records.Assignment(plan=self.plan.canonical_json(), plan_sha256=self.plan.sha256(), round=round, clip=clip)
+        for_all = records.Assignment(plan=self.plan.canonical_json(), plan_sha256=self.plan.sha256(), round=round, clip=clip)
         for node in nodes:
-            content = RecordDict({"assignment": records.to_config(assignment), "payload": arrays})
+            content = RecordDict({"payload": arrays})
             records.put_chain(content, self.state.chain)
-            self._told.downlink_bytes = (self._told.downlink_bytes or 0) + self._downlink.bytes_for(self._name(node), content, self.state)
+            fetched = self._downlink.bytes_for(self._name(node), content, self.state)
+            own = self._assign(node, fetched) if self._assign else {}
+            content["assignment"] = records.to_config(for_all.model_copy(update=own))
+            self._told.downlink_bytes = (self._told.downlink_bytes or 0) + fetched
             yield grid.create_message(content, kind, node, str(round))
 
     def _ask(self, grid: Grid, messages: list[Message], timeout: float) -> list[Message]:

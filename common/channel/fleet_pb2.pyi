@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AgentFrame(_message.Message):
-    __slots__ = ("hello", "envelope", "ack", "chunk", "want", "stop", "missing", "heartbeat", "bye", "seen")
+    __slots__ = ("hello", "envelope", "ack", "chunk", "want", "stop", "missing", "heartbeat", "bye", "seen", "profile")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ENVELOPE_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class AgentFrame(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
     SEEN_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     envelope: Envelope
     ack: Ack
@@ -28,7 +29,8 @@ class AgentFrame(_message.Message):
     heartbeat: Heartbeat
     bye: Bye
     seen: Seen
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ...) -> None: ...
+    profile: Profile
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
 
 class CoordinatorFrame(_message.Message):
     __slots__ = ("welcome", "envelope", "receipt", "chunk", "want", "stop", "missing", "heartbeat", "cancel", "seen")
@@ -55,12 +57,14 @@ class CoordinatorFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "version")
+    __slots__ = ("protocol", "version", "profile")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    profile: Profile
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol", "version", "node_id", "name", "outstanding", "ledger", "time")
@@ -155,6 +159,26 @@ class Missing(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     digest: bytes
     def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
+
+class Profile(_message.Message):
+    __slots__ = ("device", "memory_mb", "threads", "work", "tokens_per_s", "rows_per_step", "download_kbit_s", "upload_kbit_s")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_MB_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_STEP_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOAD_KBIT_S_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_KBIT_S_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    memory_mb: int
+    threads: int
+    work: bytes
+    tokens_per_s: int
+    rows_per_step: int
+    download_kbit_s: int
+    upload_kbit_s: int
+    def __init__(self, device: _Optional[str] = ..., memory_mb: _Optional[int] = ..., threads: _Optional[int] = ..., work: _Optional[bytes] = ..., tokens_per_s: _Optional[int] = ..., rows_per_step: _Optional[int] = ..., download_kbit_s: _Optional[int] = ..., upload_kbit_s: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()

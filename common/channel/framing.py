@@ -25,12 +25,14 @@ MAX_PAYLOAD = 1 << 40
 CONNECT_SECONDS = 10.0
 LONGEST_ATTEMPT = 30.0
 _MAX_FRAME = MAX_ENVELOPE + 4096
+WORK_BYTES = 8
 _DIGEST_BYTES = 32
 _SIGNATURE_BYTES = 64
 _MAX_SEQUENCE = 1 << 62
 _MAX_TIME = 1 << 40
 _MESSAGE_ID = re.compile(r"[0-9a-f]{32}")
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,64}")
+_DEVICE = re.compile(r"[a-z]{1,16}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 Frame = AgentFrame | CoordinatorFrame
@@ -138,6 +140,11 @@ def _greeting(frame: Any) -> None:
         raise frame_invalid("a version that is none")
 
 
+def _hello(frame: Any) -> None:
+    _greeting(frame)
+    _profile(frame.profile)
+
+
 def _welcome(frame: Any) -> None:
     _greeting(frame)
     _message_ids(frame.outstanding)
@@ -148,8 +155,15 @@ def _welcome(frame: Any) -> None:
         raise frame_invalid("a welcome without a node's id and name")
 
 
+def _profile(frame: Any) -> None:
+    if frame.device and not _DEVICE.fullmatch(frame.device):
+        raise frame_invalid("a device that is none")
+    if len(frame.work) not in {0, WORK_BYTES}:
+        raise frame_invalid(f"a digest of {len(frame.work)} bytes")
+
+
 _CHECKS = {
-    "hello": _greeting,
+    "hello": _hello,
     "welcome": _welcome,
     "envelope": _envelope,
     "ack": lambda frame: check_message_id(frame.message_id),
@@ -159,6 +173,7 @@ _CHECKS = {
     "chunk": _chunk,
     "stop": _digest,
     "missing": _digest,
+    "profile": _profile,
 }
 
 

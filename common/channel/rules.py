@@ -27,6 +27,14 @@ RULES: Mapping[str, Rule] = {
     "LedgerState.sequence": Rule.LEDGER,
     "LedgerState.head": Rule.LEDGER,
     "LedgerState.signature": Rule.LEDGER,
+    "Profile.device": Rule.MACHINE,
+    "Profile.memory_mb": Rule.MACHINE,
+    "Profile.threads": Rule.MACHINE,
+    "Profile.work": Rule.DECLARED,  # of the coordinator's own plan
+    "Profile.tokens_per_s": Rule.MACHINE,  # on made-up text
+    "Profile.rows_per_step": Rule.DECLARED,
+    "Profile.download_kbit_s": Rule.MACHINE,
+    "Profile.upload_kbit_s": Rule.MACHINE,
     # enrolment.proto
     "EnrolRequest.protocol": Rule.PROTOCOL,
     "EnrolRequest.secret": Rule.PROTOCOL,

@@ -29,6 +29,7 @@ _AHEAD = 3  # seconds: the longest round trip that does not slow a link down
 _BLOCK = 1 << 20  # read and written at once, in a thread
 _KEEP = 1.0  # seconds after which what has come is written, so that a process that is killed on a slow link loses little
 _FETCHES = 4  # payloads that come on one stream at a time: each holds up to two blocks
+_LEAST_MEASURED = 32 << 10  # bytes: what is shorter tells of the delay, and not of the speed
 _MAX_QUEUED = 50_000  # control frames; a peer that provokes more and reads none is broken
 
 Locks = WeakValueDictionary[str, asyncio.Lock]
@@ -179,6 +180,8 @@ class Link(Generic[F]):
     Attributes:
         bytes_sent: payload and envelope bytes sent.
         bytes_received: payload and envelope bytes received.
+        download_kbit_s: of the last large payload that came; None before the first.
+        upload_kbit_s: of the last large payload that the peer has had from here: until it said that it has it.
     """
 
     def __init__(self, kind: type[F], spool: Spool, locks: Locks, write: Callable[[bytes], Awaitable[None]], timing: Timing) -> None:
@@ -202,6 +205,9 @@ class Link(Generic[F]):
         self._waiting = True
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.download_kbit_s: float | None = None
+        self.upload_kbit_s: float | None = None
+        self._wanted: dict[bytes, tuple[float, int]] = {}
 
     # What this end sends
 
@@ -226,7 +232,14 @@ class Link(Generic[F]):
 
     def withdraw(self, message_id: str) -> None:
         """The peer needs this message's payloads no longer."""
-        self._offers.pop(message_id, None)
+        for digest in self._offers.pop(message_id, ()):
+            if wanted := self._wanted.pop(digest, None):
+                self.upload_kbit_s = self._speed(*wanted) or self.upload_kbit_s
+
+    def _speed(self, since: float, length: int) -> float | None:
+        """Of a payload that was long enough to tell, in kbit/s."""
+        seconds = asyncio.get_running_loop().time() - since
+        return length * 8 / 1000 / max(seconds, 1e-3) if length >= _LEAST_MEASURED else None
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do work that belongs to this stream and ends with it; its LichenError ends the stream."""
@@ -276,8 +289,10 @@ class Link(Generic[F]):
         self._incoming[digest] = incoming
         try:
             if partial.offset < partial.length:
+                began, missing = asyncio.get_running_loop().time(), partial.length - partial.offset
                 self.send(self._kind(want=Want(digest=digest, offset=partial.offset)))
                 await incoming.done
+                self.download_kbit_s = self._speed(began, missing) or self.download_kbit_s
             await asyncio.to_thread(partial.finish)
         except asyncio.CancelledError:
             self._stopped.add(digest)
@@ -331,6 +346,7 @@ class Link(Generic[F]):
         if want.offset >= os.fstat(file.fileno()).st_size:
             file.close()
             raise frame_invalid(f"it wants a payload from its offset {want.offset} on, which is beyond its end")
+        self._wanted[want.digest] = asyncio.get_running_loop().time(), os.fstat(file.fileno()).st_size - want.offset
         self._outgoing.append(_Outgoing(want.digest, file, want.offset))
         self._wake.set()
 

@@ -79,13 +79,7 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
-        known = isinstance(error, OSError)
-        raise LichenError(
-            Code.MODEL_NOT_FOUND if known else Code.MODEL_UNSUPPORTED,
-            f"can't load {model.base!r}: {str(error).strip().splitlines()[0]}",
-            where="model.base",
-            fix="Give a local path, a hub name that is in the cache or reachable, or package:DISTRIBUTION/PATH.",
-        ) from None
+        raise _not_loaded(model, error) from None
     finally:
         logging.set_verbosity(verbosity)
     if strangers := sorted(name for name in told["missing_keys"] if name.split(".")[0] not in HEADS):
@@ -108,3 +102,30 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
     if network.config.get_text_config().pad_token_id is None:
         network.config.pad_token_id = tokenizer.pad_token_id
     return network, tokenizer
+
+
+def outline_base(model: Model, auto_class: Any, **config: Any) -> PreTrainedModel:
+    """The model that `load_base` would load, without its weights: its tensors have shapes and no values, and take no memory.
+
+    Raises:
+        LichenError: MODEL_NOT_FOUND, MODEL_UNSUPPORTED.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(resolve_base(model.base), revision=model.revision, trust_remote_code=False, **config)
+        with torch.device("meta"):
+            network: PreTrainedModel = auto_class.from_config(settings, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(model, error) from None
+    return network
+
+
+def _not_loaded(model: Model, error: Exception) -> LichenError:
+    return LichenError(
+        Code.MODEL_NOT_FOUND if isinstance(error, OSError) else Code.MODEL_UNSUPPORTED,
+        f"can't load {model.base!r}: {str(error).strip().splitlines()[0]}",
+        where="model.base",
+        fix="Give a local path, a hub name that is in the cache or reachable, or package:DISTRIBUTION/PATH.",
+    )

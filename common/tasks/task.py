@@ -64,6 +64,14 @@ class Task(Protocol[E]):
         """Load the base, attach the adapter, start the head; the model is then where this process computes (`common/device.py`)."""
         ...
 
+    def outline(self) -> TunedModel:
+        """The model that `build` would make, without values: its tensors' shapes alone, which take no memory.
+
+        Raises:
+            LichenError: MODEL_NOT_FOUND, MODEL_UNSUPPORTED.
+        """
+        ...
+
     def fault(self, row: Mapping[str, object]) -> str | None:
         """Why `encode` can't take a row, by that row alone, and without quoting it; None if it can."""
         ...
@@ -76,10 +84,11 @@ class Task(Protocol[E]):
         """
         ...
 
-    def made_up(self, rows: int, key: str = "") -> E:
+    def made_up(self, rows: int, key: str = "", *, longest: bool = False) -> E:
         """Examples that nobody wrote, of the shape of real ones, with random targets; the same for the same ``key``.
 
-        For the privacy self-check, and for canaries, which an auditor makes again by their key.
+        For the privacy self-check, and for canaries, which an auditor makes again by their key; the ``longest`` that the plan keeps,
+        to measure what a training takes.
         """
         ...
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from lichen.common.device import device, sent
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel, attach
-from lichen.common.model.base import load_base
+from lichen.common.model.base import load_base, outline_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,6 +139,15 @@ class TextClassification:
         model.network.to(self._device)
         return model
 
+    def outline(self) -> TunedModel:
+        """Shapes alone (see `Task.outline`)."""
+        from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+        kind = AutoModelForTokenClassification if self._mean else AutoModelForSequenceClassification
+        base = outline_base(self.plan.model, kind, num_labels=len(self.plan.task.labels))
+        with torch.device("meta"):
+            return attach(base, self.plan, "TOKEN_CLS" if self._mean else "SEQ_CLS")
+
     def fault(self, row: Mapping[str, object]) -> str | None:
         """Whether its label is none of the plan's (see `Task.fault`)."""
         label = self.plan.task.label_field
@@ -153,10 +162,11 @@ class TextClassification:
         labels = torch.tensor([self._index[str(name)] for name in names], dtype=torch.int64)
         return EncodedTexts(self._tokens([str(text) for text in texts]), labels)
 
-    def made_up(self, rows: int, key: str = "") -> EncodedTexts:
-        """Random tokens of random lengths, and random labels."""
+    def made_up(self, rows: int, key: str = "", *, longest: bool = False) -> EncodedTexts:
+        """Random tokens of random lengths, or all of the plan's length, and random labels."""
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-        lengths = torch.randint(3, min(self.plan.task.max_length, 24) + 1, (rows,), generator=generator).tolist()
+        most = self.plan.task.max_length
+        lengths = [most] * rows if longest else torch.randint(3, min(most, 24) + 1, (rows,), generator=generator).tolist()
         ordinary = sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
         picks = [torch.randint(len(ordinary), (length,), generator=generator).tolist() for length in lengths]
         labels = torch.randint(len(self.plan.task.labels), (rows,), generator=generator)

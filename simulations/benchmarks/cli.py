@@ -386,3 +386,28 @@ def clients(
         )
     if as_json:
         typer.echo(json.dumps({"runs": runs}, indent=2))
+
+
+@app.command()
+def profile(
+    base: Annotated[str | None, typer.Option(help="The base model, as a plan names it; MiniLM where left out.", show_default=False)] = None,
+    adapter: Annotated[str, typer.Option(help="lora, top (LoRA on two layers), head, full; commas between them.")] = "lora,top,head,full",
+    sizes: Annotated[str, typer.Option(help="Rows at once x tokens, commas between them.")] = "4x64,16x128,64x64,32x256",
+    as_json: AsJson = False,
+) -> None:
+    """A training's peak memory as predicted, beside the measured one. Example: lichen bench profile --adapter lora --sizes 16x128."""
+    from lichen.simulations.benchmarks.profile import ADAPTERS, MINILM, WITHIN, bench_profile
+
+    asked = [(int(rows), int(length)) for rows, _, length in (size.partition("x") for size in _list(sizes, str))]
+    table = Table(title=f"peak memory of a node's worker, MiB (predicted over measured: within {WITHIN:.0%})")
+    for column in ("adapter", "private", "rows × tokens", "measured", "predicted", "ratio"):
+        table.add_column(column, justify="left" if column in {"adapter", "private"} else "right")
+    found = []
+    for row in bench_profile(base or MINILM, _list(adapter, str, ADAPTERS), asked):
+        found.append(row)
+        figures = (f"{row['measured_mb']:.0f}", f"{row['predicted_mb']:.0f}", f"{row['ratio']:.3f}")
+        table.add_row(row["adapter"], "yes" if row["private"] else "no", f"{row['rows']} × {row['length']}", *figures)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(table)

@@ -27,6 +27,7 @@ SHORT = (
     ("transfer", "--parameters", "4000000", "--repeats", "2"),
     ("channel", "--rounds", "100", "--megabytes", "50"),
     ("agent",),
+    ("profile", "--adapter", "lora,full", "--sizes", "16x128"),
     ("round", "--rounds", "4"),
 )
 """Each bench with the options that make it short."""

@@ -19,8 +19,10 @@ from lichen.client.app import app
 from lichen.client.data import add_source, load
 from lichen.client.ledger import Ledger
 from lichen.client.ledger_book import Limit
+from lichen.client.memory import is_out_of_memory
 from lichen.common import records, tasks
 from lichen.common.errors import Code, LichenError
+from lichen.common.hardware import rounded
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.privacy.accounting import epsilon
 from lichen.common.privacy.schedule import planned_steps
@@ -60,11 +62,20 @@ def home(tmp_path: Path, tiny_rows: Rows) -> Path:
 
 
 def ask(
-    home: Path, plan: Plan, round: int = 1, *, kind: str = records.TRAIN, simulated: bool = False, message_id: str = "", run: int = 7
+    home: Path,
+    plan: Plan,
+    round: int = 1,
+    *,
+    kind: str = records.TRAIN,
+    simulated: bool = False,
+    message_id: str = "",
+    run: int = 7,
+    config: dict[str, Any] | None = None,
+    **assigned: Any,
 ) -> Message:
     """The app's reply to what a coordinator would send, both through the wire's bytes."""
     text = plan.canonical_json()
-    assignment = records.Assignment(plan=text, plan_sha256=plan.sha256(), round=round)
+    assignment = records.Assignment(plan=text, plan_sha256=plan.sha256(), round=round, **assigned)
     content = RecordDict({"assignment": records.to_config(assignment)})
     records.put_tensors(content, workbench(plan).start, None)
     message = records.build_message(
@@ -76,8 +87,8 @@ def ask(
         message_type=kind,
         group_id=str(round),
     )
-    config: dict[str, Any] = {"home": str(home), "name": "clinic-a"} | ({"simulated": True} if simulated else {})
-    context = Context(run_id=run, node_id=2, node_config=config, state=RecordDict(), run_config={})
+    node: dict[str, Any] = {"home": str(home), "name": "clinic-a"} | ({"simulated": True} if simulated else {}) | (config or {})
+    context = Context(run_id=run, node_id=2, node_config=node, state=RecordDict(), run_config={})
     return records.message_from_bytes(records.message_to_bytes(app(records.message_from_bytes(records.message_to_bytes(message)), context)))
 
 
@@ -186,6 +197,103 @@ def test_without_privacy_the_plain_fields_are_there(home: Path, plan_of: Callabl
     assert {"declared_size", "noise_multiplier", "sample_rate"}.isdisjoint(report)
     assert report_of(ask(home, plan, kind=records.EVALUATE))["loss_sum"] > 0
     assert not (home / "ledger.sqlite").exists()
+
+
+# --- assignments ------------------------------------------------------------------------------------------------------------------
+
+
+def test_fewer_steps_are_charged_as_such_with_the_noise_of_all(home: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(cohort={"size": 2, "assign": ["steps"]})
+    report = report_of(ask(home, plan, steps=1))
+    planned = planned_steps(plan, DECLARED)
+    assert (report["steps"], report["noise_multiplier"]) == (1, planned.noise_multiplier)
+    assert planned.steps > 1, "the noise would else be that of the fewer steps anyway"
+    with Ledger(home) as ledger:
+        (entry,) = ledger.entries()
+    assert entry.segment == planned._replace(steps=1)
+
+
+def test_more_steps_than_planned_are_not_taken(home: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(cohort={"size": 2, "assign": ["steps"]})
+    assert report_of(ask(home, plan, steps=10**6))["steps"] == planned_steps(plan, DECLARED).steps
+
+
+def test_fewer_steps_without_privacy(home: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(False, cohort={"size": 2, "assign": ["steps"]})
+    usual, fewer = (report_of(ask(home, plan, simulated=True, **given)) for given in ({}, {"steps": 1}))
+    assert (usual["steps"], fewer["steps"]) == (plan.local.steps, 1)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_fewer_rows_at_once_give_the_same_update_but_for_rounding(home: Path, plan_of: Callable[..., Plan], private: bool) -> None:
+    updates = [
+        records.get_tensors(ask(home, plan_of(private), simulated=True, **given).content, None)
+        for given in ({}, {"max_physical_batch_size": 1})
+    ]
+    for name, tensor in updates[0].items():
+        torch.testing.assert_close(updates[1][name], tensor, atol=1e-4 * float(tensor.abs().max()), rtol=1e-4)
+
+
+def test_an_assignment_that_the_plan_does_not_permit_is_refused_before_it_is_charged(home: Path, plan_of: Callable[..., Plan]) -> None:
+    bare_number(ask(home, plan_of(), steps=1), Code.POLICY_REFUSED)
+    assert not (home / "ledger.sqlite").exists()
+
+
+# --- the probe, and memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_the_probe_tells_a_rounded_speed_and_reads_no_row(tmp_path: Path, plan_of: Callable[..., Plan], private: bool) -> None:
+    (tmp_path / "policy.yaml").write_text("unnoised_updates_to_coordinator: allow\n")  # a home without data
+    reply = ask(tmp_path, plan_of(private), kind=records.QUERY)
+    assert set(leaves(reply)) == {("report", "format"), ("report", "tokens_per_s")}
+    assert report_of(reply)["tokens_per_s"] == rounded(report_of(reply)["tokens_per_s"])
+    assert not (tmp_path / "ledger.sqlite").exists(), "nothing is charged"
+
+
+def test_an_owner_can_keep_the_speed_in(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    (tmp_path / "policy.yaml").write_text("profile: false\n")
+    bare_number(ask(tmp_path, plan_of(), kind=records.QUERY), Code.POLICY_REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "kept"),
+    [({"retried": True}, 4, True), ({"retried": True}, 1, False), ({}, 4, False)],
+    ids=["half", "least", "flower"],
+)
+def test_want_of_memory_keeps_the_reservation_where_it_is_begun_again(
+    home: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], rows: int, kept: bool
+) -> None:
+    """A number that leaves tells of the noised steps before it; one that the agent takes and asks anew does not leave."""
+    plan = plan_of(cohort={"size": 2}, local={"steps": 4, "batch_size": 8, "max_physical_batch_size": rows, "learning_rate": 0.01})
+    trainer = client_app.trainer_of(plan)
+    taken = []
+
+    def takes_too_much(*given: Any, **named: Any) -> Any:
+        taken.append(given)
+        if len(taken) == 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(trainer._private, "take", takes_too_much)
+    bare_number(ask(home, plan, config=config), Code.WORKER_FAILED)
+    assert len(taken) == 2, "a step was taken before"
+    with Ledger(home) as ledger:
+        (entry,) = ledger.entries()
+    assert (entry.released_at is None) == kept
+    monkeypatch.undo()
+    assert not ask(home, plan, config=config).has_error()
+    with Ledger(home) as ledger:
+        assert len([*ledger.entries()]) == (1 if kept else 2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(12, "no"), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("MPS backend out of memory")],
+    ids=lambda error: type(error).__name__,
+)
+def test_want_of_memory_is_known_by_its_errors(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    assert not any(map(is_out_of_memory, (RuntimeError("shapes differ"), OSError(2, "no such file"), LichenError(Code.INTERNAL, "x"))))
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_each_limit_refuses_with_both_keys_and_values(tmp_path: Path, keys: dict
 
 
 def test_every_limit_that_a_plan_can_break_has_a_case() -> None:
-    not_refusals = {"format", "unnoised_updates_to_coordinator", "approval", "threads", "memory_mb"}
+    not_refusals = {"format", "unnoised_updates_to_coordinator", "approval", "threads", "memory_mb", "profile"}
     assert {key for keys, _, _ in LIMITS for key in keys} == set(Policy.model_fields) - not_refusals
 
 

@@ -62,8 +62,8 @@ def test_a_field_without_a_rule_is_found() -> None:
 
 
 def test_what_depends_on_the_data_is_known() -> None:
-    """What an auditor reads: the update, numbers of errors, how far the ledger is, times of sending. No loss, count, hardware or load."""
-    by_data = {name: rule for name, rule in RULES.items() if rule is not Rule.PROTOCOL}
+    """What an auditor reads: the update, numbers of errors, how far the ledger is, times of sending. No loss, count or load."""
+    by_data = {name: rule for name, rule in RULES.items() if rule not in {Rule.PROTOCOL, Rule.DECLARED, Rule.MACHINE}}
     assert by_data == {
         "Chunk.data": PAYLOAD_RULE,
         "Chunk.digest": PAYLOAD_RULE,
@@ -75,6 +75,12 @@ def test_what_depends_on_the_data_is_known() -> None:
         "Metadata.created_at": Rule.TIME,
         "Metadata.ttl": Rule.TIME,
     }
+
+
+def test_what_tells_of_the_machine_is_the_profile_and_no_more() -> None:
+    """What an owner keeps in by `profile: false`."""
+    of_the_profile = {f"Profile.{field.name}" for field in fleet_pb2.Profile.DESCRIPTOR.fields}
+    assert {name for name, rule in RULES.items() if rule in {Rule.DECLARED, Rule.MACHINE}} == of_the_profile
 
 
 def test_heartbeats_hold_nothing() -> None:

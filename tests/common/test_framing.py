@@ -20,6 +20,7 @@ from lichen.common.channel.fleet_pb2 import (
     Hello,
     LedgerState,
     Missing,
+    Profile,
     Receipt,
     Stop,
     Want,
@@ -38,6 +39,8 @@ GOOD_AGENT = [
     AgentFrame(stop=Stop(digest=DIGEST)),
     AgentFrame(missing=Missing(digest=DIGEST)),
     AgentFrame(heartbeat=Heartbeat()),
+    AgentFrame(profile=Profile()),
+    AgentFrame(hello=Hello(protocol=1, version="0.1.0", profile=Profile(device="cuda", memory_mb=2**32 - 1, work=bytes(8)))),
 ]
 BAD_AGENT = [
     AgentFrame(),
@@ -59,6 +62,10 @@ BAD_AGENT = [
     AgentFrame(want=Want(digest=DIGEST, offset=framing.MAX_PAYLOAD + 1)),
     AgentFrame(stop=Stop(digest=b"")),
     AgentFrame(missing=Missing(digest=b"x")),
+    AgentFrame(profile=Profile(device="Tom's laptop")),
+    AgentFrame(profile=Profile(device="cpu\n")),
+    AgentFrame(profile=Profile(work=bytes(32))),
+    AgentFrame(hello=Hello(protocol=1, version="0.1.0", profile=Profile(device="../x"))),
     AgentFrame(envelope=Envelope(message_id=ID, message=b"m", ledger=LedgerState(sequence=1, head=bytes(31), signature=bytes(64)))),
     AgentFrame(envelope=Envelope(message_id=ID, message=b"m", ledger=LedgerState(sequence=0, head=bytes(32), signature=bytes(64)))),
     AgentFrame(envelope=Envelope(message_id=ID, message=b"m", ledger=LedgerState(sequence=1 << 63, head=bytes(32), signature=bytes(64)))),

@@ -197,6 +197,12 @@ def test_missing_keys_are_named() -> None:
         ({"privacy__audit": {"canaries": 5}}, "there is no claim to test"),
         ({"model__base_precision": "int8", "model__adapter": {"kind": "full"}}, "trains every weight"),
         ({"local__checkpointing": True, "privacy": {"unit": "example", "gradients": "hooks"}}, "runs layers twice"),
+        ({"cohort": {"assign": ["rank"]}}, "adds updates of one rank only"),
+        ({"cohort": {"assign": ["rank"]}, "model__adapter": {"kind": "head"}}, "a head adapter has none"),
+        (
+            {"cohort": {"assign": ["max_length"]}, "privacy": {"unit": "example", "audit": {"canaries": 5}}},
+            "canaries again by the plan's own length",
+        ),
     ],
 )
 def test_unsound_combinations_are_refused_with_the_reason(changes: dict[str, Any], what: str) -> None:
@@ -215,6 +221,7 @@ def test_canaries_without_privacy_are_a_baseline_that_must_be_wanted() -> None:
         ({"local": {"steps": 1, "epochs": 1}}, "either epochs or steps"),
         ({"local": {"batch_size": 4}}, "either epochs or steps"),
         ({"cohort": {"size": 2, "minimum": 3}}, "minimum (3) is above size (2)"),
+        ({"cohort": {"assign": ["steps", "steps"]}}, "assign names a thing twice"),
         ({"privacy__unit": "entity"}, "unit_field goes with unit: entity"),
         ({"privacy__unit_field": "patient"}, "unit_field goes with unit: entity"),
         ({"aggregation__momentum": 0.9}, "momentum above 0 goes with"),

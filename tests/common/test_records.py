@@ -17,11 +17,23 @@ from hypothesis import strategies as st
 
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
-from lichen.common.records import Assignment, EvaluateReport, Rule, TrainReport
+from lichen.common.records import Assignment, EvaluateReport, ProbeReport, Rule, TrainReport
 
 KINDS = records._Record.__subclasses__()
 FULL: dict[type, dict[str, Any]] = {
-    Assignment: {"format": 1, "plan": "{}", "plan_sha256": "0" * 64, "round": 1, "clip": 0.5},
+    Assignment: {
+        "format": 1,
+        "plan": "{}",
+        "plan_sha256": "0" * 64,
+        "round": 1,
+        "clip": 0.5,
+        "rank": 2,
+        "max_physical_batch_size": 4,
+        "max_length": 16,
+        "checkpointing": True,
+        "precision": "int8",
+        "steps": 3,
+    },
     TrainReport: {
         "format": 1,
         "client": "clinic-a",
@@ -34,6 +46,7 @@ FULL: dict[type, dict[str, Any]] = {
         "train_loss": 0.5,
         "within_clip": True,
     },
+    ProbeReport: {"format": 1, "tokens_per_s": 1200},
     EvaluateReport: {"format": 1, "client": "clinic-a", "round": 1, "counts": [1.0, -2.0], "noise_multiplier": 1.5, "loss_sum": 2.0},
 }
 
