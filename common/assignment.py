@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 ASSIGNED = ("max_physical_batch_size", "checkpointing", "steps", "rank", "max_length", "precision")
 """What may vary from node to node: the names of `cohort.assign`, and of an assignment's fields."""
 
-BUILT = frozenset(ASSIGNED) - {"checkpointing", "precision"}
-"""What this version can do otherwise than the plan says."""
-
 
 def own_plan(plan: Plan, assignment: Assignment, most_rows: int | None = None) -> Plan:
     """The plan that a node's model and training follow; the plan itself where the assignment leaves all to it.
@@ -32,14 +29,11 @@ def own_plan(plan: Plan, assignment: Assignment, most_rows: int | None = None) -
         most_rows: rows at once that this node's memory is known to be enough for.
 
     Raises:
-        LichenError: POLICY_REFUSED, if `cohort.assign` does not permit what varies, or it is more than the plan's; FRAME_INVALID, if
-            this version can't do it.
+        LichenError: POLICY_REFUSED, if `cohort.assign` does not permit what varies, or it is more than the plan's.
     """
     given = {name: value for name in ASSIGNED if (value := getattr(assignment, name)) is not None}
     for name in given.keys() - set(plan.cohort.assign):
         raise _refused(f"the coordinator asks for another {name}, which cohort.assign does not permit")
-    if unbuilt := given.keys() - BUILT:
-        raise LichenError(Code.FRAME_INVALID, f"this lichen can't vary {', '.join(sorted(unbuilt))}", where="Assignment")
     adapter, local, task = plan.model.adapter, plan.local, plan.task
     most = {
         "rank": adapter.rank if adapter.kind == "lora" else 0,
@@ -56,16 +50,18 @@ def own_plan(plan: Plan, assignment: Assignment, most_rows: int | None = None) -
     rank = given.get("rank", adapter.rank)
     rows = given.get("max_physical_batch_size", local.max_physical_batch_size)
     alpha = adapter.alpha if rank == adapter.rank else adapter.alpha * rank / adapter.rank
-    return plan.model_copy(
+    checkpointing = given.get("checkpointing", local.checkpointing)
+    found = plan.model_copy(
         update={
             "task": task.model_copy(update={"max_length": given.get("max_length", task.max_length)}),
             "model": plan.model.model_copy(update={"adapter": adapter.model_copy(update={"rank": rank, "alpha": alpha})}),
-            "local": local.model_copy(update={"max_physical_batch_size": rows}),
+            "local": local.model_copy(update={"max_physical_batch_size": rows, "checkpointing": checkpointing}),
             "evaluation": plan.evaluation.model_copy(update={"batch_size": min(plan.evaluation.batch_size, rows)})
             if "max_physical_batch_size" in given
             else plan.evaluation,
         }
     )
+    return found.at_precision(given["precision"]) if "precision" in given else found
 
 
 def capped_steps(planned: int, assignment: Assignment) -> int:

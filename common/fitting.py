@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lichen.common.assignment import BUILT
+from lichen.common.assignment import own_plan
 from lichen.common.hardware import rows_per_step, work_of
 from lichen.common.model.memory import Shape, peak_mb
+from lichen.common.records import Assignment
 
 if TYPE_CHECKING:
     from lichen.common.hardware import Profile
@@ -25,7 +26,7 @@ SHARE = 0.8
 class Fit:
     """What one node is asked, and why."""
 
-    changes: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
     """Fields of its `Assignment`; empty: the plan as it is."""
     whole_mb: float = 0.0
     """Predicted peak memory of the plan as it is, MiB."""
@@ -45,7 +46,8 @@ def fit(plan: Plan, shape: Shape, profile: Profile, payload_bytes: tuple[int, in
     """The assignment of one node.
 
     Memory: the tier's rank and length where they may vary, then half the rows at once, again and again, until the predicted peak fits;
-    then half the length. Time: as many steps as fit in `SHARE` of what the payloads leave of the deadline.
+    then gradient checkpointing; then the base in 8 bits; then half the length. Time: as many steps as fit in `SHARE` of what the payloads
+    leave of the deadline.
 
     Args:
         plan: as approved.
@@ -53,23 +55,22 @@ def fit(plan: Plan, shape: Shape, profile: Profile, payload_bytes: tuple[int, in
         profile: as the node told it.
         payload_bytes: of the model that goes there, and of the update that comes back.
     """
-    may = BUILT & set(plan.cohort.assign)
-    changes: dict[str, int] = {}
+    may = frozenset(plan.cohort.assign)
+    changes: dict[str, Any] = {}
     reasons: list[str] = []
     _by_tier(plan, profile, may, changes, reasons)
 
     def peak() -> float:
-        rows, length = changes.get("max_physical_batch_size"), changes.get("max_length")
-        return peak_mb(plan, shape, rows=rows, length=length, device=profile.device)
+        return peak_mb(own_plan(plan, Assignment(plan="", plan_sha256="", round=1, **changes)), shape, device=profile.device)
 
     whole = peak_mb(plan, shape, device=profile.device)
     for name, value in _smaller(plan, may, changes):
         if peak() <= profile.memory_mb:
             break
         changes[name] = value
-    for name in ("max_physical_batch_size", "max_length"):
+    for name in ("max_physical_batch_size", "checkpointing", "precision", "max_length"):
         if name in changes and not any(reason.startswith(name) for reason in reasons):
-            reasons.append(f"{name} {changes[name]}: the plan's would take {whole:.0f} MiB, and {profile.memory_mb} are free")
+            reasons.append(f"{name} {str(changes[name]).lower()}: the plan's would take {whole:.0f} MiB, and {profile.memory_mb} are free")
     memory = peak()
     possible = memory <= profile.memory_mb
     if not possible:
@@ -89,7 +90,7 @@ def fit(plan: Plan, shape: Shape, profile: Profile, payload_bytes: tuple[int, in
     return Fit(changes, whole, memory, step_s, steps, tuple(reasons), possible)
 
 
-def _by_tier(plan: Plan, profile: Profile, may: frozenset[str], changes: dict[str, int], reasons: list[str]) -> None:
+def _by_tier(plan: Plan, profile: Profile, may: frozenset[str], changes: dict[str, Any], reasons: list[str]) -> None:
     for below, rank, length in TIERS:
         if profile.memory_mb < below:
             for name, own, most in (("rank", plan.model.adapter.rank, rank), ("max_length", plan.task.max_length, length)):
@@ -99,12 +100,17 @@ def _by_tier(plan: Plan, profile: Profile, may: frozenset[str], changes: dict[st
             return
 
 
-def _smaller(plan: Plan, may: frozenset[str], changes: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Ever smaller settings: fewer rows at once change no result, so they come before a shorter length."""
+def _smaller(plan: Plan, may: frozenset[str], changes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Ever smaller settings: those that change no result come first, a quicker one before a slower one."""
     rows = plan.local.max_physical_batch_size
     while "max_physical_batch_size" in may and rows > 1:
         rows //= 2
         yield "max_physical_batch_size", rows
+    hooked = plan.private and not plan.central and plan.privacy.gradients == "hooks"
+    if "checkpointing" in may and not plan.local.checkpointing and not hooked:
+        yield "checkpointing", True
+    if "precision" in may and plan.model.base_precision != "int8" and plan.model.adapter.kind != "full":
+        yield "precision", "int8"
     length = changes.get("max_length", plan.task.max_length)
     while "max_length" in may and length // 2 >= LEAST_LENGTH:
         length //= 2

@@ -18,6 +18,10 @@ STATE, PRIVATE_STATE, CHECKED_STATE = 27.0, 20.0, 41.0
 """Bytes for each trained weight: gradient, optimizer, what came, what leaves; in private steps; in the privacy self-check at the start."""
 KEPT, PRIVATE_KEPT, FULL_KEPT, PRIVATE_FULL_KEPT = 2.05, 1.95, 2.1, 3.0
 """What the backward pass needs of a trained layer: so many times the outputs of its linear modules."""
+CHECKPOINTED = 0.12
+"""The same with gradient checkpointing, which keeps a layer's input; one layer at a time is there whole."""
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.05}
+"""Of a weight of the base."""
 PASSING, LEAST_PASSING = 1.0, 2.6
 """What one more layer holds while it computes, in the same unit; at least, where no layer keeps anything."""
 
@@ -86,8 +90,9 @@ def peak_mb(plan: Plan, shape: Shape, *, rows: int | None = None, length: int | 
         rows = min(rows, plan.local.batch_size)
     tokens = rows * (length or plan.task.max_length)
     fixed = (PRIVATE_LIBRARIES if private else LIBRARIES) if device == "cpu" else 0.0
-    weights = 4.0 * shape.parameters
-    kept = ((PRIVATE_FULL_KEPT if private else FULL_KEPT) if shape.full else (PRIVATE_KEPT if private else KEPT)) * shape.trained_layers
+    weights = WEIGHT_BYTES[plan.model.base_precision] * shape.parameters
+    layer = (PRIVATE_FULL_KEPT if private else FULL_KEPT) if shape.full else (PRIVATE_KEPT if private else KEPT)
+    kept = layer + CHECKPOINTED * shape.trained_layers if plan.local.checkpointing else layer * shape.trained_layers
     activations = 4.0 * tokens * shape.features * max(LEAST_PASSING, kept + PASSING)
     training = (PRIVATE_STATE if private else STATE) * shape.trainable + activations
     # a file of another type is there beside what is made of it

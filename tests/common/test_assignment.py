@@ -90,8 +90,7 @@ def test_what_the_plan_does_not_let_vary_is_refused(tiny_plan: dict[str, Any], g
     assert caught.value.code is Code.POLICY_REFUSED
 
 
-@pytest.mark.parametrize("given", [{"checkpointing": True}, {"precision": "int8"}])
-def test_what_is_not_built_is_refused(plan: Plan, given: dict[str, Any]) -> None:
-    with pytest.raises(LichenError, match=next(iter(given))) as caught:
-        own_plan(plan, of(plan, **given))
-    assert caught.value.code is Code.FRAME_INVALID
+def test_the_base_may_have_fewer_bits_and_layers_be_computed_again(plan: Plan) -> None:
+    own = own_plan(plan, of(plan, checkpointing=True, precision="int8"))
+    assert (own.local.checkpointing, own.model.base_precision) == (True, "int8")
+    assert own.model_copy(update={"local": plan.local, "model": plan.model}) == plan

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lichen.common.assignment import ASSIGNED, BUILT, own_plan
+from lichen.common.assignment import ASSIGNED, own_plan
 from lichen.common.fitting import SHARE, fit
 from lichen.common.hardware import Profile, work_of
 from lichen.common.model.memory import Shape, peak_mb
@@ -44,7 +44,7 @@ def test_the_node_accepts_what_it_is_asked_and_it_is_no_more_than_the_plan(
 ) -> None:
     plan = plan_of(*sorted(assign))
     found = fit(plan, SHAPE, profile_of(plan, memory_mb, speed, download_kbit_s=link, upload_kbit_s=link), (10**7, 10**7))
-    assert found.changes.keys() <= assign & BUILT
+    assert found.changes.keys() <= assign
     own = own_plan(plan, Assignment(plan="", plan_sha256="", round=1, **found.changes))
     assert own.privacy == plan.privacy
     assert found.changes.get("steps", 1) <= 100
