@@ -25,6 +25,7 @@ from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit, Limits
 from lichen.client.policy import enforce, load_policy
 from lichen.common import records
+from lichen.common.aggregation import cut, rank_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.clipping import clipped
@@ -139,7 +140,7 @@ def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, 
 
 def _train(node: Node, plan: Plan, round: int, message: Message) -> Serving[RecordDict]:
     trainer = trainer_of(plan)
-    start = records.get_tensors(message.content, node.spool)
+    start = _start(node, plan, message)
     trainer.model.load(start)  # what does not fit is refused before it is charged
     rows = _rows(node, plan, "train", trainer)
     if plan.privacy.audit.canaries:
@@ -158,6 +159,14 @@ def _train(node: Node, plan: Plan, round: int, message: Message) -> Serving[Reco
     content = RecordDict({"report": records.to_config(report)})
     records.put_tensors(content, trained.delta, node.spool, durable=not node.simulated)  # a simulation asks nobody for it again
     return content
+
+
+def _start(node: Node, plan: Plan, message: Message) -> State:
+    """The tensors that arrived, as far as this node's rank has them."""
+    arrived = records.get_tensors(message.content, node.spool)
+    if plan.model.adapter.kind != "lora":
+        return arrived
+    return cut(arrived, rank_of(plan, node.name, simulated=node.simulated))
 
 
 def _train_private(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -11,19 +11,47 @@ if TYPE_CHECKING:
     from lichen.common.plan import Aggregation
 
 
-def apply_update(model: State, update: State, velocity: State, settings: Aggregation) -> tuple[State, State]:
-    """One server step: v ← μ v + Δ, x ← x + η v. FedAvg has μ = 0; FedAvgM (Hsu et al. 2019, eq. 1) has μ > 0.
+class Stepped(NamedTuple):
+    """What a server step gives."""
+
+    model: State
+    velocity: State
+    squares: State
+
+
+def apply_update(model: State, update: State, velocity: State, squares: State, settings: Aggregation) -> Stepped:
+    """One server step on the tensors that the update has; others, and what is kept of them, stay as they are.
+
+    FedAvg: x ← x + η Δ. FedAvgM (Hsu et al. 2019, eq. 1): v ← μ v + Δ, x ← x + η v. FedAdam and FedYogi (Reddi et al. 2021, algorithm
+    2): m ← β₁ m + (1 − β₁) Δ, x ← x + η m / (√s + τ), where FedAdam has s ← β₂ s + (1 − β₂) Δ², and FedYogi
+    s ← s − (1 − β₂) Δ² sign(s − Δ²). Both start at zero, and are not corrected for it, as in the paper.
 
     Args:
         model: the global tensors x.
-        update: the mean update Δ, with the same names and shapes.
-        velocity: v, or empty at the start and for FedAvg.
-        settings: μ is its momentum, η its learning rate.
+        update: the update Δ that the aggregation rule gives; the names of some of the model's tensors, and their shapes.
+        velocity: v or m; a tensor that is not there is zero.
+        squares: s; a tensor that is not there is zero.
+        settings: of the plan.
 
     Returns:
-        The new x and v.
+        The new x, v or m, and s.
     """
+    steps = update
     if settings.optimizer == "fedavgm":
-        velocity = {name: settings.momentum * velocity.get(name, torch.zeros_like(delta)) + delta for name, delta in update.items()}
-        update = velocity
-    return {name: tensor + settings.learning_rate * update[name] for name, tensor in model.items()}, velocity
+        steps = {name: settings.momentum * _kept(velocity, name, delta) + delta for name, delta in update.items()}
+        velocity = velocity | steps
+    elif settings.optimizer in {"fedadam", "fedyogi"}:
+        first, second = settings.betas
+        means = {name: first * _kept(velocity, name, delta) + (1 - first) * delta for name, delta in update.items()}
+        found = {}
+        for name, delta in update.items():
+            kept, square = _kept(squares, name, delta), delta.square()
+            toward = square - kept if settings.optimizer == "fedadam" else square * torch.sign(square - kept)
+            found[name] = kept + (1 - second) * toward
+        velocity, squares = velocity | means, squares | found
+        steps = {name: mean / (found[name].sqrt() + settings.tau) for name, mean in means.items()}
+    return Stepped(model | {name: model[name] + settings.learning_rate * step for name, step in steps.items()}, velocity, squares)
+
+
+def _kept(state: State, name: str, like: torch.Tensor) -> torch.Tensor:
+    return state[name] if name in state else torch.zeros_like(like)

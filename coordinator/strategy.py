@@ -16,12 +16,13 @@ from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy import Strategy
 
 from lichen.common import records
+from lichen.common.aggregation import MERGED, part_of, rank_of, update_like
 from lichen.common.errors import Code, LichenError, name_of
 from lichen.common.model.adapter import State, check_finite, check_fits, check_state
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import MOST_NOISE, planned_evaluation, planned_steps
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
-from lichen.coordinator.aggregation import RULES
+from lichen.coordinator.aggregation import make_rule
 from lichen.coordinator.aggregation.central_dp import CentralDP
 from lichen.coordinator.optimizers import apply_update
 from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from lichen.common.plan import Plan
-    from lichen.coordinator.aggregation.fedavg import FedAvg
+    from lichen.coordinator.aggregation.rule import Rule
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05
@@ -66,6 +67,8 @@ class _Usable:
     report: records.TrainReport
     message: Message
     weight: float
+    rank: int
+    """Of its client's adapter."""
 
 
 class FederatedStrategy(Strategy):  # type: ignore[misc]
@@ -104,6 +107,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._beside = beside
         self._scoring = Beside(here=not beside)
         self._used: list[int] = []
+        self._simulated = result.engine in {"inprocess", "ray"}
         self._central = CentralDP(plan, secret=result.privacy.noise == "secret") if plan.central else None
 
     def summary(self) -> None:
@@ -143,28 +147,29 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 where=f"round {server_round}",
                 fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )
-        self._step(total.mean())
+        self._step(total.change())
+        self.state.model = total.after_step(self.state.model)
         if not self.plan.private:
             reports = [one.report for one in usable]
             weight = sum(report.examples or 0 for report in reports)
             self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in reports) / weight
         return self._arrays(), None
 
-    def _sum_of(self, round: int, replies: Iterable[Message]) -> tuple[FedAvg, list[_Usable]]:
+    def _sum_of(self, round: int, replies: Iterable[Message]) -> tuple[Rule, list[_Usable]]:
         """The usable updates, added.
 
         Whether their values are finite is seen from the sum, which spares a pass over each. Only if it is not, each is looked at, and the
         others are added anew: who sends such an update is refused alone, and the sum is the same as without it.
         """
-        total, usable = RULES[self.plan.aggregation.rule](), []
+        total, usable = make_rule(self.plan, round, self.state.model), []
         for one, update in self._usable(round, replies, check_fits):
             usable.append(one)
-            total.add(update, one.weight)
+            total.add(update, one.weight, one.rank)
         if not total.finite():
             usable = [one for one in usable if self._is_finite(one)]
-            total = RULES[self.plan.aggregation.rule]()
+            total = make_rule(self.plan, round, self.state.model)
             for one in usable:
-                total.add(self._update(one.message), one.weight)
+                total.add(self._update(one.message), one.weight, one.rank)
         self._count(usable)
         return total, usable
 
@@ -174,11 +179,12 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             try:
                 weight = self._weight(report)  # from here on the update has left its node, and is paid for, whether it is usable or not
                 update = self._update(message)
-                check(update, self.state.model)
+                rank = rank_of(self.plan, report.client, simulated=self._simulated)
+                check(update, update_like(self.plan, round, rank, self.state.model))
             except LichenError as error:
                 self._failed(report.client, error.code, error.what)
                 continue
-            yield _Usable(report, message, weight), update
+            yield _Usable(report, message, weight, rank), update
 
     def _is_finite(self, one: _Usable) -> bool:
         try:
@@ -201,7 +207,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         """The round's noised sum: the one that a crash left behind, or a new one, which is on the disk before anything follows from it."""
         release = self.directory.load_release(round)
         if release is None:
-            total = central.sum_of(self.state.model, self.state.clip or self.plan.privacy.clip)
+            like = update_like(self.plan, round, self.plan.model.adapter.rank, self.state.model)
+            total = central.sum_of(like, self.state.clip or self.plan.privacy.clip)
             usable = []
             for one, update in self._usable(round, replies, check_state):
                 usable.append(one)
@@ -213,8 +220,9 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.state.clip = release.clip
         return release
 
-    def _step(self, mean: State) -> None:
-        self.state.model, self.state.velocity = apply_update(self.state.model, mean, self.state.velocity, self.plan.aggregation)
+    def _step(self, change: State) -> None:
+        state = self.state
+        state.model, state.velocity, state.squares = apply_update(state.model, change, state.velocity, state.squares, self.plan.aggregation)
 
     # --- federated evaluation ---
 
@@ -494,7 +502,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         """Bring `result.json` up to date with its rounds."""
         result = self.result
         result.seconds = None if self._central else round(seconds, 3)
-        result.parameters = sum(tensor.numel() for tensor in self.state.model.values())
+        result.parameters = sum(tensor.numel() for name, tensor in self.state.model.items() if part_of(name) != MERGED)
         if self._central:
             result.transfer = Transfer(uplink_bytes=None, downlink_bytes=None)
         else:

@@ -26,7 +26,9 @@ class FedAvg:
     def __init__(self) -> None:
         self._waiting: list[tuple[Mapping[str, torch.Tensor], float]] = []
         self._sum: State = {}
-        self._weight = 0.0
+        self._types: dict[str, torch.dtype] = {}
+        self.weight = 0.0
+        """Of all that were added."""
         self._finite = True
 
     def add(self, update: Mapping[str, torch.Tensor], weight: float) -> None:
@@ -46,19 +48,19 @@ class FedAvg:
         return self._finite
 
     def mean(self) -> State:
-        """The weighted mean, in 32-bit floats.
+        """The weighted mean, in the updates' own type (a plan's is of 32-bit floats).
 
         Raises:
             LichenError: ROUND_FAILED, if nothing was added; STATE_MISMATCH, if a value of what was added is not finite.
         """
         if not self.finite():
             raise LichenError(Code.STATE_MISMATCH, "an update holds values that are not finite")
-        if self._weight <= 0:
+        if self.weight <= 0:
             raise LichenError(Code.ROUND_FAILED, "no client returned a usable update")
-        found = {name: torch.empty_like(total, dtype=torch.float32) for name, total in self._sum.items()}
+        found = {name: torch.empty_like(total, dtype=self._types[name]) for name, total in self._sum.items()}
         for name, total in self._sum.items():
             for mean, block in zip(_blocks(found[name]), _blocks(total), strict=True):
-                mean.copy_(block / self._weight)
+                mean.copy_(block / self.weight)
         return found
 
     def _add_waiting(self) -> None:
@@ -67,6 +69,7 @@ class FedAvg:
             return
         if not self._sum:
             self._sum = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in waiting[0][0].items()}
+            self._types = {name: tensor.dtype for name, tensor in waiting[0][0].items()}
         weights = [weight for _, weight in waiting]
         for name, total in self._sum.items():
             for block, *parts in zip(_blocks(total), *(_blocks(update[name]) for update, _ in waiting), strict=True):
@@ -76,7 +79,7 @@ class FedAvg:
                 if not math.isfinite(float(block.sum())):
                     self._finite = False
                     return
-        self._weight += sum(weights)
+        self.weight += sum(weights)
 
 
 def _blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
