@@ -33,19 +33,19 @@ class Merging:
 
     weight: nn.Parameter
     start: torch.Tensor
-    """W0."""
+    """W0, on the CPU."""
     transposed: bool
     """Whether the layer is a `Conv1D`, whose weight is (k, d)."""
 
     @property
     def merged(self) -> torch.Tensor:
         """What was added: (d, k)."""
-        added = self.weight.detach() - self.start
+        added = self.weight.detach().cpu() - self.start
         return added.t() if self.transposed else added
 
     def set(self, merged: torch.Tensor) -> None:
         """Set it to W0 plus ``merged``, (d, k)."""
-        self.weight.copy_((merged.t() if self.transposed else merged).to(self.start.device)).add_(self.start)
+        self.weight.copy_(self.start + (merged.t() if self.transposed else merged))
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _merging(network: nn.Module) -> dict[str, Merging]:
     for name, _ in network.named_parameters():
         if part_of(name) == A:
             base: Any = network.get_submodule(name.split(f".{A}.")[0]).get_base_layer()  # type: ignore[operator]
-            found[beside(_public_name(name), MERGED)] = Merging(base.weight, base.weight.detach().clone(), isinstance(base, Conv1D))
+            found[beside(_public_name(name), MERGED)] = Merging(base.weight, base.weight.detach().to("cpu", copy=True), isinstance(base, Conv1D))
     return found
 
 

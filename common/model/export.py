@@ -58,7 +58,11 @@ def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTra
 
 def _whole(inner: nn.Module, model: TunedModel) -> dict[str, torch.Tensor]:
     """The tensors of the model without adapters, which are added to the weights that they lie on, in 32 bits."""
-    found = {name.replace(".base_layer.", "."): tensor for name, tensor in inner.state_dict().items() if part_of(name) is None}
+    found = {
+        name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): tensor
+        for name, tensor in inner.state_dict().items()
+        if part_of(name) is None and ".original_module." not in name  # the head as it was before it was trained
+    }
     for name in model.merging:
         path = name.removeprefix(_WRAPPER).split(f".{MERGED}.")[0]
         layer: Any = inner.get_submodule(path)
@@ -99,7 +103,7 @@ def _state_of(tensors: Mapping[str, torch.Tensor], model: TunedModel) -> State:
                 merging = model.merging.get(name)
                 saved = tensors[name.removeprefix(_WRAPPER).replace(f".{MERGED}.", ".")]
                 if merging is not None:
-                    saved = saved - merging.start.cpu()
+                    saved = saved - merging.start
                     saved = saved.t().contiguous() if merging.transposed else saved
                 state[name] = saved
     except KeyError as missing:
