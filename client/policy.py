@@ -165,7 +165,7 @@ class Policy(_Section):
 
     def _refusals(self, plan: Plan, weights: Callable[[], str] | None) -> Iterator[str]:
         yield from self._model_refusals(plan.model.base, weights)
-        if properties(plan).changes_base and any(name.startswith("sha256:") for name in self.models or ()):
+        if properties(plan).changes_base and self.models is not None and plan.model.base not in self.models:
             yield _told("aggregation.rule", plan.aggregation.rule, "models", "a base by its digest, which this rule changes")
         if self.tasks is not None and plan.task.kind not in self.tasks:
             yield _told("task.kind", plan.task.kind, "tasks", ", ".join(self.tasks) or "none")

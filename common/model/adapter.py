@@ -255,7 +255,9 @@ def _merging(network: nn.Module) -> dict[str, Merging]:
     for name, _ in network.named_parameters():
         if part_of(name) == A:
             base: Any = network.get_submodule(name.split(f".{A}.")[0]).get_base_layer()  # type: ignore[operator]
-            found[beside(_public_name(name), MERGED)] = Merging(base.weight, base.weight.detach().to("cpu", copy=True), isinstance(base, Conv1D))
+            found[beside(_public_name(name), MERGED)] = Merging(
+                base.weight, base.weight.detach().to("cpu", copy=True), isinstance(base, Conv1D)
+            )
     return found
 
 

@@ -56,6 +56,7 @@ class HooksModule:
                 self._module = GradSampleModule(self._network, loss_reduction="sum")
             except NotImplementedError as error:
                 raise LichenError(Code.MODEL_DP_UNSUPPORTED, str(error), where="model.base") from None
+        self._module.disable_hooks()  # outside of `clipped_sum` a layer may be frozen, which they can't follow
         for module in self._network.modules():
             if isinstance(module, nn.Embedding) and module.weight.requires_grad:
                 self._handles += _one_row_an_example(self._network, module)
@@ -66,8 +67,12 @@ class HooksModule:
         if any(not parameter.requires_grad for parameter in self._trained) or self._others_are_trained():
             self.remove_hooks()
             self._hook()
-        with expected_hooks():
-            torch.autograd.backward(loss(self._module))
+        self._module.enable_hooks()
+        try:
+            with expected_hooks():
+                torch.autograd.backward(loss(self._module))
+        finally:
+            self._module.disable_hooks()
         device = self._trained[0].device
         owners = sent(torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)), device)
         gradients = {}

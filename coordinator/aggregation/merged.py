@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lichen.common.aggregation import MERGED, A, B, beside, cut, part_of
+from lichen.common.model.adapter import check_finite
 from lichen.coordinator.aggregation.fedavg import FedAvg
 from lichen.coordinator.aggregation.rule import Rule
 
@@ -52,7 +53,10 @@ class _Products(Rule):
         return {beside(a, MERGED): self._scaling * now[beside(a, B)] @ now[a] for a in now if part_of(a) == A}
 
     def _typed(self, change: State) -> State:
-        return {name: tensor.to(self.model[name].dtype) for name, tensor in change.items()}
+        """The change in the model's types, which a product of large values may leave."""
+        found = {name: tensor.to(self.model[name].dtype) for name, tensor in change.items()}
+        check_finite(found)
+        return found
 
 
 class Flora(_Products):
