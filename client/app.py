@@ -18,14 +18,18 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from lichen.client import canaries
+from lichen.client.chain import bring_up
 from lichen.client.data import CACHE, Split, fingerprints, load, read_manifest, said, stamp
 from lichen.client.gate import Gate
 from lichen.client.jobs import Job, Private
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit, Limits
 from lichen.client.policy import enforce, load_policy
+from lichen.client.residual import load_residual, save_residual
 from lichen.common import records
 from lichen.common.aggregation import cut, rank_of
+from lichen.common.codec.feedback import corrected, lost
+from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.clipping import clipped
@@ -140,7 +144,7 @@ def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, 
 
 def _train(node: Node, plan: Plan, round: int, message: Message) -> Serving[RecordDict]:
     trainer = trainer_of(plan)
-    start = _start(node, plan, message)
+    start = _cut(node, plan, _model(node, plan, message))
     trainer.model.load(start)  # what does not fit is refused before it is charged
     rows = _rows(node, plan, "train", trainer)
     if plan.privacy.audit.canaries:
@@ -157,16 +161,32 @@ def _train(node: Node, plan: Plan, round: int, message: Message) -> Serving[Reco
         trained, report = yield from _train_private(node, plan, round, message, trainer, start, rows)
     records.check_release(report, private=plan.private, central=plan.central)
     content = RecordDict({"report": records.to_config(report)})
-    records.put_tensors(content, trained.delta, node.spool, durable=not node.simulated)  # a simulation asks nobody for it again
+    _put_update(content, node, plan, round, str(message.metadata.run_id), trained.delta)
     return content
 
 
-def _start(node: Node, plan: Plan, message: Message) -> State:
-    """The tensors that arrived, as far as this node's rank has them."""
-    arrived = records.get_tensors(message.content, node.spool)
-    if plan.model.adapter.kind != "lora":
-        return arrived
-    return cut(arrived, rank_of(plan, node.name, simulated=node.simulated))
+def _model(node: Node, plan: Plan, message: Message) -> State:
+    """The model that a message is about."""
+    if node.spool:
+        bring_up(node.spool, message, downlink_codec(plan.transfer.downlink))
+    return records.get_tensors(message.content, node.spool)
+
+
+def _cut(node: Node, plan: Plan, model: State) -> State:
+    """The model, as far as this node's rank has it."""
+    return cut(model, rank_of(plan, node.name, simulated=node.simulated)) if plan.model.adapter.kind == "lora" else model
+
+
+def _put_update(content: RecordDict, node: Node, plan: Plan, round: int, run: str, update: State) -> None:
+    """Add the update to a reply, by the plan's codec: under privacy it is noised, or clipped, already."""
+    codec, seed = uplink_codec(plan.transfer.uplink), update_seed(plan, node.name, round)
+    durable = not node.simulated  # a simulation asks nobody for it again
+    if not plan.transfer.uplink.error_feedback:
+        records.put_update(content, update, codec, seed, node.spool, durable=durable)
+        return
+    update = corrected(update, load_residual(node.home, run, round))
+    records.put_update(content, update, codec, seed, node.spool, durable=durable)
+    save_residual(node.home, run, round, lost(update, records.get_update(content, node.spool, codec, update)))
 
 
 def _train_private(
@@ -236,7 +256,7 @@ def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> Serving[R
     if not every or round % every:
         raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")
     trainer = trainer_of(plan)
-    trainer.model.load(records.get_tensors(message.content, node.spool))
+    trainer.model.load(_model(node, plan, message))
     rows = _rows(node, plan, "holdout", trainer)
     if not plan.private:
         scores = trainer.task.score(trainer.model.network, rows.encoded, plan.evaluation.batch_size)

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 import grpc
 import grpc.aio
 
+from lichen.client.chain import steps_from
 from lichen.client.mailbox import Mailbox
 from lichen.common.channel import framing
 from lichen.common.channel.fleet_pb2 import Ack, AgentFrame, Bye, Envelope, Hello, LedgerState, Welcome
@@ -27,7 +28,7 @@ from lichen.common.channel.refusal import told
 from lichen.common.channel.spool import Spool
 from lichen.common.channel.transfer import Link, Locks, PayloadMissingError, next_frame
 from lichen.common.errors import Code, LichenError
-from lichen.common.records import PayloadRef, error_reply, message_from_bytes, message_to_bytes, payload_refs
+from lichen.common.records import PayloadRef, error_reply, message_from_bytes, message_to_bytes, offered_refs, payload_refs
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -89,6 +90,7 @@ class _Item:
     complete: bool = False
     fault: Code | None = None
     loading: object | None = None  # the stream that fetches its payload
+    whole: bool = False  # what this node has does not lead to its model
 
 
 @dataclass
@@ -333,8 +335,9 @@ class Connection:
                 stream.link.send(AgentFrame(ack=Ack(message_id=message_id)))
 
     async def _load(self, stream: _Stream, item: _Item) -> None:
-        """Fetch a message's payload."""
-        for ref in item.refs:
+        """Fetch a message's payload, or what makes it of a model that is here."""
+        steps = [] if item.whole else await asyncio.to_thread(steps_from, self.spool.directory, item.message)
+        for ref in [step.added for step in steps] or item.refs:
             try:
                 await stream.link.fetch(ref)
             except LichenError as error:
@@ -376,7 +379,8 @@ class Connection:
             self._stream.link.spawn(asyncio.to_thread(self._collect_now))
 
     def _collect_now(self) -> None:
-        self.spool.collect(ref.digest for data in self.mailbox.live_messages() for ref in payload_refs(message_from_bytes(data)))
+        live = [ref.digest for data in self.mailbox.live_messages() for ref in offered_refs(message_from_bytes(data))]
+        self.spool.collect([*live, *self.mailbox.models()])
 
     # Handling
 
@@ -391,12 +395,27 @@ class Connection:
             message_id, item = ready
             item.started = True
             reply = await self._answer(handler, item)
+            if self._fetch_whole(item, reply):
+                continue
+            for ref in item.refs:
+                await asyncio.to_thread(self.mailbox.hold_model, ref.digest)
             state = await asyncio.to_thread(self._witness.sign) if self._witness else None
             kept = state.SerializeToString() if state else None
             await asyncio.to_thread(self.mailbox.put_reply, message_id, message_to_bytes(reply), kept)
             del self._items[message_id]
             if self._stream is not None:
                 self._send_reply(self._stream, message_id)
+
+    def _fetch_whole(self, item: _Item, reply: Message) -> bool:
+        """Whether what this node had did not lead to the message's model: it is fetched whole then, and the message handled again."""
+        if item.whole or not reply.has_error() or reply.error.code != Code.MODEL_BEHIND:
+            return False
+        log.warning("the model that is here does not lead to the coordinator's: fetching it whole")
+        item.whole, item.complete, item.started, item.loading = True, False, False, None
+        if (stream := self._stream) is not None:
+            item.loading = stream
+            stream.link.spawn(self._load(stream, item))
+        return True
 
     async def _answer(self, handler: Handler, item: _Item) -> Message:
         if item.fault is not None:

@@ -11,16 +11,22 @@ from pathlib import Path
 
 from lichen.common.database import Database
 
-VERSION = 2
+VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE inbox (message_id TEXT PRIMARY KEY, bytes BLOB NOT NULL, received_at REAL NOT NULL, cancelled_at REAL) STRICT;
 CREATE TABLE replies (message_id TEXT PRIMARY KEY, bytes BLOB NOT NULL, made_at REAL NOT NULL, receipted_at REAL, ledger BLOB) STRICT;
 CREATE INDEX replies_owed ON replies (message_id) WHERE receipted_at IS NULL;
 CREATE TABLE syncs (number INTEGER PRIMARY KEY) STRICT;
+CREATE TABLE models (digest TEXT PRIMARY KEY, held_at REAL NOT NULL) STRICT;
 """
 
-_UPGRADES = {1: "ALTER TABLE replies ADD COLUMN ledger BLOB"}
+_UPGRADES = {
+    1: "ALTER TABLE replies ADD COLUMN ledger BLOB",
+    2: "CREATE TABLE models (digest TEXT PRIMARY KEY, held_at REAL NOT NULL) STRICT",
+}
+MODELS = 2
+"""Models that are held: what is asked next may go on from the one before the last, if the last message is withdrawn."""
 
 
 class Mailbox(Database):
@@ -98,6 +104,16 @@ class Mailbox(Database):
         """The messages without a reply and the replies without a receipt: what the spool's payloads are kept for."""
         replies = self._rows("SELECT bytes FROM replies WHERE receipted_at IS NULL")
         return [data for _, data in self.unhandled()] + [bytes(row[0]) for row in replies]
+
+    def hold_model(self, digest: str) -> None:
+        """Keep a model in the spool, from which the next can be made; the oldest of more than `MODELS` is let go of."""
+        with self._transaction(durable=False) as db:
+            db.execute("INSERT OR REPLACE INTO models (digest, held_at) VALUES (?, ?)", (digest, time.time()))
+            db.execute("DELETE FROM models WHERE digest NOT IN (SELECT digest FROM models ORDER BY held_at DESC LIMIT ?)", (MODELS,))
+
+    def models(self) -> list[str]:
+        """The digests of the models that are held."""
+        return [str(row[0]) for row in self._rows("SELECT digest FROM models")]
 
     def counts(self) -> tuple[int, int]:
         """How many messages wait for a reply, and how many replies for a receipt."""

@@ -58,6 +58,7 @@ class Code(IntEnum):
     FRAME_INVALID = 62
     PROTOCOL_VERSION = 63
     CODEC_MISMATCH = 64
+    MODEL_BEHIND = 65
     # 70: keys, certificates, enrolment
     CERTIFICATE_MISSING = 70
     CERTIFICATE_EXPIRED = 71

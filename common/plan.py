@@ -33,6 +33,10 @@ def _whole(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_whole)]
 
 
+def _off(value: object) -> object:
+    return "off" if value is False else value  # YAML reads the word as false
+
+
 class Section(BaseModel):
     """A part of the plan: unknown keys are refused, and nothing changes after it was read."""
 
@@ -139,7 +143,7 @@ class Local(Section):
     compute: Literal["lean", "plain"] = "lean"
     """`lean`: no padding (or rows of about one length together), nothing that the head does not read, LoRA fused with its layer.
     `plain`: batches as they are drawn, padded to `task.max_length`, by PEFT's own passes. Sums are the same but for rounding."""
-    prefix_cache: Literal["float32", "float16", "off"] = "float32"
+    prefix_cache: Annotated[Literal["float32", "float16", "off"], BeforeValidator(_off)] = "float32"
     """How a client keeps what the layers below the lowest trained one give for each row, under `compute: lean`. `float32` changes
     nothing; `float16` takes half the disk and changes updates by some 1e-5 of their size."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -262,17 +266,31 @@ class Aggregation(Section):
 class Uplink(Section):
     """How updates travel to the coordinator."""
 
-    codec: Literal["none"] = "none"
-    """`none`: 32-bit floats."""
-    bits: Literal[32] = 32
-    """Bits a parameter."""
+    codec: Literal["eden", "blockwise", "topk", "fp16", "none"] = "eden"
+    """`eden`: rotated and quantised, unbiased (Vargaftik et al. 2022). `blockwise`: nearest integers. `topk`: the largest values alone.
+    `fp16`: 16-bit floats. `none`: 32-bit floats."""
+    bits: int | None = Field(default=None, ge=1, le=32)
+    """Bits a parameter: of `eden` 1 to 8, 4 if left out; of `blockwise` 2 to 8, 8 if left out. The others have their own."""
+    share: Number = Field(default=0.1, ge=0.0001, le=1)
+    """Of the values, that `topk` sends."""
+    error_feedback: bool = False
+    """Adds what a round's codec lost to the client's next update (Karimireddy et al. 2019), of which the client keeps a copy as large as
+    the model. For `blockwise`, `topk` and `fp16`, without privacy."""
+
+    @model_validator(mode="after")
+    def _bits_are_the_codecs(self) -> Self:
+        least, most = {"eden": (1, 8), "blockwise": (2, 8), "fp16": (16, 16), "none": (32, 32), "topk": (32, 32)}[self.codec]
+        if self.bits is not None and not least <= self.bits <= most:
+            raise ValueError(f"codec {self.codec} has {least if least == most else f'{least} to {most}'} bits")
+        return self
 
 
 class Downlink(Section):
-    """How the model travels to clients."""
+    """How the model travels to clients that have an older one; others get it whole, as 32-bit floats."""
 
-    codec: Literal["none"] = "none"
-    """`none`: 32-bit floats."""
+    codec: Literal["blockwise", "none"] = "blockwise"
+    """`blockwise`: what was added since, in nearest integers of 8 bits, and this is what the coordinator adds to its own model too: all
+    hold the same. `none`: the whole model."""
 
 
 class Transfer(Section):
@@ -472,6 +490,15 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "local.epochs under differential privacy needs privacy.sample_rate: the number of steps must not depend on true sizes",
             "Set privacy.sample_rate, or local.steps instead of local.epochs.",
         )
+    if plan.transfer.uplink.error_feedback:
+        codec = plan.transfer.uplink.codec
+        if codec in {"eden", "none"}:
+            refuse(f"transfer.uplink.error_feedback with codec: {codec}, which has no lasting error", "Leave error_feedback out.")
+        if plan.private:
+            refuse(
+                "transfer.uplink.error_feedback under differential privacy would carry one round's rows into another",
+                "Leave it out, and use codec: eden, whose errors average out.",
+            )
     if plan.privacy.audit.canaries and plan.privacy.unit not in {"example", "entity"}:
         if plan.private:
             refuse(f"privacy.audit has canaries that are rows, not a {plan.privacy.unit}", "Set privacy.audit.canaries: 0.")
@@ -511,6 +538,11 @@ def _check_rule(plan: Plan, refuse: Callable[[str, str], None]) -> None:
         refuse(
             f"aggregation.rule: {rule} adds to the base's weights each round, and local.prefix_cache keeps what they gave",
             "Set local.prefix_cache: off.",
+        )
+    if plan.transfer.uplink.error_feedback and (len(needs.phases) > 1 or needs.changes_base):
+        refuse(
+            f"transfer.uplink.error_feedback with aggregation.rule: {rule}, whose next round trains other tensors, or another adapter",
+            "Leave it out, and use codec: eden, whose errors average out.",
         )
     if rule == "fedex" and (aggregation.optimizer, aggregation.learning_rate) != ("fedavg", 1.0):
         refuse(

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -27,9 +29,13 @@ if TYPE_CHECKING:
     import torch
     from flwr.app import Array, ConfigRecord, Message, RecordDict
 
+    from lichen.common.codec.codec import Codec, Payload
+
 INLINE = "lichen.safetensors.v1"
+ENCODED = "lichen.codec.v1"
 BY_REFERENCE = "lichen.ref.v1"
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _REFERENCE_BYTES = _DIGEST_BYTES + 8
 MOST = 2**40
 """More rows than a node can hold: a larger count is a mistake or an attack."""
@@ -162,21 +168,108 @@ class PayloadRef:
     """In bytes."""
 
 
-def put_tensors(content: RecordDict, tensors: Mapping[str, torch.Tensor], spool: Path | None, *, durable: bool = True) -> None:
+@dataclass(frozen=True)
+class ChainLink:
+    """One step of a model: what is added to the model of one digest gives that of the next link, or the message's payload."""
+
+    before: str
+    """Hexadecimal SHA-256 of the model that it is added to."""
+    added: PayloadRef
+    """What is added, encoded by the plan's downlink codec."""
+
+
+def put_tensors(content: RecordDict, tensors: Mapping[str, torch.Tensor], spool: Path | None, *, durable: bool = True) -> PayloadRef | None:
     """Add named tensors to a message as one safetensors payload: inline, or as a file of ``spool`` and a reference to it.
 
-    The file is on the disk when this returns, unless it need not be ``durable``.
+    The file is on the disk when this returns, unless it need not be ``durable``. The reference is returned, where there is one.
     """
     from flwr.app import Array, ArrayRecord
     from safetensors.torch import save
 
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    ref = None
     if spool is None:
         data = save(plain)
         array = Array(dtype="uint8", shape=(len(data),), stype=INLINE, data=data)
     else:
-        array = reference(_put_file(plain, spool, durable=durable))
+        ref = _put_file(plain, spool, durable=durable)
+        array = reference(ref)
     content["payload"] = ArrayRecord({"payload": array})
+    return ref
+
+
+def put_update(
+    content: RecordDict, update: Mapping[str, torch.Tensor], codec: Codec | None, seed: int, spool: Path | None, *, durable: bool = True
+) -> None:
+    """Add a client's update to a message, as `put_tensors` does, written by the plan's codec.
+
+    Raises:
+        LichenError: STATE_MISMATCH, if a value is not finite or out of the codec's range.
+    """
+    from flwr.app import Array, ArrayRecord
+
+    if codec is None:
+        put_tensors(content, update, spool, durable=durable)
+        return
+    if spool is None:
+        data = codec.encoded(update, seed=seed)
+        array = Array(dtype="uint8", shape=(len(data),), stype=ENCODED, data=data)
+    else:
+        array = reference(put_encoded(update, codec, seed, spool, durable=durable))
+    content["payload"] = ArrayRecord({"payload": array})
+
+
+def put_encoded(update: Mapping[str, torch.Tensor], codec: Codec, seed: int, spool: Path, *, durable: bool = True) -> PayloadRef:
+    """Write an encoded update to a spool. Raises as `put_update`."""
+    temporary = _temporary(spool)
+    with temporary.open("wb") as file:
+        codec.encode(update, file, seed=seed)
+    return _kept(temporary, spool, durable=durable)
+
+
+def get_update(content: RecordDict, spool: Path | None, codec: Codec | None, like: Mapping[str, torch.Tensor]) -> Payload:
+    """A client's update: its length, form and digest are checked, and, where a codec wrote it, its values too.
+
+    Args:
+        content: the reply's.
+        spool: where its payload lies.
+        codec: the plan's.
+        like: tensors whose names, shapes and types it must have.
+
+    Raises:
+        LichenError: as `get_tensors` and `Codec.open`; STATE_MISMATCH, if it is of other tensors.
+    """
+    from lichen.common.codec.layout import Layout
+    from lichen.common.codec.plain import Tensors
+    from lichen.common.model.adapter import check_fits
+
+    if codec is None:
+        tensors = get_tensors(content, spool)
+        check_fits(tensors, like)
+        return Tensors(tensors)
+    array = _payload_array(content)
+    if array is None:
+        raise LichenError(Code.FRAME_INVALID, "the message has no payload")
+    if array.stype == ENCODED:
+        return codec.open(array.data, Layout.of(like))
+    if spool is None or array.stype != BY_REFERENCE:
+        raise LichenError(Code.FRAME_INVALID, "the payload is not an encoded update, or lies in a spool that this end has not")
+    return codec.open(mapped(spool / _referred(array).digest), Layout.of(like))
+
+
+def mapped(path: Path) -> mmap | bytes:
+    """A file's bytes, memory-mapped.
+
+    Raises:
+        LichenError: PAYLOAD_CORRUPT, if it can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return mmap(file.fileno(), 0, access=ACCESS_READ)
+    except ValueError:  # an empty file has no map
+        return b""
+    except OSError as error:
+        raise LichenError(Code.PAYLOAD_CORRUPT, f"the payload can't be read: {error}") from None
 
 
 def reference(ref: PayloadRef) -> Array:
@@ -193,8 +286,16 @@ def reference(ref: PayloadRef) -> Array:
 def _put_file(tensors: dict[str, torch.Tensor], spool: Path, *, durable: bool) -> PayloadRef:
     from safetensors.torch import save_file
 
-    temporary = spool / f"{os.getpid()}.{threading.get_ident()}.tmp"
+    temporary = _temporary(spool)
     save_file(tensors, temporary)
+    return _kept(temporary, spool, durable=durable)
+
+
+def _temporary(spool: Path) -> Path:
+    return spool / f"{os.getpid()}.{threading.get_ident()}.tmp"
+
+
+def _kept(temporary: Path, spool: Path, *, durable: bool) -> PayloadRef:
     with temporary.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if durable:
@@ -219,6 +320,8 @@ def get_tensors(content: RecordDict, spool: Path | None) -> dict[str, torch.Tens
     try:
         if array.stype == INLINE:
             return dict(load(array.data))
+        if array.stype == ENCODED:
+            raise LichenError(Code.FRAME_INVALID, "the payload is encoded, and tensors were due")
         if spool is None:
             raise LichenError(Code.FRAME_INVALID, "the payload lies in a spool, and this end has none")
         return dict(load_file(spool / _referred(array).digest))
@@ -236,6 +339,34 @@ def payload_refs(message: Message) -> list[PayloadRef]:
     return [_referred(array)]
 
 
+def put_chain(content: RecordDict, links: Sequence[ChainLink]) -> None:
+    """Add what was added to the model since, oldest first: a node that holds one of these models need not fetch the payload whole."""
+    from flwr.app import ArrayRecord
+
+    if links:
+        content["chain"] = ArrayRecord({link.before: reference(link.added) for link in links})
+
+
+def chain_of(message: Message) -> list[ChainLink]:
+    """What a model that the node may hold needs to become the message's payload, oldest first; empty where there is none.
+
+    Raises:
+        LichenError: FRAME_INVALID, if it is none that lichen makes.
+    """
+    record = message.content.array_records.get("chain") if message.has_content() else None
+    links = []
+    for before, array in (record or {}).items():
+        if array.stype != BY_REFERENCE or len(array.data) != _REFERENCE_BYTES or not _DIGEST.fullmatch(before):
+            raise LichenError(Code.FRAME_INVALID, "the message's chain of models is not one that lichen makes")
+        links.append(ChainLink(before, _referred(array)))
+    return links
+
+
+def offered_refs(message: Message) -> list[PayloadRef]:
+    """All that lies beside this message: its payload, and what the node may fetch instead."""
+    return [*payload_refs(message), *(link.added for link in chain_of(message))]
+
+
 def payload_bytes(content: RecordDict) -> int:
     """The payload's length in bytes; 0 where there is none."""
     array = _payload_array(content)
@@ -249,7 +380,13 @@ def _payload_array(content: RecordDict) -> Array | None:
     if record is None:
         return None
     array = record.get("payload")
-    if array is None or len(record) != 1 or array.dtype != "uint8" or len(array.shape) != 1 or array.stype not in {INLINE, BY_REFERENCE}:
+    if (
+        array is None
+        or len(record) != 1
+        or array.dtype != "uint8"
+        or len(array.shape) != 1
+        or array.stype not in {INLINE, ENCODED, BY_REFERENCE}
+    ):
         raise LichenError(Code.FRAME_INVALID, "the message's payload is not one that lichen makes")
     if len(array.data) != array.shape[0] or (array.stype == BY_REFERENCE and len(array.data) != _REFERENCE_BYTES):
         raise LichenError(Code.PAYLOAD_CORRUPT, "the payload's length does not match its description")

@@ -26,7 +26,7 @@ from lichen.common.channel.refusal import refuse
 from lichen.common.channel.spool import Spool
 from lichen.common.channel.transfer import Locks
 from lichen.common.errors import Code, LichenError
-from lichen.common.records import error_reply, message_from_bytes, message_to_bytes, payload_refs
+from lichen.common.records import error_reply, message_from_bytes, message_to_bytes, offered_refs
 from lichen.coordinator.admission import admit, one_line, revoked
 from lichen.coordinator.grid import Arrivals, GrpcGrid
 from lichen.coordinator.session import Session, take_hello
@@ -177,7 +177,7 @@ class FleetServer:
 
     def collect(self, keep: Iterable[str] = (), *, min_age: float = 600.0) -> int:
         """Remove the spool's payloads that no live message refers to, but ``keep``; returns the bytes freed."""
-        live = {ref.digest for data in self.store.live_messages() for ref in payload_refs(message_from_bytes(data))}
+        live = {ref.digest for data in self.store.live_messages() for ref in offered_refs(message_from_bytes(data))}
         return self.spool.collect(live.union(keep), min_age=min_age)
 
     # Messages out and replies in
@@ -197,7 +197,7 @@ class FleetServer:
             framing.check_message_id(row[0])
             if len(row[3]) > framing.MAX_ENVELOPE:
                 raise LichenError(Code.FRAME_INVALID, f"a message of {len(row[3])} bytes", fix="Put its tensors in the spool.")
-            for ref in payload_refs(message):
+            for ref in offered_refs(message):
                 if self.spool.length(ref.digest) != ref.length:
                     raise LichenError(Code.FRAME_INVALID, "a message's payload is not in the spool", where=ref.digest)
         self.store.put_outbox(rows)

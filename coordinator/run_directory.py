@@ -15,6 +15,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.statement import make_statement
 from lichen.common.private_files import write_private
+from lichen.common.records import ChainLink, PayloadRef
 from lichen.common.result import Result, Round, write_atomically
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class ServerState:
     """By kind of message the clients that have no privacy budget left for it: they are not asked again."""
     clip: float | None = None
     """Under `unit: client`: of the next round."""
+    chain: list[ChainLink] = field(default_factory=list)
+    """What was added to the model in the last rounds, oldest first, as far as it is kept."""
+    held: dict[str, str] = field(default_factory=dict)
+    """By client the digest of the model that it had last; under `unit: client` not kept in the checkpoint."""
     told: Round | None = None
     """The last round's line, which is told only when its model is scored; None under `unit: client`, where the operator's has it."""
 
@@ -176,6 +181,8 @@ class RunDirectory:
             "evaluated": state.evaluated,
             "exhausted": state.exhausted,
             "clip": state.clip,
+            "chain": [[link.before, link.added.digest, link.added.length] for link in state.chain],
+            "held": {} if self.plan.central else state.held,
             "told": state.told.model_dump_json() if state.told else None,
         }
         final = self._checkpoint(state.round)
@@ -221,6 +228,8 @@ class RunDirectory:
             evaluated=history(about["evaluated"]),
             exhausted=about.get("exhausted", {}),
             clip=about.get("clip"),
+            chain=[ChainLink(before, PayloadRef(digest, length)) for before, digest, length in about.get("chain", [])],
+            held=about.get("held", {}),
             told=Round.model_validate_json(told) if (told := about.get("told")) else None,
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.records import message_from_bytes, payload_refs
+from lichen.common.records import message_from_bytes, offered_refs
 from lichen.coordinator.fleet import FleetServer
 from lichen.coordinator.grid import COORDINATOR_NODE_ID, GrpcGrid
 from lichen.coordinator.store import Run, Store
@@ -64,7 +64,7 @@ class RunGrid(GrpcGrid):
 
 
 def _digests(messages: Iterable[bytes]) -> set[str]:
-    return {ref.digest for data in messages for ref in payload_refs(message_from_bytes(data))}
+    return {ref.digest for data in messages for ref in offered_refs(message_from_bytes(data))}
 
 
 class Runner:

@@ -14,7 +14,7 @@ from lichen.common.channel import framing
 from lichen.common.channel.fleet_pb2 import Cancel, CoordinatorFrame, Envelope, LedgerState, Receipt, Welcome
 from lichen.common.channel.transfer import Link, PayloadMissingError, next_frame
 from lichen.common.errors import Code, LichenError
-from lichen.common.records import message_from_bytes, payload_refs
+from lichen.common.records import message_from_bytes, offered_refs, payload_refs
 from lichen.coordinator.admission import revoked
 from lichen.coordinator.store import Node
 
@@ -79,7 +79,7 @@ class Session:
         data = await asyncio.to_thread(self._fleet.store.message, message_id)
         if data is None:
             return None  # answered or withdrawn meanwhile
-        self.link.offer(message_id, payload_refs(message_from_bytes(data)))
+        self.link.offer(message_id, offered_refs(message_from_bytes(data)))
         return CoordinatorFrame(envelope=Envelope(message_id=message_id, message=data))
 
     def cancel(self, message_ids: list[str]) -> None:

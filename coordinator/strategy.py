@@ -17,14 +17,18 @@ from flwr.serverapp.strategy import Strategy
 
 from lichen.common import records
 from lichen.common.aggregation import MERGED, part_of, rank_of, update_like
+from lichen.common.codec.codec import Payload
+from lichen.common.codec.layout import Layout
+from lichen.common.codec.registry import downlink_codec, uplink_codec
 from lichen.common.errors import Code, LichenError, name_of
-from lichen.common.model.adapter import State, check_finite, check_fits, check_state
+from lichen.common.model.adapter import State, check_finite
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import MOST_NOISE, planned_evaluation, planned_steps
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
 from lichen.coordinator.aggregation import make_rule
 from lichen.coordinator.aggregation.central_dp import CentralDP
-from lichen.coordinator.optimizers import apply_update
+from lichen.coordinator.downlink import Downlink
+from lichen.coordinator.optimizers import server_step
 from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
 from lichen.coordinator.scoring import Beside
 
@@ -108,6 +112,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._scoring = Beside(here=not beside)
         self._used: list[int] = []
         self._simulated = result.engine in {"inprocess", "ray"}
+        self._codec = uplink_codec(plan.transfer.uplink)
+        self._downlink = Downlink(downlink_codec(plan.transfer.downlink), spool)
         self._central = CentralDP(plan, secret=result.privacy.noise == "secret") if plan.central else None
 
     def summary(self) -> None:
@@ -136,7 +142,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             LichenError: COHORT_TOO_SMALL, if fewer than `cohort.minimum` are usable; never under `unit: client`.
         """
         if self._central:
-            self._step(self._release(self._central, server_round, replies).update)
+            self._step(self._release(self._central, server_round, replies).update, {})
             return self._arrays(), None
         total, usable = self._sum_of(server_round, replies)
         if len(usable) < self.plan.cohort.minimum:
@@ -147,8 +153,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 where=f"round {server_round}",
                 fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )
-        self._step(total.change())
-        self.state.model = total.after_step(self.state.model)
+        self._step(total.change(), total.restart())
         if not self.plan.private:
             reports = [one.report for one in usable]
             weight = sum(report.examples or 0 for report in reports)
@@ -162,40 +167,46 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         others are added anew: who sends such an update is refused alone, and the sum is the same as without it.
         """
         total, usable = make_rule(self.plan, round, self.state.model), []
-        for one, update in self._usable(round, replies, check_fits):
+        for one, update in self._usable(round, replies):
             usable.append(one)
             total.add(update, one.weight, one.rank)
         if not total.finite():
             usable = [one for one in usable if self._is_finite(one)]
             total = make_rule(self.plan, round, self.state.model)
             for one in usable:
-                total.add(self._update(one.message), one.weight, one.rank)
+                total.add(self._update(one), one.weight, one.rank)
         self._count(usable)
         return total, usable
 
-    def _usable(self, round: int, replies: Iterable[Message], check: Callable[[State, State], None]) -> Iterator[tuple[_Usable, State]]:
-        """The updates that pass ``check``, one at a time, in the order of the clients' names so that sums repeat."""
+    def _usable(self, round: int, replies: Iterable[Message]) -> Iterator[tuple[_Usable, Payload]]:
+        """The updates that fit what was asked for, one at a time, in the order of the clients' names so that sums repeat.
+
+        Whether values are finite is known where a codec wrote them.
+        """
         for report, message in sorted(self._reports(records.TrainReport, round, replies), key=lambda found: found[0].client):
             try:
                 weight = self._weight(report)  # from here on the update has left its node, and is paid for, whether it is usable or not
-                update = self._update(message)
-                rank = rank_of(self.plan, report.client, simulated=self._simulated)
-                check(update, update_like(self.plan, round, rank, self.state.model))
+                one = _Usable(report, message, weight, rank_of(self.plan, report.client, simulated=self._simulated))
+                update = self._update(one)
             except LichenError as error:
                 self._failed(report.client, error.code, error.what)
                 continue
-            yield _Usable(report, message, weight, rank), update
+            yield one, update
 
     def _is_finite(self, one: _Usable) -> bool:
         try:
-            check_finite(self._update(one.message))
+            check_finite(self._update(one).decoded(Layout.of(self._like(one))))
         except LichenError as error:
             self._failed(one.report.client, error.code, error.what)
             return False
         return True
 
-    def _update(self, message: Message) -> State:
-        return records.get_tensors(message.content, self._spool)
+    def _update(self, one: _Usable) -> Payload:
+        return records.get_update(one.message.content, self._spool, self._codec, self._like(one))
+
+    def _like(self, one: _Usable) -> State:
+        """Tensors as this update must have them."""
+        return update_like(self.plan, one.report.round, one.rank, self.state.model)
 
     def _count(self, usable: list[_Usable]) -> None:
         """Put into the round's line what was used, and who failed."""
@@ -210,9 +221,10 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             like = update_like(self.plan, round, self.plan.model.adapter.rank, self.state.model)
             total = central.sum_of(like, self.state.clip or self.plan.privacy.clip)
             usable = []
-            for one, update in self._usable(round, replies, check_state):
-                usable.append(one)
-                total.add(update, within=one.report.within_clip is not False)
+            for one, update in self._usable(round, replies):
+                if self._is_finite(one):
+                    usable.append(one)
+                    total.add(update.decoded(Layout.of(like)), within=one.report.within_clip is not False)
             self._count(usable)
             release = central.release(total, round)
             self.directory.save_release(round, release)
@@ -220,9 +232,10 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.state.clip = release.clip
         return release
 
-    def _step(self, change: State) -> None:
+    def _step(self, change: State, restart: State) -> None:
         state = self.state
-        state.model, state.velocity, state.squares = apply_update(state.model, change, state.velocity, state.squares, self.plan.aggregation)
+        step, state.velocity, state.squares = server_step(change, state.velocity, state.squares, self.plan.aggregation)
+        state.model = self._downlink.add(step | restart, state)
 
     # --- federated evaluation ---
 
@@ -413,13 +426,15 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         assignment = records.Assignment(plan=self.plan.canonical_json(), plan_sha256=self.plan.sha256(), round=round, clip=clip)
         for node in nodes:
             content = RecordDict({"assignment": records.to_config(assignment), "payload": arrays})
-            self._told.downlink_bytes = (self._told.downlink_bytes or 0) + records.payload_bytes(content)
+            records.put_chain(content, self.state.chain)
+            self._told.downlink_bytes = (self._told.downlink_bytes or 0) + self._downlink.bytes_for(self._name(node), content, self.state)
             yield grid.create_message(content, kind, node, str(round))
 
     def _ask(self, grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
         replies = list(grid.send_and_receive(messages, timeout=timeout))
         kinds = {message.metadata.dst_node_id: message.metadata.message_type for message in messages}
         for reply in replies:
+            self._downlink.arrived(self._name(reply.metadata.src_node_id), self.state)
             if reply.has_error() and reply.error.code == Code.PRIVACY_BUDGET:
                 self._drop_out(kinds[reply.metadata.src_node_id], self._name(reply.metadata.src_node_id))
         answered = {reply.metadata.src_node_id for reply in replies}
@@ -494,9 +509,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._told.errors[client] = None if code is None else int(code)
 
     def _arrays(self) -> ArrayRecord:
-        content = RecordDict()
-        records.put_tensors(content, self.state.model, self._spool)
-        return content.array_records["payload"]
+        return self._downlink.arrays(self.state)
 
     def _sum_up(self, seconds: float) -> None:
         """Bring `result.json` up to date with its rounds."""

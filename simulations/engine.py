@@ -175,7 +175,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
 
 def _collect(spool: Path, asked: list[Message]) -> None:
     """Remove the payloads that no message refers to: who sends has read all that came before."""
-    needed = {ref.digest for message in asked for ref in records.payload_refs(message)}
+    needed = {ref.digest for message in asked for ref in records.offered_refs(message)}
     for path in spool.iterdir():
         if path.name not in needed:
             path.unlink()

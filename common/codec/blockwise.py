@@ -54,18 +54,17 @@ class BlockwisePayload(Payload):
     """An update by `Blockwise`."""
 
     def __init__(self, codec: Blockwise, body: memoryview, count: int) -> None:
-        self._codec, self._body, self.count = codec, body, count
-        self.parts = -(-count // PIECE)
+        super().__init__(count)
+        self._codec, self._body = codec, body
         for part in range(self.parts):
             check_scales(np.frombuffer(self._piece(part)[0], "<f4"))
 
-    def add_part(self, total: torch.Tensor, weight: float, part: int) -> None:
-        """Add weight × one piece."""
+    def values(self, part: int) -> torch.Tensor:
+        """One piece's values."""
         scales, packed = self._piece(part)
         values = self._codec.lookup(np.frombuffer(packed, np.uint8)).reshape(-1, BLOCK)
         values *= np.frombuffer(scales, "<f4")[:, None]
-        here = total[part * PIECE : (part + 1) * PIECE]
-        here.add_(torch.from_numpy(values.reshape(-1))[: len(here)], alpha=weight)
+        return torch.from_numpy(values.reshape(-1))
 
     def _piece(self, part: int) -> tuple[memoryview, memoryview]:
         blocks = -(-min(PIECE, self.count - part * PIECE) // BLOCK)

@@ -1,8 +1,8 @@
-"""What every codec is: an update to bytes, and bytes added to a running sum, a part at a time.
+"""What every codec is: an update to bytes, and bytes to values, a part at a time.
 
-A payload is a header, the codec's body, and the SHA-256 of both. Its length follows from the plan's codec and model alone, so a payload
-is refused by its length before any number in it is used. Names and shapes are not in it, but their digest: both ends have them from the
-plan's model.
+A payload is a header, the codec's body, and 16 bytes of the SHA-256 of both. Its length follows from the plan's codec and model alone, so
+a payload is refused by its length before any number in it is used. Names and shapes are not in it, but their digest: both ends have them
+from the plan's model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import chain
 from mmap import mmap
@@ -26,7 +26,7 @@ from lichen.common.model.adapter import State
 MAGIC, VERSION = b"lich", 1
 _HEADER = struct.Struct("<4sBBHQQ16s")  # magic, version, codec, its parameter, seed, count, layout's digest
 Array = np.ndarray[tuple[int], np.dtype[Any]]
-_DIGEST = hashlib.sha256().digest_size
+_DIGEST = 16  # bytes of the SHA-256: against damage; where a payload travels beside its message, its name has all of them
 OVERHEAD = _HEADER.size + _DIGEST
 LARGEST = 1e30
 """A value, or norm of a block, above this is no model's; up to it, what is decoded is finite in 32-bit floats."""
@@ -37,45 +37,56 @@ PIECE = 65_536
 
 
 class Payload(ABC):
-    """An encoded update, checked: adding it can't fail.
+    """An update that others can be added to: checked, so that reading it can't fail.
 
     Attributes:
         count: values in it.
-        parts: pieces that it can be added in; as many for every payload of the same codec and count.
+        parts: pieces that it is read in; as many for every payload of the same codec and count.
     """
 
-    count: int
-    parts: int
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.parts = -(-count // PIECE)
 
     @abstractmethod
-    def add_part(self, total: torch.Tensor, weight: float, part: int) -> None:
-        """Add weight × one part to a running sum: ``total`` has shape (count), in 32- or 64-bit floats."""
+    def values(self, part: int) -> torch.Tensor:
+        """One part's values, in 32-bit floats (one dimension), in the order of `places`; there may be more than these take."""
 
-    def add(self, total: torch.Tensor, weight: float = 1.0) -> None:
-        """Add weight × the update to a running sum."""
-        add_all(total, [(self, weight)])
+    def places(self, flat: torch.Tensor, part: int) -> list[torch.Tensor]:
+        """Where a part's values lie in a flat vector (shape (count)): views of it."""
+        return [flat[part * PIECE : (part + 1) * PIECE]]
 
     def decoded(self, layout: Layout) -> State:
         """The update as named tensors."""
-        flat = torch.zeros(self.count)
-        self.add(flat)
+        flat = torch.empty(self.count, dtype=layout.dtype)
+        for part in range(self.parts):
+            for view, values in placed(self, flat, part, self.values(part)):
+                view.copy_(values)
         return layout.split(flat)
 
 
-def add_all(total: torch.Tensor, weighted: Iterable[tuple[Payload, float]]) -> None:
-    """Add payloads of one codec and count: ``total`` passes through memory once for all of them.
+def placed(payload: Payload, flat: torch.Tensor, part: int, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of a flat vector, each with those of a part's values that belong there, in its shape."""
+    begin = 0
+    for view in payload.places(flat, part):
+        yield view, values[begin : begin + view.numel()].view(view.shape)
+        begin += view.numel()
 
-    Each value is summed in the order given.
 
-    Raises:
-        LichenError: INTERNAL, if their counts differ from the total's.
+def sums(weighted: Sequence[tuple[Payload, float]]) -> Iterator[tuple[int, torch.Tensor]]:
+    """The weighted sum of payloads of one codec and count, a part at a time, in 64 bits; each value is summed in the order given.
+
+    Yields:
+        The part's number, and its sum, in the order of `Payload.places`; it may be overwritten.
     """
-    weighted = list(weighted)
-    if any(payload.count != total.numel() or payload.parts != weighted[0][0].parts for payload, _ in weighted):
-        raise LichenError(Code.INTERNAL, "updates of several sizes or codecs can't be added")
-    for part in range(weighted[0][0].parts if weighted else 0):
+    for part in range(weighted[0][0].parts):
+        total: torch.Tensor | None = None
         for payload, weight in weighted:
-            payload.add_part(total, weight, part)
+            values = payload.values(part)
+            # with weights that count rows, a product is exact in 64 bits: not even a fused multiply-add makes a difference
+            total = (torch.zeros(len(values), dtype=torch.float64) if total is None else total).add_(values, alpha=weight)
+        if total is not None:
+            yield part, total
 
 
 class Codec(ABC):
@@ -115,7 +126,7 @@ class Codec(ABC):
         for block in chain([memoryview(header)], (array.data for array in self._body(source, seed))):
             digest.update(block)
             into.write(block)
-        into.write(digest.digest())
+        into.write(digest.digest()[:_DIGEST])
 
     def encoded(self, update: Mapping[str, torch.Tensor], *, seed: int = 0) -> bytes:
         """The same as bytes."""
@@ -156,7 +167,7 @@ class Codec(ABC):
             raise LichenError(Code.STATE_MISMATCH, f"an update of {count} values for a model of {layout.count}, or of other tensors")
         if len(view) != self.length(count):
             raise corrupt(f"{len(view)} bytes, not {self.length(count)}")
-        if hashlib.sha256(view[:-_DIGEST]).digest() != view[-_DIGEST:]:
+        if hashlib.sha256(view[:-_DIGEST]).digest()[:_DIGEST] != view[-_DIGEST:]:
             raise corrupt("its digest is another")
         return self._payload(view[_HEADER.size : -_DIGEST], count, seed)
 

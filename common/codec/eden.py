@@ -3,13 +3,15 @@
 With rotation R, y = R x and the levels ĉ nearest to z = y·√n/‖y‖, a block decodes to R⁻¹ ĉ·‖y‖²/⟨y, ĉ⟩. Its expected squared error is
 D/(1 − D) of ‖x‖², where D is the quantiser's on a normal distribution: π/2 − 1 at 1 bit, .0096 at 4.
 
-The flat vector lies in 64 rows. A group of blocks (`GROUP`, the last has fewer) takes a run of 64 values for each of its blocks from
-every row, and deals them to the blocks in turn: each tensor is spread over many blocks, and memory is read in runs. A group's bytes are
-one 32-bit scale a block, then the codes, packed.
+The whole blocks of the flat vector lie in 64 rows. A group of blocks (`GROUP`, the last has fewer) takes a run of 64 values for each of
+its blocks from every row, and deals them to the blocks in turn: each tensor is spread over many blocks, and memory is read in runs. A
+group's bytes are one 32-bit scale a block, then the codes, packed. What is left at the end are blocks of 2048, 1024, … 64 values, at most
+one of each but the last, which is filled up with zeros: scale and codes of each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,8 +20,8 @@ import torch
 from lichen.common.codec import levels
 from lichen.common.codec.codec import LARGEST, SMALLEST, Array, Codec, Payload, check_scales
 from lichen.common.codec.layout import Flat, Floats, check_range, room
-from lichen.common.codec.packing import Lookup, pack
-from lichen.common.codec.rotation import BLOCK, GROUP, SIDE, hadamard, signs, sums
+from lichen.common.codec.packing import Bytes, Lookup, pack
+from lichen.common.codec.rotation import BLOCK, GROUP, SIDE, hadamard, hadamard_of, signs, sums
 
 
 class Eden(Codec):
@@ -37,16 +39,16 @@ class Eden(Codec):
         self._levels = levels.levels(bits)[self._codes]
         self.lookup = Lookup(levels.levels(bits), bits)
 
-    def group_length(self, width: int) -> int:
-        """Bytes of a group of so many blocks."""
-        return width * (4 + BLOCK * self.bits // 8)
+    def group_length(self, width: int, size: int = BLOCK) -> int:
+        """Bytes of so many blocks of a size."""
+        return width * (4 + size * self.bits // 8)
 
     def _body_length(self, count: int) -> int:
-        return self.group_length(_blocks(count))
+        return self.group_length(count // BLOCK) + sum(self.group_length(1, size) for size in _tail(count))
 
     def _body(self, source: Flat, seed: int) -> Iterator[Array]:
-        blocks = _blocks(source.count)
-        sign = signs(seed, min(blocks, GROUP))
+        blocks = source.count // BLOCK
+        sign = signs(seed, max(min(blocks, GROUP), 1))
         buffers = room(2, min(blocks, GROUP) * BLOCK)
         for start in range(0, blocks, GROUP):
             width = min(GROUP, blocks - start)
@@ -54,18 +56,24 @@ class Eden(Codec):
             for number, row in enumerate(values.reshape(SIDE, -1)):
                 source.read((number * blocks + start) * SIDE, row)
             values *= sign[: len(values)]
-            yield from self._quantised(hadamard(values, spare), width)
+            yield from self._quantised(hadamard(values, spare), width, SIDE)
+        begin = blocks * BLOCK
+        for size in _tail(source.count):
+            values = room(size)
+            source.read(begin, values)
+            begin += size
+            yield from self._quantised(hadamard_of(values * sign[:size]), 1, math.sqrt(size))
 
-    def _quantised(self, rotated: Floats, width: int) -> Iterator[Array]:
-        """The scales and codes of a group, from 64 times its rotated values."""
+    def _quantised(self, rotated: Floats, width: int, root: float) -> Iterator[Array]:
+        """The scales and codes of so many interleaved blocks, from √n times their rotated values, where ``root`` is √n."""
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
-            norms = np.sqrt(sums(np.square(rotated, dtype=np.float64)))
-            check_range(norms.max() / SIDE, LARGEST)
-        used = norms > SMALLEST * SIDE
-        gains = np.divide(SIDE, norms, out=np.zeros(width), where=used).astype(np.float32)
-        normal = (rotated.reshape(SIDE, -1) * np.tile(gains, SIDE)).reshape(-1)
+            norms = np.sqrt(sums(np.square(rotated, dtype=np.float64), width))
+            check_range(norms.max() / root, LARGEST)
+        used = norms > SMALLEST * root
+        gains = np.divide(root, norms, out=np.zeros(width), where=used).astype(np.float32)
+        normal = (rotated.reshape(SIDE, -1) * np.tile(gains, len(rotated) // SIDE // width)).reshape(-1)
         cells = (normal * levels.CELLS_PER_UNIT + levels.MIDDLE).astype(np.intp)
-        along = sums(normal * self._levels.take(cells, mode="clip"))
+        along = sums(normal * self._levels.take(cells, mode="clip"), width)
         yield np.divide(norms, along, out=np.zeros(width), where=used).astype("<f4")
         yield pack(self._codes.take(cells, mode="clip"), self.bits)
 
@@ -74,38 +82,55 @@ class Eden(Codec):
 
 
 class EdenPayload(Payload):
-    """An update by `Eden`; see there for the order of its bytes."""
+    """An update by `Eden`; see there for the order of its bytes. Its last part is what is left beside whole blocks."""
 
     def __init__(self, codec: Eden, body: memoryview, count: int, seed: int) -> None:
-        self._codec, self._body, self.count = codec, body, count
-        self._blocks = _blocks(count)
-        self.parts = -(-self._blocks // GROUP)
-        for part in range(self.parts):
+        super().__init__(count)
+        self._codec, self._body = codec, body
+        self._blocks = count // BLOCK
+        self._groups = -(-self._blocks // GROUP)
+        self.parts = self._groups + (count % BLOCK > 0)
+        for part in range(self._groups):
             check_scales(self._group(part)[0])
-        self._signs = signs(seed, min(self._blocks, GROUP))
+        for scale, _, _ in self._tail():
+            check_scales(scale)
+        self._signs = signs(seed, max(min(self._blocks, GROUP), 1))
 
-    def add_part(self, total: torch.Tensor, weight: float, part: int) -> None:
-        """Add weight × one group."""
+    def values(self, part: int) -> torch.Tensor:
+        """One group's values, by rows."""
+        if part == self._groups:
+            ends = (hadamard_of(self._codec.lookup(packed) * (scale / root)) for scale, packed, root in self._tail())
+            return torch.from_numpy(np.concatenate([values * self._signs[: len(values)] for values in ends]))
         scales, packed = self._group(part)
         values = self._codec.lookup(packed)
         values.reshape(SIDE, -1)[...] *= np.tile(scales / SIDE, SIDE)
         values = hadamard(values, room(len(values)))
         values *= self._signs[: len(values)]
-        rows = torch.from_numpy(values).view(SIDE, -1)
-        first, stride = part * GROUP * SIDE, self._blocks * SIDE
-        last = first + rows.shape[1]
-        whole, rest = divmod(self.count, stride)
-        total[: whole * stride].view(whole, stride)[:, first:last].add_(rows[:whole], alpha=weight)
-        if rest > first:  # the row in which the update ends
-            end = total[whole * stride + first : whole * stride + min(last, rest)]
-            end.add_(rows[whole, : len(end)], alpha=weight)
+        return torch.from_numpy(values)
 
-    def _group(self, part: int) -> tuple[Floats, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+    def places(self, flat: torch.Tensor, part: int) -> list[torch.Tensor]:
+        """A run of each row, or the end."""
+        stride, first = self._blocks * SIDE, part * GROUP * SIDE
+        if part == self._groups:
+            return [flat[self._blocks * BLOCK :]]
+        return [flat[: self._blocks * BLOCK].view(SIDE, stride)[:, first : first + GROUP * SIDE]]
+
+    def _group(self, part: int) -> tuple[Floats, Bytes]:
         begin = self._codec.group_length(part * GROUP)
         width = min(GROUP, self._blocks - part * GROUP)
         group = self._body[begin : begin + self._codec.group_length(width)]
         return np.frombuffer(group[: 4 * width], "<f4"), np.frombuffer(group[4 * width :], np.uint8)
 
+    def _tail(self) -> Iterator[tuple[Floats, Bytes, np.float32]]:
+        """Scale, packed codes and √n of each block after the whole ones."""
+        begin = self._codec.group_length(self._blocks)
+        for size in _tail(self.count):
+            block = self._body[begin : begin + self._codec.group_length(1, size)]
+            begin += len(block)
+            yield np.frombuffer(block[:4], "<f4"), np.frombuffer(block[4:], np.uint8), np.float32(math.sqrt(size))
 
-def _blocks(count: int) -> int:
-    return -(-count // BLOCK)
+
+def _tail(count: int) -> list[int]:
+    """Sizes of the blocks that hold what is left beside whole ones."""
+    left = -(-(count % BLOCK) // SIDE) * SIDE
+    return [size for size in (BLOCK >> shift for shift in range(1, 7)) if left & size] if left < BLOCK else [BLOCK]

@@ -56,9 +56,18 @@ def _over_rows(values: Floats, spare: Floats) -> None:
         values, spare = spare, values
 
 
-def sums(terms: Floats) -> Floats:
-    """The sum over each of interleaved blocks, by halves: shape (blocks) from (BLOCK·blocks)."""
-    width = len(terms) // BLOCK
+def hadamard_of(block: Floats) -> Floats:
+    """√n times the orthonormal Hadamard transform of one block of n values, a power of two; it is its own inverse, but for n."""
+    stride = len(block) // 2
+    while stride:
+        pairs = block.reshape(-1, 2, stride)
+        block = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(-1)
+        stride //= 2
+    return block
+
+
+def sums(terms: Floats, width: int) -> Floats:
+    """The sum over each of so many interleaved blocks, by halves: shape (width) from (width·2^k)."""
     while len(terms) > width:
         half = len(terms) // 2
         terms = terms[:half] + terms[half:]

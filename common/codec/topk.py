@@ -73,18 +73,20 @@ class TopKPayload(Payload):
     """An update by `TopK`."""
 
     def __init__(self, places: NDArray[np.uint32], values: NDArray[np.float32], count: int) -> None:
-        self._places, self._values, self.count = places, values, count
-        self.parts = -(-len(places) // PIECE)
+        super().__init__(count)
+        self._places, self._values = places, values
         if len(places) and (places[-1] >= count or not (places[1:] > places[:-1]).all()):
             raise corrupt("its places are not ascending, or not in the model")
         if not np.isfinite(values).all():
             raise corrupt("it holds values that are not finite")
 
-    def add_part(self, total: torch.Tensor, weight: float, part: int) -> None:
-        """Add weight × some of the values."""
-        here = slice(part * PIECE, (part + 1) * PIECE)
-        places, values = self._places[here].astype(np.int64), self._values[here].astype(np.float32)
-        total.index_add_(0, torch.from_numpy(places), torch.from_numpy(values).to(total.dtype), alpha=weight)
+    def values(self, part: int) -> torch.Tensor:
+        """The values of a piece, most of them zero."""
+        limits = np.array([part * PIECE, min((part + 1) * PIECE, self.count)], np.uint32)  # of another type, all places would be copied
+        begin, end = np.searchsorted(self._places, limits)
+        found = np.zeros(min(PIECE, self.count - part * PIECE), np.float32)
+        found[self._places[begin:end].astype(np.int64) - part * PIECE] = self._values[begin:end]
+        return torch.from_numpy(found)
 
 
 def _pieces(source: Flat) -> Iterator[tuple[int, NDArray[np.float32]]]:

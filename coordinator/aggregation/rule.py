@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
+from lichen.common.aggregation import update_like
+from lichen.common.codec.layout import Layout
 from lichen.coordinator.aggregation.fedavg import FedAvg
 
 if TYPE_CHECKING:
+    from lichen.common.codec.codec import Payload
     from lichen.common.model.adapter import State
     from lichen.common.plan import Plan
 
@@ -26,13 +27,20 @@ class Rule(ABC):
 
     def __init__(self, plan: Plan, round: int, model: State) -> None:
         self.plan, self.round, self.model = plan, round, model
+        self._layouts: dict[int, Layout] = {}
+
+    def layout(self, rank: int) -> Layout:
+        """Of the update of a client of this rank."""
+        if rank not in self._layouts:
+            self._layouts[rank] = Layout.of(update_like(self.plan, self.round, rank, self.model))
+        return self._layouts[rank]
 
     @abstractmethod
-    def add(self, update: Mapping[str, torch.Tensor], weight: float, rank: int) -> None:
+    def add(self, update: Payload, weight: float, rank: int) -> None:
         """Add one client's update; it must not change until `change` or `finite` was called.
 
         Args:
-            update: trained minus received tensors, as `aggregation.update_like` describes them.
+            update: trained minus received tensors, of `layout`.
             weight: above 0.
             rank: of the client.
         """
@@ -43,15 +51,15 @@ class Rule(ABC):
 
     @abstractmethod
     def change(self) -> State:
-        """What the server optimizer is to add to the model: some of its tensors; those that are not among them stay as they are.
+        """What the server optimizer is to move the model by: some of its tensors; those that are not among them stay as they are.
 
         Raises:
             LichenError: ROUND_FAILED, if nothing was added; STATE_MISMATCH, if a value of what was added is not finite.
         """
 
-    def after_step(self, model: State) -> State:
-        """The model that the next round begins with, from the one that the server optimizer made."""
-        return model
+    def restart(self) -> State:
+        """What is added to other tensors of the model, past the server optimizer, so that the next round starts afresh."""
+        return {}
 
 
 class Summed(NamedTuple):
@@ -70,9 +78,11 @@ class SumRule(Rule):
         super().__init__(plan, round, model)
         self._sums: dict[int, FedAvg] = {}
 
-    def add(self, update: Mapping[str, torch.Tensor], weight: float, rank: int) -> None:
+    def add(self, update: Payload, weight: float, rank: int) -> None:
         """Add one client's update."""
-        self._sums.setdefault(rank, FedAvg()).add(update, weight)
+        if rank not in self._sums:
+            self._sums[rank] = FedAvg(self.layout(rank).dtype)
+        self._sums[rank].add(update, weight)
 
     def finite(self) -> bool:
         """Whether every value so far is finite."""
@@ -81,7 +91,7 @@ class SumRule(Rule):
     def change(self) -> State:
         """What `combined` makes of the sums."""
         sums = self._sums or {self.plan.model.adapter.rank: FedAvg()}
-        return self.combined({rank: Summed(total.mean(), total.weight) for rank, total in sorted(sums.items())})
+        return self.combined({rank: Summed(self.layout(rank).split(total.mean()), total.weight) for rank, total in sorted(sums.items())})
 
     @abstractmethod
     def combined(self, sums: Mapping[int, Summed]) -> State:

@@ -16,6 +16,8 @@ import torch
 from flwr.app import RecordDict
 
 from lichen.common import records
+from lichen.common.codec.layout import Layout
+from lichen.common.codec.plain import Tensors
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State, check_fits, check_state
 from lichen.coordinator.aggregation.fedavg import FedAvg
@@ -123,8 +125,8 @@ def _updates(
 def _mean(weighted: list[tuple[RecordDict, float]], spool: Path, like: State) -> State:
     total = FedAvg()
     for update, weight in _updates(weighted, spool, like, check_fits):
-        total.add(update, weight)
-    return total.mean()
+        total.add(Tensors(update), weight)
+    return Layout.of(like).split(total.mean())
 
 
 def _naive(weighted: list[tuple[RecordDict, float]], spool: Path, like: State) -> None:

@@ -332,7 +332,7 @@ def rules(
     for found in bench_aggregation(*asked, equal_bytes=equal_bytes, settings=settings or (), keep=keep):
         runs.append(found)
         console.print(
-            f"{found['ranks']} ranks, {found['rule']}, ε {found['epsilon']:g}, seed {found['seed']}: accuracy {found['accuracy']:.4f} after "
+            f"{found['ranks']} ranks, {found['rule']}, ε {found['epsilon']:g}, seed {found['seed']}: accuracy {found['accuracy']:.4f}, "
             f"{found['rounds']} rounds, {found['uplink_bytes'] / 1e6:.2f} MB up, {found['seconds']:.0f} s",
             highlight=False,
         )

@@ -74,6 +74,7 @@ def plan_of(compute: str, rounds: int, data: Path, clients: int, sample_rate: fl
             "cohort": {"size": COHORT, "minimum": COHORT, "deadline_s": 3600},
             "local": {"epochs": 1, "batch_size": model.batch, "optimizer": "adamw", "learning_rate": 3e-4, "compute": compute},
             "privacy": private if sample_rate else {"unit": "none"},
+            "transfer": {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}},  # as the peers' travel, and weights are compared
             "evaluation": {"every": rounds, "validation_fraction": 0},
             "simulation": {"clients": clients, "partition": "iid", "data": {"path": str(data)}},
         }

@@ -64,7 +64,7 @@ WORKER = {
     "noise": "common.privacy.per_unit:NoisyOptimizer.add_noise",
     "optimizer": "torch.optim:SGD.step",
     "release": "client.ledger:Ledger.released",
-    "encode": "common.records:put_tensors",
+    "encode": "common.records:put_update",
     "trim": "client.worker:trim",
 }
 

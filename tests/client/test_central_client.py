@@ -31,7 +31,8 @@ OPTED_IN = "unnoised_updates_to_coordinator: allow\nprivacy: {require: [example,
 @pytest.fixture
 def plan_of(tiny_plan: dict[str, Any]) -> Callable[..., Plan]:
     def make(local: dict[str, Any] | None = None, **privacy: Any) -> Plan:
-        sections = {"cohort": {"size": 20, "population": 40}, "privacy": CENTRAL | privacy}
+        as_it_is = {"uplink": {"codec": "none"}}
+        sections = {"cohort": {"size": 20, "population": 40}, "privacy": CENTRAL | privacy, "transfer": as_it_is}
         return parse_plan(tiny_plan | sections | ({"local": local} if local else {}))
 
     return make

@@ -38,7 +38,9 @@ SECRET = "Mrs Pemberton"
 @pytest.fixture
 def plan_of(tiny_plan: dict[str, Any]) -> Callable[..., Plan]:
     def make(private: bool = True, **changes: Any) -> Plan:
-        document = {**tiny_plan, "privacy": {**PRIVACY, **changes.pop("privacy", {})}} if private else dict(tiny_plan)
+        document = {**tiny_plan, "transfer": {"uplink": {"codec": "none"}}}
+        if private:
+            document["privacy"] = {**PRIVACY, **changes.pop("privacy", {})}
         return parse_plan({**document, **changes})
 
     return make

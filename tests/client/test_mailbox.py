@@ -66,6 +66,7 @@ def test_a_mailbox_of_version_1_opens_with_all_it_holds(tmp_path: Path) -> None:
     mailbox.close()
     with sqlite3.connect(path) as db:
         db.execute("ALTER TABLE replies DROP COLUMN ledger")
+        db.execute("DROP TABLE models")
         db.execute("PRAGMA user_version = 1")
     db.close()
     mailbox = Mailbox(path)
@@ -89,7 +90,7 @@ def test_who_only_opens_it_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_mailbox_of_a_newer_lichen_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "agent.sqlite") as db:
-        db.execute("PRAGMA user_version = 3")
+        db.execute("PRAGMA user_version = 4")
     db.close()
     with pytest.raises(LichenError) as caught:
         Mailbox(tmp_path / "agent.sqlite")

@@ -21,6 +21,7 @@ from lichen.client.data import add_source
 from lichen.client.ledger import Ledger
 from lichen.client.worker import Limits, Worker
 from lichen.common import records
+from lichen.common.codec.registry import uplink_codec
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.tasks import workbench
@@ -109,11 +110,12 @@ async def test_one_process_serves_rounds_and_prints_nothing_into_the_protocol(
         second = await ask(worker, assign(home, private_plan, 2))
         assert worker.pid == pid
         assert time.monotonic() - began < 2.0, "the second round imports nothing and loads no model"
+        start = workbench(private_plan).start
         for number, message in enumerate((first, second), start=1):
             assert not message.has_error()
             report = records.from_config(records.TrainReport, message.content.config_records["report"])
             assert (report.client, report.round, report.declared_size) == ("clinic-a", number, 32)
-            assert records.get_tensors(message.content, home / "spool")
+            assert records.get_update(message.content, home / "spool", uplink_codec(private_plan.transfer.uplink), start).count
         unknown = await ask(worker, assign(home, private_plan, 3, kind=records.QUERY))
         assert unknown.error.code == Code.INTERNAL
         assert not unknown.error.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from lichen.common.aggregation import A, B, cut, phase_of, properties, rank_of, update_like
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import Plan, parse_plan
+from lichen.common.plan import Plan, load_plan, parse_plan
 from lichen.common.tasks import make_task
 
 LORA = {"kind": "lora", "rank": 4}
@@ -165,3 +166,20 @@ def test_what_a_rule_can_not_go_with_is_refused(plan_of: Any, rule: str, changes
 )
 def test_what_it_can_go_with_is_not(plan_of: Any, rule: str, changes: dict[str, Any]) -> None:
     assert plan_of(rule, **changes).aggregation.rule == rule
+
+
+def test_a_cache_may_be_turned_off_as_yaml_has_it(tmp_path: Path, plan_of: Any) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan_of("fedavg").to_yaml())
+    assert load_plan(path, ["local.prefix_cache=off"]).local.prefix_cache == "off"
+    assert load_plan(path, ["local.prefix_cache=float16"]).local.prefix_cache == "float16"
+
+
+@pytest.mark.parametrize("rule", ["rolora", "nested", "flora", "fedex"])
+def test_what_a_codec_lost_can_not_wait_for_other_tensors(plan_of: Any, rule: str) -> None:
+    feedback = {"uplink": {"codec": "blockwise", "error_feedback": True}}
+    with pytest.raises(LichenError) as caught:
+        plan_of(rule, transfer=feedback)
+    assert caught.value.code is Code.PLAN_UNSOUND
+    assert "whose next round trains other tensors" in caught.value.what
+    assert plan_of("ffa", transfer=feedback).transfer.uplink.error_feedback

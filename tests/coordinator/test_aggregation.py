@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lichen.common import records
+from lichen.common.codec.layout import Layout
+from lichen.common.codec.plain import Tensors
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
 from lichen.coordinator.aggregation import RULES, fedavg
@@ -38,8 +40,8 @@ def clients(draw: st.DrawFn, least: int = 1, most: int = 6) -> list[Client]:
 def mean(found: list[Client]) -> State:
     total = FedAvg()
     for update, weight in found:
-        total.add(update, weight)
-    return total.mean()
+        total.add(Tensors(update), weight)
+    return Layout.of(found[0][0]).split(total.mean())
 
 
 def near(left: State, right: State, found: list[Client]) -> None:
@@ -121,18 +123,29 @@ def test_it_agrees_with_flowers_own_fedavg(found: list[Client]) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(clients(most=2 * fedavg.GROUP + 1), st.integers(1, 7))
-def test_groups_and_blocks_change_no_bit(found: list[Client], block: int) -> None:
+@given(clients(most=fedavg.GROUP), st.integers(1, 7))
+def test_a_group_is_summed_in_64_bits_whatever_its_parts(found: list[Client], piece: int) -> None:
     total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
     for update, weight in found:
         for name, tensor in update.items():
             total[name] += tensor.to(torch.float64) * weight
     whole = sum(weight for _, weight in found)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedavg, "BLOCK", block)
+        patch.setattr(Tensors, "piece", piece)
         result = mean(found)
     for name in SHAPES:
-        assert torch.equal(result[name], (total[name] / whole).to(torch.float32)), name
+        assert torch.equal(result[name], (total[name] * (1 / whole)).to(torch.float32)), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(clients(least=fedavg.GROUP + 1, most=3 * fedavg.GROUP + 1))
+def test_more_than_a_group_is_off_by_a_rounding_a_group(found: list[Client]) -> None:
+    total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    for update, weight in found:
+        for name, tensor in update.items():
+            total[name] += tensor.to(torch.float64) * weight
+    whole = sum(weight for _, weight in found)
+    near(mean(found), {name: (tensor / whole).to(torch.float32) for name, tensor in total.items()}, found)
 
 
 @unhurried
@@ -144,7 +157,7 @@ def test_a_value_that_is_not_finite_shows_in_the_sum_wherever_it_is(found: list[
         st.sampled_from([float("nan"), float("inf"), -float("inf")])
     )
     for update, weight in found:
-        total.add(update, weight)
+        total.add(Tensors(update), weight)
     assert not total.finite()
     with pytest.raises(LichenError) as caught:
         total.mean()
@@ -154,16 +167,16 @@ def test_a_value_that_is_not_finite_shows_in_the_sum_wherever_it_is(found: list[
 def test_infinities_that_would_cancel_do_not_hide() -> None:
     total = FedAvg()
     for value in (float("inf"), -float("inf")):
-        total.add({"w": torch.full((3,), value)}, 1.0)
+        total.add(Tensors({"w": torch.full((3,), value)}), 1.0)
     assert not total.finite()
 
 
 def test_a_sum_that_is_finite_stays_so_and_can_be_asked_between_updates() -> None:
     total = FedAvg()
     for value in (1.0, 4.0):
-        total.add({"w": torch.full((3,), value)}, 1.0)
+        total.add(Tensors({"w": torch.full((3,), value)}), 1.0)
         assert total.finite()
-    assert torch.equal(total.mean()["w"], torch.full((3,), 2.5))
+    assert torch.equal(total.mean(), torch.full((3,), 2.5))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (4, 1, 5)])
@@ -180,16 +193,16 @@ def test_a_tensor_need_not_lie_in_one_piece() -> None:
 @pytest.mark.parametrize("count", [fedavg.GROUP, 5 * fedavg.GROUP])
 def test_no_more_updates_are_held_than_are_added_together(count: int) -> None:
     total = FedAvg()
-    held: list[weakref.ref[torch.Tensor]] = []
+    held: list[weakref.ref[torch.UntypedStorage]] = []
     most = 0
     for number in range(count):
         tensor = torch.full((4,), float(number))
-        held.append(weakref.ref(tensor))
-        total.add({"w": tensor}, 1.0)
+        held.append(weakref.ref(tensor.untyped_storage()))
+        total.add(Tensors({"w": tensor}), 1.0)
         del tensor
         most = max(most, sum(one() is not None for one in held))
     assert most == fedavg.GROUP - 1
-    assert torch.equal(total.mean()["w"], torch.full((4,), (count - 1) / 2))
+    assert torch.equal(total.mean(), torch.full((4,), (count - 1) / 2))
 
 
 def test_values_at_the_end_of_the_range_do_not_overflow_on_the_way() -> None:

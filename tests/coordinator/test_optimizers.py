@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lichen.common import records
+from lichen.common.codec.layout import Layout
+from lichen.common.codec.plain import Tensors
 from lichen.common.model.adapter import State
 from lichen.common.plan import Aggregation
 from lichen.coordinator.aggregation.fedavg import FedAvg
-from lichen.coordinator.optimizers import apply_update
+from lichen.coordinator.optimizers import server_step
 
 SHAPES = {"a": (3, 2), "b": (4,)}
 
@@ -28,17 +30,15 @@ def draw(generator: np.random.Generator, scale: float = 1.0) -> State:
 
 
 def test_fedavg_adds_the_update_and_keeps_no_velocity() -> None:
-    generator = np.random.default_rng(0)
-    model, update = draw(generator), draw(generator)
-    stepped, velocity, squares = apply_update(model, update, {}, {}, Aggregation())
+    update = draw(np.random.default_rng(0))
+    step, velocity, squares = server_step(update, {}, {}, Aggregation())
     assert (velocity, squares) == ({}, {})
-    assert all(torch.equal(stepped[name], model[name] + update[name]) for name in model)
+    assert all(torch.equal(step[name], update[name]) for name in update)
 
 
 def test_the_servers_learning_rate_scales_the_step() -> None:
-    model, update = {"a": torch.ones(2)}, {"a": torch.tensor([2.0, -4.0])}
-    stepped = apply_update(model, update, {}, {}, Aggregation(learning_rate=0.5)).model
-    assert stepped["a"].tolist() == [2.0, -1.0]
+    step = server_step({"a": torch.tensor([2.0, -4.0])}, {}, {}, Aggregation(learning_rate=0.5)).step
+    assert step["a"].tolist() == [1.0, -2.0]
 
 
 ALL = [Aggregation(), Aggregation(optimizer="fedavgm", momentum=0.9), Aggregation(optimizer="fedadam"), Aggregation(optimizer="fedyogi")]
@@ -47,30 +47,31 @@ ALL = [Aggregation(), Aggregation(optimizer="fedavgm", momentum=0.9), Aggregatio
 @pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.optimizer)
 def test_the_state_that_goes_in_is_not_changed(settings: Aggregation) -> None:
     generator = np.random.default_rng(1)
-    states = [draw(generator), draw(generator), draw(generator), {name: tensor.square() for name, tensor in draw(generator).items()}]
+    states = [draw(generator), draw(generator), {name: tensor.square() for name, tensor in draw(generator).items()}]
     copies = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
-    apply_update(*states, settings)
+    server_step(*states, settings)
     for state, copy in zip(states, copies, strict=True):
         assert all(torch.equal(state[name], copy[name]) for name in state)
 
 
 @pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.optimizer)
-def test_tensors_that_the_update_has_not_stay_as_they_are_and_so_does_what_is_kept_of_them(settings: Aggregation) -> None:
+def test_of_tensors_that_the_update_has_not_what_is_kept_stays(settings: Aggregation) -> None:
     generator = np.random.default_rng(2)
-    model, velocity, squares = draw(generator), draw(generator), {name: tensor.square() for name, tensor in draw(generator).items()}
-    update = {"a": torch.ones(SHAPES["a"])}
-    stepped = apply_update(model, update, velocity, squares, settings)
-    for before, after in zip((model, velocity, squares), stepped, strict=True):
-        assert torch.equal(before["b"], after["b"])
-    assert not torch.equal(model["a"], stepped.model["a"])
+    velocity, squares = draw(generator), {name: tensor.square() for name, tensor in draw(generator).items()}
+    stepped = server_step({"a": torch.ones(SHAPES["a"])}, velocity, squares, settings)
+    assert stepped.step.keys() == {"a"}
+    assert stepped.step["a"].all()
+    assert torch.equal(stepped.velocity["b"], velocity["b"])
+    assert torch.equal(stepped.squares["b"], squares["b"])
 
 
 def test_momentum_accumulates() -> None:
     settings = Aggregation(optimizer="fedavgm", momentum=0.5)
-    model, velocity = {"a": torch.zeros(1)}, State()
+    moved, velocity = 0.0, State()
     for _ in range(3):  # v = 1, 1.5, 1.75
-        model, velocity, _ = apply_update(model, {"a": torch.ones(1)}, velocity, {}, settings)
-    assert (velocity["a"].item(), model["a"].item()) == (1.75, 4.25)
+        step, velocity, _ = server_step({"a": torch.ones(1)}, velocity, {}, settings)
+        moved += step["a"].item()
+    assert (velocity["a"].item(), moved) == (1.75, 4.25)
 
 
 def adam_rate(rate: float, number: int) -> float:
@@ -103,7 +104,7 @@ def test_they_agree_with_flowers_own(optimizer: str, seed: int, rounds: int, cli
         start = {name: torch.from_numpy(array.numpy().astype(np.float32)) for name, array in current.items()}
         for client in range(clients):
             update, weight = draw(generator, 0.1), int(generator.integers(1, 1000))
-            total.add(update, weight)
+            total.add(Tensors(update), weight)
             asked = records.build_message(
                 RecordDict(),
                 run_id=1,
@@ -117,7 +118,8 @@ def test_they_agree_with_flowers_own(optimizer: str, seed: int, rounds: int, cli
             replies.append(records.reply(asked, RecordDict({"arrays": trained, "metrics": MetricRecord({"num-examples": weight})})))
         own = adam_rate(rate, number) if optimizer == "fedadam" else rate
         settings = Aggregation(optimizer=optimizer, momentum=momentum if optimizer == "fedavgm" else 0.0, learning_rate=own)
-        model, velocity, squares = apply_update(model, total.mean(), velocity, squares, settings)
+        step, velocity, squares = server_step(Layout.of(model).split(total.mean()), velocity, squares, settings)
+        model = {name: tensor + step[name] for name, tensor in model.items()}
         current, _ = theirs.aggregate_train(number, replies)
         for name in model:
             np.testing.assert_allclose(model[name].numpy(), current[name].numpy(), rtol=1e-4, atol=5e-5)

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 
 from lichen.common.aggregation import MERGED, A, B, beside, cut, part_of, phase_of, update_like
 from lichen.common.aggregation import RULES as PROPERTIES
+from lichen.common.codec.plain import Tensors
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
 from lichen.common.plan import Aggregation, Plan, parse_plan
 from lichen.common.tasks import make_task
 from lichen.coordinator.aggregation import RULES, make_rule
-from lichen.coordinator.optimizers import apply_update
+from lichen.coordinator.downlink import Downlink
+from lichen.coordinator.optimizers import server_step
+from lichen.coordinator.run_directory import ServerState
 
 RANK = 4
 MIXED = sorted(name for name, needs in PROPERTIES.items() if needs.mixed_ranks)
@@ -98,7 +101,7 @@ def update_of(setting: Setting, round: int, rank: int, seed: int) -> State:
 def change_of(setting: Setting, round: int, found: Sequence[Client]) -> State:
     rule = make_rule(setting.plan, round, setting.state)
     for client in found:
-        rule.add(*client)
+        rule.add(Tensors(client.update), client.weight, client.rank)
     assert rule.finite()
     return rule.change()
 
@@ -107,8 +110,10 @@ def stepped(setting: Setting, round: int, found: Sequence[Client]) -> State:
     """The next round's state."""
     rule = make_rule(setting.plan, round, setting.state)
     for client in found:
-        rule.add(*client)
-    return rule.after_step(apply_update(setting.state, rule.change(), {}, {}, setting.plan.aggregation).model)
+        rule.add(Tensors(client.update), client.weight, client.rank)
+    step = server_step(rule.change(), {}, {}, setting.plan.aggregation).step
+    assert not step.keys() & rule.restart().keys()
+    return Downlink(None, None).add(step | rule.restart(), ServerState(round, setting.state, {}, {}))
 
 
 def effects(setting: Setting, state: State) -> State:
@@ -210,8 +215,8 @@ def test_values_that_are_not_finite_are_seen(setting_of: Callable[[str], Setting
         bad, good = update_of(setting, 1, RANK, 0), update_of(setting, 1, RANK, 1)
         bad[name].view(-1)[-1] = value
         total = make_rule(setting.plan, 1, setting.state)
-        total.add(bad, 1.0, RANK)
-        total.add(good, 2.0, RANK)
+        total.add(Tensors(bad), 1.0, RANK)
+        total.add(Tensors(good), 2.0, RANK)
         assert not total.finite()
         with pytest.raises(LichenError) as caught:
             total.change()
@@ -267,7 +272,7 @@ def test_fedex_is_fedavg_and_a_residual_of_low_rank(
     change = change_of(setting, round, drawn(setting, round, each))
     plain = setting_of("fedavg")._replace(state={name: tensor for name, tensor in setting.state.items() if part_of(name) != MERGED})
     mean = change_of(plain, round, drawn(plain, round, each))
-    assert apart({name: change[name] for name in mean}, mean) == 0
+    assert apart({name: change[name] for name in mean}, mean) < CLOSE
     for name, tensor in change.items():
         if part_of(name) == MERGED:
             values = torch.linalg.svdvals(tensor)
@@ -302,7 +307,7 @@ def test_flora_merges_the_product_of_the_stacks_and_starts_afresh(
             assert not after[beside(name, B)].any()
             a = after[beside(name, A)]
             assert not torch.equal(a, setting.state[beside(name, A)])
-            assert 0 < float(a.abs().max()) <= a.shape[1] ** -0.5
+            assert 0 < float(a.abs().max()) <= a.shape[1] ** -0.5 + CLOSE
     assert apart(after, stepped(setting, round, them)) == 0, "the same round draws the same adapters"
     assert all(apart({name: after[name]}, {name: stepped(setting, round + 2, them)[name]}) > 0 for name in after if part_of(name) == A)
 

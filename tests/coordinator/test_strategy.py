@@ -179,7 +179,8 @@ class Federation:
 @pytest.fixture
 def plan_of(tiny_plan: dict[str, Any]) -> Callable[..., Plan]:
     def make(**changes: Any) -> Plan:
-        document = tiny_plan | {"cohort": {"size": 3, "minimum": 2, "deadline_s": 0.3}, "rounds": 1}
+        as_they_are = {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}}
+        document = tiny_plan | {"cohort": {"size": 3, "minimum": 2, "deadline_s": 0.3}, "rounds": 1, "transfer": as_they_are}
         for key, value in changes.items():
             old = document.get(key)
             document[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value

@@ -27,6 +27,8 @@ from lichen.client.policy import weights_sha256
 from lichen.client.status import read_status
 from lichen.common import records
 from lichen.common.channel.spool import Spool
+from lichen.common.codec.layout import Layout
+from lichen.common.codec.registry import downlink_codec, uplink_codec
 from lichen.common.errors import Code
 from lichen.common.model.export import save_model
 from lichen.common.pki import Authority, fingerprint, make_csr, make_key
@@ -34,10 +36,12 @@ from lichen.common.plan import Plan, parse_plan
 from lichen.common.privacy.statement import Statement
 from lichen.common.private_files import write_private
 from lichen.common.tasks import workbench
+from lichen.coordinator.downlink import Downlink
 from lichen.coordinator.enrolment import EnrolmentService, make_invite
 from lichen.coordinator.fleet import FleetServer
 from lichen.coordinator.grid import GrpcGrid
 from lichen.coordinator.models import ModelService
+from lichen.coordinator.run_directory import ServerState
 from lichen.coordinator.store import Store
 
 LICHEN = str(Path(sys.executable).with_name("lichen"))
@@ -304,6 +308,52 @@ def test_the_text_of_an_error_does_not_leave_under_privacy(
     assert "money" in (plain.error.reason or "")
     assert not private.error.reason
     assert b"money" not in (federation.store.reply(private.metadata.reply_to_message_id) or b"money")
+
+
+def test_a_model_is_fetched_whole_once_and_then_what_was_added(
+    federation: Federation, clinic: tuple[Path, psutil.Popen], private_plan: dict[str, Any]
+) -> None:
+    home, _ = clinic
+    plan = parse_plan({**private_plan, "rounds": 6})
+    grid, spool = federation.grid(), federation.fleet.spool.directory
+    downlink = Downlink(downlink_codec(plan.transfer.downlink), spool)
+    state = ServerState(0, workbench(plan).start, {}, {})
+    sent: list[int] = []
+    foretold: list[int] = []
+
+    def round(number: int) -> str:
+        before = federation.fleet.traffic()[0]
+        assignment = records.Assignment(plan=plan.canonical_json(), plan_sha256=plan.sha256(), round=number)
+        content = RecordDict({"assignment": records.to_config(assignment), "payload": downlink.arrays(state)})
+        records.put_chain(content, state.chain)
+        foretold.append(downlink.bytes_for("clinic", content, state))
+        node = federation.store.node_by_name("clinic")
+        assert node is not None
+        reply = answer(grid, grid.push_messages([grid.create_message(content, records.TRAIN, node.node_id, str(number))])[0])
+        assert not reply.has_error(), reply.error
+        downlink.arrived("clinic", state)
+        update = records.get_update(reply.content, spool, uplink_codec(plan.transfer.uplink), state.model).decoded(Layout.of(state.model))
+        state.model = downlink.add(update, state)
+        sent.append(federation.fleet.traffic()[0] - before)
+        return records.payload_refs(reply)[0].digest
+
+    for number in (1, 2, 3):
+        round(number)
+    envelope = sent[0] - foretold[0]
+    assert foretold[1] < foretold[0] / 2, "of so small a model names and padding are much"
+    for number in (1, 2):
+        assert foretold[number] <= sent[number] - envelope <= foretold[number] + 2000, "the bytes that are told are those that are sent"
+    models = [ref for ref in (home / "spool").iterdir() if ref.stat().st_size == foretold[0]]
+    for model in models:
+        model.write_bytes(bytes(foretold[0]))
+    round(4)
+    assert sent[3] - envelope >= foretold[0] + foretold[3], "what was here led nowhere: the model was fetched whole"
+    for file in (home / "spool").iterdir():
+        file.unlink()
+    round(5)
+    assert foretold[0] <= sent[4] - envelope < foretold[0] + 2000, "a node that lost what it had fetches the model whole at once"
+    round(6)
+    assert sent[5] - envelope < foretold[5] + 2000
 
 
 def test_the_deadline_ends_the_worker_and_not_the_agent(

@@ -66,9 +66,9 @@ def test_a_part_is_noted_also_where_it_fails(tmp_path: Path, monkeypatch: pytest
     def fails() -> None:
         raise ValueError("as ever")
 
-    monkeypatch.setattr(optimizers, "apply_update", fails)
-    time_parts(tmp_path, "coordinator", {"step": "coordinator.optimizers:apply_update"})
-    timed: Callable[[], None] = optimizers.apply_update
+    monkeypatch.setattr(optimizers, "server_step", fails)
+    time_parts(tmp_path, "coordinator", {"step": "coordinator.optimizers:server_step"})
+    timed: Callable[[], None] = optimizers.server_step
     with pytest.raises(ValueError, match="as ever"):
         timed()
     (span,) = read(tmp_path)

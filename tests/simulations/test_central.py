@@ -75,7 +75,9 @@ class Federation:
 @pytest.fixture
 def plan_of(tiny_plan: dict[str, Any]) -> Callable[..., Plan]:
     def make(rounds: int = 2, cohort: dict[str, Any] | None = None, **privacy: Any) -> Plan:
-        return parse_plan(tiny_plan | {"rounds": rounds, "cohort": COHORT | (cohort or {}), "privacy": CENTRAL | privacy})
+        as_they_are = {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}}
+        sections = {"rounds": rounds, "cohort": COHORT | (cohort or {}), "privacy": CENTRAL | privacy, "transfer": as_they_are}
+        return parse_plan(tiny_plan | sections)
 
     return make
 

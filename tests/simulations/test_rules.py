@@ -108,7 +108,7 @@ def test_a_factor_that_is_not_trained_is_the_same_to_the_bit_in_every_other_roun
 def test_one_factor_travels_up(tmp_path: Path, csv_plan: dict[str, Any], rule: str, share: float) -> None:
     sizes = []
     for name in ("fedavg", rule):
-        plan = plan_of(csv_plan, name, [])
+        plan = plan_of(csv_plan, name, [], transfer={"uplink": {"codec": "none"}})
         run(plan, tmp_path / name, "inprocess")
         head = sum(tensor.numel() for name, tensor in models(tmp_path / name, plan).items() if part_of(name) is None)
         report = run(plan, tmp_path / name, "inprocess", resume=True)

@@ -1,0 +1,81 @@
+"""The model's way down: what is added to it in a round is encoded, and the coordinator adds what it sends, so that all hold the same.
+
+A node that took part lately needs only what was added since; one that fell behind, or lost what it had, fetches the model whole. Which of
+the two is the node's to decide: a message names both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from flwr.app import ArrayRecord, RecordDict
+
+from lichen.common import records
+from lichen.common.codec.layout import Layout
+
+if TYPE_CHECKING:
+    from lichen.common.codec.codec import Codec
+    from lichen.common.model.adapter import State
+    from lichen.coordinator.run_directory import ServerState
+
+LONGEST = 10
+"""Rounds that a node may be behind; then the model whole is not much more (32 bits against 8 for each)."""
+
+
+class Downlink:
+    """How one run's model travels to its nodes.
+
+    Args:
+        codec: of what is added in a round; None: the model travels whole, and what is added stays as it is.
+        spool: where payloads lie beside their messages; None, where they travel inside: then the model is always whole.
+    """
+
+    def __init__(self, codec: Codec | None, spool: Path | None) -> None:
+        self._codec = codec
+        self._spool = spool
+        self._sent: records.PayloadRef | None = None
+
+    def arrays(self, state: ServerState) -> ArrayRecord:
+        """The model as a message's payload. What is no longer there to fetch is taken out of the state's chain."""
+        content = RecordDict()
+        self._sent = records.put_tensors(content, state.model, self._spool)
+        if self._spool is not None:
+            kept = [(self._spool / link.added.digest).exists() for link in state.chain]
+            state.chain = state.chain[len(kept) - kept[::-1].index(False) if False in kept else 0 :]
+        return content.array_records["payload"]
+
+    def add(self, step: State, state: ServerState) -> State:
+        """The model after a round: it is moved by the step as those decode it to whom it is sent.
+
+        Args:
+            step: what the server optimizer makes of the round; tensors that it has not stay as they are.
+            state: its model is that before; its chain is made longer.
+        """
+        if self._codec is None:
+            return state.model | {name: state.model[name] + tensor for name, tensor in step.items()}
+        step = {name: step[name] if name in step else torch.zeros_like(tensor) for name, tensor in state.model.items()}
+        layout = Layout.of(step)
+        if self._spool is None or self._sent is None:
+            decoded = self._codec.open(self._codec.encoded(step), layout).decoded(layout)
+        else:
+            added = records.put_encoded(step, self._codec, 0, self._spool)
+            decoded = self._codec.open(records.mapped(self._spool / added.digest), layout).decoded(layout)
+            state.chain = [*state.chain, records.ChainLink(self._sent.digest, added)][-LONGEST:]
+        return {name: tensor + decoded[name] for name, tensor in state.model.items()}
+
+    def bytes_for(self, client: str, content: RecordDict, state: ServerState) -> int:
+        """Bytes of what a client fetches for a message, if it has the model that it had last."""
+        held = state.held.get(client)
+        if self._sent is not None and held == self._sent.digest:
+            return 0
+        since = next((number for number, link in enumerate(state.chain) if link.before == held), None)
+        if since is None:
+            return records.payload_bytes(content)
+        return sum(link.added.length for link in state.chain[since:])
+
+    def arrived(self, client: str, state: ServerState) -> None:
+        """A client has answered, so it has the model that was sent last."""
+        if self._sent is not None:
+            state.held[client] = self._sent.digest
