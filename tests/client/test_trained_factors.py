@@ -119,7 +119,7 @@ def test_one_factor_moves_with_the_head_at_the_clients_rank(make: Make, tiny_row
 @pytest.mark.parametrize("privacy", [{"unit": "none"}, PRIVATE])
 @pytest.mark.parametrize("rule", ["ffa", "nested", "flora"])
 def test_clients_that_are_trained_together_get_what_they_get_alone(make: Make, tiny_rows: Rows, privacy: dict[str, Any], rule: str) -> None:
-    trainer = make(rule, privacy=privacy, local={"optimizer": "sgd", "learning_rate": 0.3, "proximal_mu": 0.2})
+    trainer = make(rule, privacy=privacy, local={"steps": None, "epochs": 1, "optimizer": "sgd", "learning_rate": 0.3, "proximal_mu": 0.2})
     assert trainer.at_once > 1
     ranks = [2, 4, 2, 4] if properties(trainer.plan).mixed_ranks else [4] * 4
     data = [encoded(trainer, tiny_rows(8 + 3 * number, number)) for number in range(4)]

@@ -19,6 +19,7 @@ from lichen.common.model.adapter import State
 from lichen.common.plan import Aggregation, Plan, parse_plan
 from lichen.common.tasks import make_task
 from lichen.coordinator.aggregation import RULES, make_rule
+from lichen.coordinator.aggregation.rule import SumRule
 from lichen.coordinator.downlink import Downlink
 from lichen.coordinator.optimizers import server_step
 from lichen.coordinator.run_directory import ServerState
@@ -152,6 +153,7 @@ few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthChec
 
 
 def test_a_rule_of_a_plan_is_in_both_tables() -> None:
+    assert all(issubclass(rule, SumRule) != PROPERTIES[name].single_updates for name, rule in RULES.items())
     assert set(RULES) == set(PROPERTIES) == set(get_args(Aggregation.model_fields["rule"].annotation))
 
 
