@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lichen.common.aggregation import A, B, cut, phase_of, properties, rank_of, update_like
+from lichen.common.aggregation import MERGED, A, B, beside, cut, part_of, phase_of, properties, rank_of, update_like
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.adapter import TunedModel
+from lichen.common.model.export import load_saved, save_model
 from lichen.common.plan import Plan, load_plan, parse_plan
+from lichen.common.privacy.statement import Statement
 from lichen.common.tasks import make_task
 
 LORA = {"kind": "lora", "rank": 4}
@@ -183,3 +187,38 @@ def test_what_a_codec_lost_can_not_wait_for_other_tensors(plan_of: Any, rule: st
     assert caught.value.code is Code.PLAN_UNSOUND
     assert "whose next round trains other tensors" in caught.value.what
     assert plan_of("ffa", transfer=feedback).transfer.uplink.error_feedback
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_what_is_merged_computes_as_an_adapter_would_and_is_saved(
+    tmp_path: Path, plan_of: Any, tiny_models: Callable[[str], Path], kind: str
+) -> None:
+    plan = plan_of("fedex", model={"base": str(tiny_models(kind))})
+    task = make_task(plan)
+    model = task.build()
+    start = model.state()
+    generator = torch.Generator().manual_seed(0)
+    adapter = {name: tensor + torch.randn(tensor.shape, generator=generator) for name, tensor in start.items() if part_of(name) != MERGED}
+    merged = dict(start) | {name: tensor for name, tensor in adapter.items() if part_of(name) is None}
+    for name in start:
+        if part_of(name) == MERGED:
+            scaling = plan.model.adapter.alpha / plan.model.adapter.rank
+            merged[name] = scaling * adapter[beside(name, B)] @ adapter[beside(name, A)]
+    assert any(part_of(name) == MERGED for name in start)
+    batch = task.collate(task.made_up(3), range(3))
+
+    def losses(of: TunedModel) -> torch.Tensor:
+        with torch.no_grad():
+            return task.losses(of.network, batch)
+
+    model.load(start | adapter)
+    expected = losses(model)
+    model.load(merged)
+    torch.testing.assert_close(losses(model), expected, rtol=1e-4, atol=1e-5)
+    for name, tensor in model.state().items():
+        torch.testing.assert_close(tensor, merged[name], rtol=1e-4, atol=1e-5)
+    model.load(start | adapter)
+    save_model(tmp_path, plan, model, task.tokenizer, Statement(private=False, summary="Nothing is said."))
+    other = make_task(plan).build()
+    load_saved(tmp_path, other)
+    torch.testing.assert_close(losses(other), expected, rtol=1e-4, atol=1e-5)
