@@ -186,13 +186,12 @@ def put_tensors(content: RecordDict, tensors: Mapping[str, torch.Tensor], spool:
     from flwr.app import Array, ArrayRecord
     from safetensors.torch import save
 
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     ref = None
     if spool is None:
-        data = save(plain)
+        data = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
         array = Array(dtype="uint8", shape=(len(data),), stype=INLINE, data=data)
     else:
-        ref = _put_file(plain, spool, durable=durable)
+        ref = put_file(tensors, spool, durable=durable)
         array = reference(ref)
     content["payload"] = ArrayRecord({"payload": array})
     return ref
@@ -283,11 +282,12 @@ def reference(ref: PayloadRef) -> Array:
     return Array(dtype="uint8", shape=(len(data),), stype=BY_REFERENCE, data=data)
 
 
-def _put_file(tensors: dict[str, torch.Tensor], spool: Path, *, durable: bool) -> PayloadRef:
-    from safetensors.torch import save_file
+def put_file(tensors: Mapping[str, torch.Tensor], spool: Path, *, durable: bool = True) -> PayloadRef:
+    """Write named tensors to a spool as a safetensors file."""
+    from lichen.common.tensor_files import write_tensors
 
     temporary = _temporary(spool)
-    save_file(tensors, temporary)
+    write_tensors(temporary, tensors)
     return _kept(temporary, spool, durable=durable)
 
 

@@ -33,10 +33,18 @@ app = ServerApp()
 
 
 class OwnData:
-    """The coordinator's own validation and test rows, scored with the run's model."""
+    """The coordinator's own validation and test rows, scored with the run's model.
 
-    def __init__(self, plan: Plan, validation: Path | None, test: Path | None) -> None:
+    Args:
+        plan: the run's.
+        validation: a Parquet file of rows; None if there are none.
+        test: the same.
+        shared: whether clients train on the same model in this process: then a model that is scored is copied into it.
+    """
+
+    def __init__(self, plan: Plan, validation: Path | None, test: Path | None, *, shared: bool = False) -> None:
         self.plan = plan
+        self._shared = shared
         self.task, self.model, self.start = workbench(plan)
         self._encoded = {path: self._read(path) for path in (validation, test) if path is not None}
         self._validation = validation
@@ -61,10 +69,17 @@ class OwnData:
         losses = [report.loss_sum for report in reports if report.loss_sum is not None]
         return self.task.scores_from(counts, sum(losses) if len(losses) == len(reports) else None).metrics()
 
+    def show(self, state: State) -> None:
+        """Let the network have these tensors."""
+        if self._shared:
+            self.model.load(state)
+        else:
+            self.model.show(state)
+
     def _score(self, state: State, split: Path | None) -> Metrics | None:
         if split is None:
             return None
-        self.model.load(state)
+        self.show(state)
         return self.task.score(self.model.network, self._encoded[split], self.plan.evaluation.batch_size).metrics()
 
     def _read(self, path: Path) -> Any:
@@ -108,14 +123,14 @@ def main(grid: Grid, context: Context) -> None:
     with suppress(LichenError):  # what was spent stays so if the run fails before its next round
         result.privacy.max_epsilon = read_result(directory.path).privacy.max_epsilon
     try:
-        own = OwnData(plan, *(Path(str(config[key])) if key in config else None for key in ("validation", "test")))
         beside = not getattr(grid, "works_here", False)
+        own = OwnData(plan, *(Path(str(config[key])) if key in config else None for key in ("validation", "test")), shared=not beside)
         strategy = FederatedStrategy(plan, directory, result, own, spool, getattr(grid, "name_of", None), beside=beside)
         content = RecordDict()
         records.put_tensors(content, own.start, spool)
         strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)
         final = strategy.final_model()
-        own.model.load(final)
+        own.show(final)
         statement = make_statement(plan, result.model_copy(update={"status": "finished"}))
         save_model(directory.path / "model", plan, own.model, own.task.tokenizer, statement)
         for split, found in (("test", own.test(final)), ("validation", own.validation(final))):

@@ -16,7 +16,7 @@ from lichen.common import records
 from lichen.common.codec.layout import Layout
 
 if TYPE_CHECKING:
-    from lichen.common.codec.codec import Codec
+    from lichen.common.codec.codec import Codec, Payload
     from lichen.common.model.adapter import State
     from lichen.coordinator.run_directory import ServerState
 
@@ -40,30 +40,47 @@ class Downlink:
     def arrays(self, state: ServerState) -> ArrayRecord:
         """The model as a message's payload. What is no longer there to fetch is taken out of the state's chain."""
         content = RecordDict()
-        self._sent = records.put_tensors(content, state.model, self._spool)
-        if self._spool is not None:
-            kept = [(self._spool / link.added.digest).exists() for link in state.chain]
-            state.chain = state.chain[len(kept) - kept[::-1].index(False) if False in kept else 0 :]
-        return content.array_records["payload"]
+        if self._spool is None:
+            records.put_tensors(content, state.model, None)
+            return content.array_records["payload"]
+        if self._sent is None or not (self._spool / self._sent.digest).exists():
+            self._sent = records.put_file(state.model, self._spool)
+        kept = [(self._spool / link.added.digest).exists() for link in state.chain]
+        state.chain = state.chain[len(kept) - kept[::-1].index(False) if False in kept else 0 :]
+        return ArrayRecord({"payload": records.reference(self._sent)})
 
-    def add(self, step: State, state: ServerState) -> State:
+    def add(self, step: State, state: ServerState, room: torch.Tensor | None = None) -> State:
         """The model after a round: it is moved by the step as those decode it to whom it is sent.
 
         Args:
             step: what the server optimizer makes of the round; tensors that it has not stay as they are.
             state: its model is that before; its chain is made longer.
+            room: 32-bit floats that may be overwritten, the step's own included: where they are as many as the model's, no second model
+                is made.
+
+        Returns:
+            The model; where there is a spool, its tensors are mapped from there.
         """
         if self._codec is None:
-            return state.model | {name: state.model[name] + tensor for name, tensor in step.items()}
-        step = {name: step[name] if name in step else torch.zeros_like(tensor) for name, tensor in state.model.items()}
-        layout = Layout.of(step)
-        if self._spool is None or self._sent is None:
-            decoded = self._codec.open(self._codec.encoded(step), layout).decoded(layout)
+            moved = state.model | {name: state.model[name] + tensor for name, tensor in step.items()}
         else:
-            added = records.put_encoded(step, self._codec, 0, self._spool)
-            decoded = self._codec.open(records.mapped(self._spool / added.digest), layout).decoded(layout)
-            state.chain = [*state.chain, records.ChainLink(self._sent.digest, added)][-LONGEST:]
-        return {name: tensor + decoded[name] for name, tensor in state.model.items()}
+            step = {name: step[name] if name in step else torch.zeros_like(tensor) for name, tensor in state.model.items()}
+            layout = Layout.of(step)
+            room = room if room is not None and len(room) == layout.count else None
+            decoded = self._encoded(self._codec, step, layout, state).decoded(layout, into=room)
+            moved = {name: decoded[name].add_(tensor) for name, tensor in state.model.items()}
+        if self._spool is None:
+            return moved
+        content = RecordDict()
+        self._sent = records.put_tensors(content, moved, self._spool)
+        return records.get_tensors(content, self._spool)
+
+    def _encoded(self, codec: Codec, step: State, layout: Layout, state: ServerState) -> Payload:
+        if self._spool is None or self._sent is None:
+            return codec.open(codec.encoded(step), layout)
+        added = records.put_encoded(step, codec, 0, self._spool)
+        state.chain = [*state.chain, records.ChainLink(self._sent.digest, added)][-LONGEST:]
+        return codec.open(records.mapped(self._spool / added.digest), layout)
 
     def bytes_for(self, client: str, content: RecordDict, state: ServerState) -> int:
         """Bytes of what a client fetches for a message, if it has the model that it had last."""

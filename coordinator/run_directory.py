@@ -161,10 +161,10 @@ class RunDirectory:
 
     def save_state(self, state: ServerState) -> None:
         """Write a checkpoint, and drop those that are no longer needed."""
-        from safetensors.torch import save_file
+        from lichen.common.tensor_files import write_tensors
 
         tensors = {
-            f"{part}/{name}": tensor.contiguous()
+            f"{part}/{name}": tensor
             for part, tensors in (
                 ("model", state.model),
                 ("velocity", state.velocity),
@@ -187,7 +187,7 @@ class RunDirectory:
         }
         final = self._checkpoint(state.round)
         temporary = final.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"lichen": json.dumps(about)})
+        write_tensors(temporary, tensors, {"lichen": json.dumps(about)})
         _sync(temporary)
         temporary.replace(final)
         _sync(final.parent)  # on the disk now: what the round was made of may be let go of

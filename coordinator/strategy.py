@@ -33,6 +33,7 @@ from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
 from lichen.coordinator.scoring import Beside
 
 if TYPE_CHECKING:
+    import torch
     from flwr.serverapp import Grid
 
     from lichen.common.plan import Plan
@@ -153,7 +154,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 where=f"round {server_round}",
                 fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )
-        self._step(total.change(), total.restart())
+        self._step(total.change(), total.restart(), total.room)
         if not self.plan.private:
             reports = [one.report for one in usable]
             weight = sum(report.examples or 0 for report in reports)
@@ -232,10 +233,11 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.state.clip = release.clip
         return release
 
-    def _step(self, change: State, restart: State) -> None:
+    def _step(self, change: State, restart: State, room: torch.Tensor | None = None) -> None:
+        """Move the model; ``room`` may be overwritten."""
         state = self.state
         step, state.velocity, state.squares = server_step(change, state.velocity, state.squares, self.plan.aggregation)
-        state.model = self._downlink.add(step | restart, state)
+        state.model = self._downlink.add(step | restart, state, room)
 
     # --- federated evaluation ---
 
@@ -312,7 +314,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     def final_model(self) -> State:
         """The mean of the last rounds' models, as the plan asks."""
         count = self.plan.aggregation.average_last
-        return {name: tensor / count for name, tensor in self.state.average.items()}
+        return {name: tensor / count for name, tensor in self.state.average.items()} if count > 1 else self.state.average
 
     def _resume(self, num_rounds: int) -> None:
         """Tell what was told already, and the round of the checkpoint if a crash came before its score: it is scored now."""
@@ -335,8 +337,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.aggregate_train(number, self._ask(grid, messages, timeout))
         if number > num_rounds - self.plan.aggregation.average_last:
             self.state.average = {
-                name: self.state.average[name] + tensor if self.state.average else tensor.clone()
-                for name, tensor in self.state.model.items()
+                name: self.state.average[name] + tensor if self.state.average else tensor for name, tensor in self.state.model.items()
             }
         every = self.plan.evaluation.federated_every
         # only then, since to write a model takes the disk's time

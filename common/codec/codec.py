@@ -56,9 +56,9 @@ class Payload(ABC):
         """Where a part's values lie in a flat vector (shape (count)): views of it."""
         return [flat[part * PIECE : (part + 1) * PIECE]]
 
-    def decoded(self, layout: Layout) -> State:
-        """The update as named tensors."""
-        flat = torch.empty(self.count, dtype=layout.dtype)
+    def decoded(self, layout: Layout, into: torch.Tensor | None = None) -> State:
+        """The update as named tensors, which are views of ``into`` (shape (count), 32-bit floats), where that is given."""
+        flat = torch.empty(self.count, dtype=layout.dtype) if into is None else into
         for part in range(self.parts):
             for view, values in placed(self, flat, part, self.values(part)):
                 view.copy_(values)

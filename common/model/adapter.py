@@ -78,10 +78,13 @@ class TunedModel:
         for name, parameter in self.trainable.items():
             parameter.requires_grad_(is_trained(name, phase))
 
+    def tensors(self) -> State:
+        """The trainable tensors, and what was merged."""
+        return {**self.trainable, **{name: merging.merged for name, merging in self.merging.items()}}
+
     def state(self) -> State:
-        """A copy of the trainable tensors and of what was merged, on the CPU."""
-        found = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.trainable.items()}
-        return found | {name: merging.merged.to("cpu", copy=True) for name, merging in self.merging.items()}
+        """A copy of these, on the CPU."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -119,6 +122,22 @@ class TunedModel:
             shape = list(merging.start.shape)
             like[name] = torch.empty(shape[::-1] if merging.transposed else shape, dtype=merging.start.dtype, device="meta")
         return like
+
+    @torch.no_grad()
+    def show(self, state: Mapping[str, torch.Tensor]) -> None:
+        """As `load`, but for computing without training: on a CPU the network has these tensors themselves, and nothing is copied.
+
+        Raises:
+            LichenError: as `load`.
+        """
+        if self.device.type != "cpu":
+            self.load(state)
+            return
+        check_state(state, self._like(self._rank_of(state)))
+        for name, parameter in self.trainable.items():
+            parameter.data = state[name]
+        for name, merging in self.merging.items():
+            merging.set(state[name])
 
 
 def check_state(state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:

@@ -19,6 +19,10 @@ def make_task(plan: Plan) -> Task[Any]:
     return kinds[plan.task.kind](plan)
 
 
+LARGE = 64 << 20
+"""Bytes of trained weights above which their start is kept in a file, so that it takes no memory of its own."""
+
+
 class Workbench(NamedTuple):
     """A plan's task and model, ready to work with."""
 
@@ -31,6 +35,9 @@ class Workbench(NamedTuple):
 @lru_cache(maxsize=1)
 def workbench(plan: Plan) -> Workbench:
     """One for a process: in a simulation, all clients and the coordinator share one base model."""
+    from lichen.common.tensor_files import in_a_file
+
     task = make_task(plan)
     model = task.build()
-    return Workbench(task, model, model.state())
+    large = sum(tensor.numel() * tensor.element_size() for tensor in model.trainable.values()) > LARGE
+    return Workbench(task, model, in_a_file(model.tensors()) if large else model.state())

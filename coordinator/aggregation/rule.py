@@ -11,6 +11,8 @@ from lichen.common.codec.layout import Layout
 from lichen.coordinator.aggregation.fedavg import FedAvg
 
 if TYPE_CHECKING:
+    import torch
+
     from lichen.common.codec.codec import Payload
     from lichen.common.model.adapter import State
     from lichen.common.plan import Plan
@@ -27,6 +29,8 @@ class Rule(ABC):
 
     def __init__(self, plan: Plan, round: int, model: State) -> None:
         self.plan, self.round, self.model = plan, round, model
+        self.room: torch.Tensor | None = None
+        """After `change`: a flat vector (shape (count)) that it may lie in, and that may be overwritten when it is used up."""
         self._layouts: dict[int, Layout] = {}
 
     def layout(self, rank: int) -> Layout:
@@ -91,6 +95,7 @@ class SumRule(Rule):
     def change(self) -> State:
         """What `combined` makes of the sums."""
         sums = self._sums or {self.plan.model.adapter.rank: FedAvg()}
+        self.room = next(iter(sums.values())).mean()
         return self.combined({rank: Summed(self.layout(rank).split(total.mean()), total.weight) for rank, total in sorted(sums.items())})
 
     @abstractmethod

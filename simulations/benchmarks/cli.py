@@ -62,10 +62,19 @@ def aggregate(
 def transfer(
     parameters: Annotated[int, typer.Option(min=1, help="Of the update that speed is measured with.")] = 1 << 24,
     repeats: Annotated[int, typer.Option(min=1, help="The best of so many is told.")] = 3,
+    large: Annotated[
+        bool, typer.Option("--large", help="The coordinator's memory, with a model of 1 GB tuned whole by two agents.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Bits, error and speed of each codec of updates, on one core. Example: lichen bench transfer."""
+    from lichen.simulations.benchmarks import large_update
     from lichen.simulations.benchmarks.transfer import bench_transfer
+
+    if large:
+        for row in large_update.bench_large_update():
+            typer.echo(json.dumps(row) if as_json else large_update.told(row))
+        return
 
     table = Table(title="an update by each codec (at most, at least)")
     for column in ("codec", "bits a parameter", "NMSE", "NMSE, heavy tails", "encode, M/s", "check and add, M/s", "memory, MB"):

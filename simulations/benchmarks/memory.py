@@ -10,7 +10,7 @@ import psutil
 
 
 def resident(field: str, process: int | str = "self") -> int:
-    """Resident memory of a process in bytes: ``VmRSS`` now, ``VmHWM`` at its largest."""
+    """Resident memory of a process in bytes: ``VmRSS`` now, of which ``RssAnon`` is no file's; ``VmHWM`` at its largest."""
     status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:"))
 

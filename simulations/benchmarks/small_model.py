@@ -7,8 +7,13 @@ from pathlib import Path
 VOCABULARY = 4096
 
 
-def make_small_model(folder: Path) -> Path:
+def make_small_model(folder: Path, layers: int = 2, width: int = 128) -> Path:
     """Write BERT-tiny's two layers of width 128 (Turc et al. 2019) over a WordPiece vocabulary of R8's training texts.
+
+    Args:
+        folder: made if it is not there.
+        layers: for a larger one.
+        width: the same; a multiple of 64.
 
     Returns:
         ``folder``, as `model.base` names it; always the same weights.
@@ -28,10 +33,10 @@ def make_small_model(folder: Path) -> Path:
     BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(folder)
     config = BertConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=512,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
         max_position_embeddings=64,
     )
     with torch.random.fork_rng(devices=[]):

@@ -832,7 +832,7 @@ def test_a_score_that_fails_is_not_hidden_by_a_round_that_fails_and_the_other_wa
 def test_what_was_spent_stays_told_if_a_run_fails_before_its_last_round_is_scored(
     tmp_path: Path, plan_of: Callable[..., Plan], scoring: Callable[[Score], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("boom")
 
     scoring(lambda number, state: size_of(state) if number == 1 else fail())
