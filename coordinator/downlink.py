@@ -92,6 +92,12 @@ class Downlink:
             return records.payload_bytes(content)
         return sum(link.added.length for link in state.chain[since:])
 
+    def close(self, state: ServerState) -> None:
+        """Let go of what lies in the spool: nobody is asked again."""
+        if self._spool is not None:
+            for digest in {link.added.digest for link in state.chain} | ({self._sent.digest} if self._sent else set()):
+                (self._spool / digest).unlink(missing_ok=True)
+
     def arrived(self, client: str, state: ServerState) -> None:
         """A client has answered, so it has the model that was sent last."""
         if self._sent is not None:

@@ -309,6 +309,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         except BaseException as error:
             self._scoring.settle_after(error)  # a round that is over is told, however the next one ends
             raise
+        self._downlink.close(self.state)
         return FlowerResult()
 
     def final_model(self) -> State:

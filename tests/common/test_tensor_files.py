@@ -20,7 +20,8 @@ shapes = st.lists(st.integers(0, 5), max_size=3)
 @given(st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(st.sampled_from(TYPES), shapes), max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_it_writes_what_safetensors_writes(
-    tmp_path_factory: pytest.TempPathFactory, about: dict[str, tuple[torch.dtype, list[int]]]
+    tmp_path_factory: pytest.TempPathFactory,
+    about: dict[str, tuple[torch.dtype, list[int]]],
 ) -> None:
     tensors = {name: (100 * torch.randn(shape)).to(dtype) for name, (dtype, shape) in about.items() if name != "__metadata__"}
     path = tmp_path_factory.mktemp("file") / "tensors"

@@ -317,7 +317,8 @@ def test_a_model_is_fetched_whole_once_and_then_what_was_added(
     plan = parse_plan({**private_plan, "rounds": 6})
     grid, spool = federation.grid(), federation.fleet.spool.directory
     downlink = Downlink(downlink_codec(plan.transfer.downlink), spool)
-    state = ServerState(0, workbench(plan).start, {}, {})
+    start = {name: tensor + 0.001 for name, tensor in workbench(plan).start.items()}  # which this node has not had yet
+    state = ServerState(0, start, {}, {})
     sent: list[int] = []
     foretold: list[int] = []
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.model.adapter import State
 from lichen.coordinator.aggregation.fedavg import FedAvg
 from lichen.simulations.benchmarks.aggregate import TARGET, bench_aggregate
 from lichen.simulations.benchmarks.cli import app
@@ -33,12 +31,8 @@ def test_memory_does_not_grow_with_the_number_of_updates() -> None:
 
 
 def test_a_wrong_mean_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    original: Any = FedAvg.mean
-
-    def wrong(self: FedAvg) -> State:
-        return {name: tensor * 1.001 for name, tensor in original(self).items()}
-
-    monkeypatch.setattr(FedAvg, "mean", wrong)
+    original = FedAvg.mean
+    monkeypatch.setattr(FedAvg, "mean", lambda self: original(self) * 1.001)
     with pytest.raises(LichenError) as caught:
         bench_aggregate(2, 1)
     assert caught.value.code is Code.CHECK_FAILED

@@ -51,7 +51,9 @@ def test_ray_gives_the_model_of_one_process(tmp_path: Path, plan_of_all: dict[st
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-7)
     assert rays.final == ours.final
-    assert (rays.plan_sha256, rays.transfer, rays.parameters) == (ours.plan_sha256, ours.transfer, ours.parameters)
+    assert (rays.plan_sha256, rays.parameters) == (ours.plan_sha256, ours.parameters)
+    assert rays.transfer.uplink_bytes == ours.transfer.uplink_bytes
+    assert (rays.transfer.downlink_bytes or 0) > (ours.transfer.downlink_bytes or 0), "stock Flower sends the model whole"
     printed = capfd.readouterr()
     assert "DEPRECATED" not in printed.out + printed.err
     print(f"largest relative difference: {worst:.2g}")
