@@ -29,6 +29,7 @@ from lichen.client.policy import enforce, load_policy
 from lichen.client.probe import tokens_per_s
 from lichen.client.residual import load_residual, save_residual
 from lichen.common import records
+from lichen.common.aggregation import cut, rank_of
 from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.codec.feedback import corrected, lost
 from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
@@ -168,7 +169,7 @@ def _serve(message: Message, context: Context, work: Serve) -> Serving[Message]:
 def _train(node: Node, plan: Plan, assignment: records.Assignment, message: Message) -> Serving[RecordDict]:
     round, own = assignment.round, own_plan(plan, assignment, node.rows)
     trainer = trainer_of(own)
-    start = _model(node, plan, message)
+    start = _cut(node, plan, assignment, _model(node, plan, message))
     trainer.model.load(start)  # what does not fit is refused before it is charged
     rows = _rows(node, own, "train", trainer)
     if plan.privacy.audit.canaries:
@@ -183,6 +184,8 @@ def _train(node: Node, plan: Plan, assignment: records.Assignment, message: Mess
         trained, report = yield from _train_central(node, plan, assignment, message, trainer, start, rows)
     else:
         trained, report = yield from _train_private(node, plan, assignment, message, trainer, start, rows)
+    if (rank := _rank(node, plan, assignment)) != plan.model.adapter.rank:
+        report = report.model_copy(update={"rank": rank})
     records.check_release(report, private=plan.private, central=plan.central)
     content = RecordDict({"report": records.to_config(report)})
     _put_update(content, node, plan, round, str(message.metadata.run_id), trained.delta)
@@ -194,6 +197,16 @@ def _model(node: Node, plan: Plan, message: Message) -> State:
     if node.spool:
         bring_up(node.spool, message, downlink_codec(plan.transfer.downlink))
     return records.get_tensors(message.content, node.spool)
+
+
+def _cut(node: Node, plan: Plan, assignment: records.Assignment, model: State) -> State:
+    """The model, as far as this node's rank has it."""
+    return cut(model, _rank(node, plan, assignment)) if plan.model.adapter.kind == "lora" else model
+
+
+def _rank(node: Node, plan: Plan, assignment: records.Assignment) -> int:
+    """Of the adapter that this node trains."""
+    return assignment.rank or rank_of(plan, node.name, simulated=node.simulated)
 
 
 def _put_update(content: RecordDict, node: Node, plan: Plan, round: int, run: str, update: State) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from lichen.common.aggregation import properties
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import resolve_base
 from lichen.common.plan import Number, Plan
@@ -166,6 +167,8 @@ class Policy(_Section):
 
     def _refusals(self, plan: Plan, weights: Callable[[], str] | None) -> Iterator[str]:
         yield from self._model_refusals(plan.model.base, weights)
+        if properties(plan).changes_base and self.models is not None and plan.model.base not in self.models:
+            yield _told("aggregation.rule", plan.aggregation.rule, "models", "a base by its digest, which this rule changes")
         if self.tasks is not None and plan.task.kind not in self.tasks:
             yield _told("task.kind", plan.task.kind, "tasks", ", ".join(self.tasks) or "none")
         if plan.private:

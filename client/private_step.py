@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lichen.common.aggregation import properties
 from lichen.common.errors import LichenError
 from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients
 from lichen.common.privacy.self_check import self_check
@@ -41,12 +42,17 @@ class PrivateStep:
     def __init__(self, plan: Plan, task: Task[Any], model: TunedModel, packing: Packing) -> None:
         self._plan, self._task, self._model = plan, task, model
         self._gradients = PerUnitGradients(model, task.losses, plan.local.max_physical_batch_size, plan.privacy.gradients, packing)
+        self.pass_cost = self._gradients.pass_cost  # of the whole model: a client's rank may make it smaller later
         made_up = task.made_up(CHECKED_ROWS)
         try:
-            self_check(self._gradients, task.losses, lambda rows: task.collate(made_up, rows))
+            for phase in properties(plan).phases:
+                model.train_only(phase)
+                self_check(self._gradients, task.losses, lambda rows: task.collate(made_up, rows))
         except LichenError:
             self._gradients.remove()  # another attempt on this model starts from the model as it was
             raise
+        finally:
+            model.train_only()
 
     def noisy(self, optimizer: torch.optim.Optimizer, segment: Segment, declared_size: int, source: RandomSource) -> NoisyOptimizer:
         """The optimizer, with noise: its denominator is the sample rate times ``declared_size``."""
@@ -71,4 +77,4 @@ class PrivateStep:
     def clipped_sum(self, rows: Sequence[int], data: Encoded, clip: float) -> State:
         """Of rows that are a unit each, for the weights as they are."""
         sums = [self._gradients.clipped_sum([[row]], lambda part: self._task.collate(data, part), clip) for row in rows]
-        return {name: torch.stack([found[parameter] for found in sums]).sum(0) for name, parameter in self._model.trainable.items()}
+        return {name: torch.stack([found[parameter] for found in sums]).sum(0) for name, parameter in self._model.active.items()}

@@ -79,7 +79,7 @@ class Together:
         """Train each member from the same start.
 
         Args:
-            start: the trained tensors.
+            start: the tensors that the model has now.
             members: each with rows.
             optimizer_of: makes the optimizer of the given tensors, by name; its step is one for each number alone.
 
@@ -93,7 +93,7 @@ class Together:
         active = [members[number] for number in order]
         data, first = self._joined(active)
         # in the model's order, which the noise is drawn in: that of tensors that came from a file is any
-        shapes = {name: (len(active), *start[name].shape) for name in self._model.trainable}
+        shapes = {name: (len(active), *start[name].shape) for name in self._model.active}
         stack = {name: sent(start[name], self._device).expand(shape).clone().requires_grad_() for name, shape in shapes.items()}
         optimizer = optimizer_of(stack)
         found: list[State] = [{} for _ in members]
@@ -194,7 +194,7 @@ class Together:
         generator = torch.Generator().manual_seed(0)
         try:
             self._model.load({name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator) for name, tensor in start.items()})
-            stack = {name: tensor.detach().expand(len(drawn), *tensor.shape) for name, tensor in self._model.trainable.items()}
+            stack = {name: tensor.detach().expand(len(drawn), *tensor.shape) for name, tensor in self._model.active.items()}
             found = self._clipped_sums(stack, data, drawn, clip)
             for place, rows in enumerate(drawn):
                 for name, tensor in expected(rows, data, clip).items():

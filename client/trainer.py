@@ -14,6 +14,7 @@ import torch
 from lichen.client.batches import Batches
 from lichen.client.jobs import Job
 from lichen.client.together import Member, Noise, Together
+from lichen.common.aggregation import phase_of, properties
 from lichen.common.batching import clients_at_once, most_at_once, pass_cost
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.checkpointing import checkpoint_layers
@@ -61,6 +62,7 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.task, self.model, _ = workbench(plan)
+        self.model.train_only()
         self._private: PrivateStep | None = None
         self._fused: Callable[[], AbstractContextManager[None]] = nullcontext
         self._lean = plan.local.compute == "lean"
@@ -98,7 +100,9 @@ class Trainer:
         clip = self.plan.privacy.clip if self._private else None
         together = Together(groups, self.model, self.task, local.max_physical_batch_size * count, cost, clip)
         if self._private:
-            together.check(self._private.clipped_sum)
+            for phase in properties(self.plan).phases:
+                self.model.train_only(phase)
+                together.check(self._private.clipped_sum)
         return together, count
 
     def run(self, job: Job) -> Trained:
@@ -110,17 +114,21 @@ class Trainer:
         )
 
     def run_together(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
-        """Train several clients from one start in one round; where they can't pass together, one after another.
+        """Train several clients of one round, each from its part of one model; where they can't pass together, one after another.
 
         Each fails alone, but for what goes wrong in a pass of several.
         """
         able = [number for number, job in enumerate(jobs) if _by_row(job)] if len(jobs) > 1 and self.at_once > 1 else []
+        by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
+        for number in able:  # those of one rank
+            by_shape.setdefault(tuple(tensor.shape for tensor in jobs[number].start.values()), []).append(number)
         found: dict[int, Trained | Exception] = {}
-        if self._together and len(able) > 1:
-            try:
-                found = dict(zip(able, self._train_together([jobs[number] for number in able], self._together[0]), strict=True))
-            except Exception as error:  # nothing of any of them has left
-                found = dict.fromkeys(able, error)
+        for alike in by_shape.values():
+            if self._together and len(alike) > 1:
+                try:
+                    found |= zip(alike, self._train_together([jobs[number] for number in alike], self._together[0]), strict=True)
+                except Exception as error:  # nothing of any of them has left
+                    found |= dict.fromkeys(alike, error)
         for number, job in enumerate(jobs):
             if number not in found:
                 try:
@@ -130,9 +138,9 @@ class Trainer:
         return [found[number] for number in range(len(jobs))]
 
     def _train_together(self, jobs: Sequence[Job], together: Together) -> Iterator[Trained | Exception]:
-        start, members = jobs[0].start, [self._member(job) for job in jobs]
-        self.model.load(start)
-        for member, state in zip(members, together.train(start, members, functools.partial(self._optimizer, jobs[0].round)), strict=True):
+        start, round, members = jobs[0].start, jobs[0].round, [self._member(job) for job in jobs]
+        self._begin(start, round)
+        for member, state in zip(members, together.train(start, members, functools.partial(self._optimizer, round)), strict=True):
             try:
                 loss = None if member.noise else member.loss_sum / max(member.seen, 1)
                 yield Trained(self._delta(start, state, member.steps), member.steps, loss)
@@ -169,9 +177,9 @@ class Trainer:
         Raises:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED.
         """
-        self.model.load(start)
+        self._begin(start, round)
         self._seed_dropout(source)
-        optimizer = self._optimizer(round, self.model.trainable)
+        optimizer = self._optimizer(round, self.model.active)
         losses_of: list[torch.Tensor] = []
         seen, steps = 0, 0
         with self._batches.of(data, cache) as collate:
@@ -186,7 +194,7 @@ class Trainer:
                 optimizer.step()
                 seen += len(batch)
                 steps += 1
-        return Trained(self._delta(start, self.model.trainable, steps), steps, sum(map(float, losses_of)) / max(seen, 1))
+        return Trained(self._delta(start, self.model.active, steps), steps, sum(map(float, losses_of)) / max(seen, 1))
 
     def train_private(
         self,
@@ -218,16 +226,21 @@ class Trainer:
         """
         if self._private is None:
             raise LichenError(Code.INTERNAL, "the trainer was made for a plan without differential privacy")
-        self.model.load(start)
+        self._begin(start, round)
         self._seed_dropout(source)
-        optimizer = self._private.noisy(self._optimizer(round, self.model.trainable), segment, declared_size, source)
+        optimizer = self._private.noisy(self._optimizer(round, self.model.active), segment, declared_size, source)
         with self._batches.of(data, cache) as collate:
             for _ in range(segment.steps):
                 gate.step(Segment(optimizer.noise_multiplier, segment.sample_rate, 1))
                 drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
                 collate.prepare([row for unit in drawn for row in unit])
                 self._private.take(optimizer, drawn, collate, data.lengths if self._by_length else None)
-        return Trained(self._delta(start, self.model.trainable, segment.steps), segment.steps, None)
+        return Trained(self._delta(start, self.model.active, segment.steps), segment.steps, None)
+
+    def _begin(self, start: State, round: int) -> None:
+        """Load what a round starts from, and let the parameters be trained that it trains."""
+        self.model.load(start)
+        self.model.train_only(phase_of(self.plan, round))
 
     def _seed_dropout(self, source: RandomSource) -> None:
         """The adapter's dropout draws from torch's own generator: let it follow ``source``, so that what repeats does so whole."""
@@ -235,6 +248,7 @@ class Trainer:
             torch.manual_seed(int(source.uniform(1)[0] * 2**53))
 
     def _optimizer(self, round: int, trained: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
+        """Of the given tensors, by name, as they are when a round begins."""
         local = self.plan.local
         progress = (round - 1) / self.plan.rounds
         factor = {"none": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[local.learning_rate_decay]
@@ -245,9 +259,14 @@ class Trainer:
             for parameters, rate in ((body, local.learning_rate), (head, local.head_learning_rate or local.learning_rate))
             if parameters
         ]
+        optimizer: torch.optim.Optimizer
         if local.optimizer == "sgd":
-            return torch.optim.SGD(groups, momentum=local.betas[0], weight_decay=local.weight_decay, fused=True)
-        return torch.optim.AdamW(groups, betas=local.betas, weight_decay=local.weight_decay, fused=True)
+            optimizer = torch.optim.SGD(groups, momentum=local.betas[0], weight_decay=local.weight_decay, fused=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, betas=local.betas, weight_decay=local.weight_decay, fused=True)
+        if local.proximal_mu:
+            _pull_back(optimizer, local.proximal_mu)
+        return optimizer
 
     def _delta(self, start: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor], steps: int) -> State:
         delta = {name: tensor.detach().cpu() - start[name] for name, tensor in trained.items()}
@@ -275,6 +294,20 @@ def batches(local: Local, count: int, source: RandomSource, most_steps: int | No
             order = torch.argsort(source.uniform(count)).tolist()
         batch, order = order[: local.batch_size], order[local.batch_size :]
         yield batch
+
+
+def _pull_back(optimizer: torch.optim.Optimizer, mu: float) -> None:
+    """Add FedProx' μ (w − w_round) to every gradient just before a step: after clipping and noise, since it depends on no example."""
+    anchors = [(tensor, tensor.detach().clone()) for group in optimizer.param_groups for tensor in group["params"]]
+
+    @torch.no_grad()
+    def pull(*_: object) -> None:
+        for tensor, anchor in anchors:
+            if tensor.grad is not None:
+                # of clients that are trained together the last may have ended
+                tensor.grad.add_(tensor.detach() - anchor[: len(tensor)], alpha=mu)
+
+    optimizer.register_step_pre_hook(pull)
 
 
 def _by_row(job: Job) -> bool:

@@ -25,7 +25,7 @@ def own_plan(plan: Plan, assignment: Assignment, most_rows: int | None = None) -
 
     Args:
         plan: as it was approved.
-        assignment: of one round. A smaller rank gets an α that keeps α / rank.
+        assignment: of one round. Its rank is not in the plan: the model has the plan's, and its tensors are cut (`aggregation.cut`).
         most_rows: rows at once that this node's memory is known to be enough for.
 
     Raises:
@@ -47,14 +47,11 @@ def own_plan(plan: Plan, assignment: Assignment, most_rows: int | None = None) -
     for name in given.keys() & most.keys():
         if given[name] > most[name]:
             raise _refused(f"{name} {given[name]} is above the plan's {most[name]}")
-    rank = given.get("rank", adapter.rank)
     rows = given.get("max_physical_batch_size", local.max_physical_batch_size)
-    alpha = adapter.alpha if rank == adapter.rank else adapter.alpha * rank / adapter.rank
     checkpointing = given.get("checkpointing", local.checkpointing)
     found = plan.model_copy(
         update={
             "task": task.model_copy(update={"max_length": given.get("max_length", task.max_length)}),
-            "model": plan.model.model_copy(update={"adapter": adapter.model_copy(update={"rank": rank, "alpha": alpha})}),
             "local": local.model_copy(update={"max_physical_batch_size": rows, "checkpointing": checkpointing}),
             "evaluation": plan.evaluation.model_copy(update={"batch_size": min(plan.evaluation.batch_size, rows)})
             if "max_physical_batch_size" in given

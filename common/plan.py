@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from lichen.common.aggregation import RULES
 from lichen.common.errors import Code, LichenError
 
 FORMAT = 1
@@ -31,6 +32,10 @@ def _whole(value: object) -> object:
 
 Number = Annotated[float, BeforeValidator(_whole)]
 Precision = Literal["float32", "bfloat16", "int8"]
+
+
+def _off(value: object) -> object:
+    return "off" if value is False else value  # YAML reads the word as false
 
 
 class Section(BaseModel):
@@ -153,7 +158,7 @@ class Local(Section):
     `plain`: batches as they are drawn, padded to `task.max_length`, by PEFT's own passes. Sums are the same but for rounding."""
     checkpointing: bool = False
     """Gradient checkpointing (Chen et al. 2016): what a layer computes is not kept for the backward pass, but computed again in it."""
-    prefix_cache: Literal["float32", "float16", "off"] = "float32"
+    prefix_cache: Annotated[Literal["float32", "float16", "off"], BeforeValidator(_off)] = "float32"
     """How a client keeps what the layers below the lowest trained one give for each row, under `compute: lean`. `float32` changes
     nothing; `float16` takes half the disk and changes updates by some 1e-5 of their size."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -168,6 +173,8 @@ class Local(Section):
     """AdamW's; of SGD the first is the momentum."""
     weight_decay: Number = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
+    proximal_mu: Number = Field(default=0.0, ge=0)
+    """FedProx' μ (Li et al. 2020): μ/2 ‖w − w_round‖² is added to the loss. It depends on no example: it is not clipped, nor noised."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -230,21 +237,39 @@ class Privacy(Section):
         return self
 
 
+def _server_rate(given: dict[str, Any]) -> float:
+    return 1e-2 if given.get("optimizer") in {"fedadam", "fedyogi"} else 1.0
+
+
 class Aggregation(Section):
     """What the coordinator does with the updates."""
 
-    rule: Literal["fedavg"] = "fedavg"
-    """`fedavg`: the weighted mean (McMahan et al. 2017); by true size without privacy, by declared size with it, `unit: client` flat."""
+    rule: Literal["fedavg", "ffa", "rolora", "nested", "flora", "fedex", "zero-padding"] = "fedavg"
+    """`fedavg`: the weighted mean (McMahan et al. 2017); by true size without privacy, by declared size with it, `unit: client` flat. The
+    others are for LoRA. `ffa`: A is fixed, B alone is trained (Sun et al. 2024). `rolora`: one factor a round, B first (Chen et al.
+    2024). `nested`: the same for clients of several ranks, of which each trains its first columns. `flora`: what all have learned is
+    merged into the base exactly, and adapters start afresh each round (Wang et al. 2024). `fedex`: `fedavg`, and what it leaves out is
+    merged into the base (Singhal et al. 2024). `zero-padding`: `fedavg` for several ranks; only to compare with."""
     secure: Literal[False] = False
     """Secure aggregation."""
-    optimizer: Literal["fedavg", "fedavgm"] = "fedavg"
-    """How the mean update is applied: as it is, or with server momentum (Hsu et al. 2019)."""
-    learning_rate: Number = Field(default=1.0, gt=0)
-    """The server's."""
+    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    """How the mean update is applied: as it is, with server momentum (Hsu et al. 2019), or adaptively (Reddi et al. 2021)."""
+    learning_rate: Number = Field(default_factory=_server_rate, gt=0)
+    """The server's; left out, 1, and .01 for `fedadam` and `fedyogi`."""
     momentum: Number = Field(default=0.0, ge=0, lt=1)
     """The server's, for `fedavgm`."""
+    betas: tuple[Number, Number] = (0.9, 0.99)
+    """For `fedadam` and `fedyogi`: how much of the mean of updates, and of that of their squares, is kept from round to round."""
+    tau: Number = Field(default=1e-3, gt=0)
+    """For `fedadam` and `fedyogi`: added to the root of the mean square; the larger, the less adaptive."""
     average_last: int = Field(default=1, ge=1)
     """The final model is the mean over this many last rounds (post-processing: it costs no privacy)."""
+
+    @model_validator(mode="after")
+    def _betas_lie_below_one(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must lie in [0, 1)")
+        return self
 
     @model_validator(mode="after")
     def _momentum_belongs_to_fedavgm(self) -> Self:
@@ -319,6 +344,8 @@ class Simulation(Section):
 
     clients: int = Field(default=4, ge=1)
     """Simulated clients."""
+    ranks: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """LoRA ranks that the clients have in turn; α / r stays what it is. The largest is `model.adapter.rank`; empty: all have that."""
     partition: str = "iid"
     """`iid`, `dirichlet:ALPHA` or `by:FIELD`."""
     data: str | DataSource | None = None
@@ -415,8 +442,6 @@ def find_plan(name: str) -> Path:
     raise LichenError(Code.PLAN_UNREADABLE, "no such file, and no scenario of that name", where=name, fix=f"Scenarios: {known}.")
 
 
-MIXED_RANKS = frozenset({"flora", "nested"})
-"""Aggregation rules that add updates of different ranks."""
 _ASKS_FOR_PRIVACY = {"epsilon", "delta", "clip", "adaptive_clip", "noise", "sample_rate", "unit_field"}
 
 
@@ -487,6 +512,7 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "local.checkpointing runs layers twice, and privacy.gradients: hooks would count what they see twice",
             "Nearest valid: privacy.gradients: single-backward, or local.checkpointing: false.",
         )
+    _check_rule(plan, refuse)
     _check_central(plan, refuse)
     _check_assign(plan, refuse)
     if plan.private and not plan.central and plan.local.epochs is not None and plan.privacy.sample_rate is None:
@@ -515,7 +541,7 @@ def _check_assign(plan: Plan, refuse: Callable[[str, str], None]) -> None:
     if "rank" in plan.cohort.assign:
         if plan.model.adapter.kind != "lora":
             refuse(f"cohort.assign: rank, but a {plan.model.adapter.kind} adapter has none", "Leave rank out of cohort.assign.")
-        if plan.aggregation.rule not in MIXED_RANKS:
+        if not RULES[plan.aggregation.rule].mixed_ranks:
             refuse(
                 f"cohort.assign: rank, but aggregation.rule: {plan.aggregation.rule} adds updates of one rank only",
                 "Leave rank out of cohort.assign.",
@@ -538,6 +564,49 @@ def _check_transfer(plan: Plan, refuse: Callable[[str, str], None]) -> None:
                 "transfer.uplink.error_feedback under differential privacy would carry one round's rows into another",
                 "Leave it out, and use codec: eden, whose errors average out.",
             )
+
+
+def _check_rule(plan: Plan, refuse: Callable[[str, str], None]) -> None:
+    """What an aggregation rule can't go with."""
+    rule, needs, aggregation = plan.aggregation.rule, RULES[plan.aggregation.rule], plan.aggregation
+    ranks, rank = plan.simulation.ranks, plan.model.adapter.rank
+    if needs.lora and plan.model.adapter.kind != "lora":
+        refuse(
+            f"aggregation.rule: {rule} is for LoRA, and model.adapter.kind is {plan.model.adapter.kind}",
+            "Nearest valid: aggregation.rule: fedavg.",
+        )
+    if ranks and not needs.mixed_ranks:
+        mixed = ", ".join(name for name, other in RULES.items() if other.mixed_ranks)
+        refuse(f"simulation.ranks with aggregation.rule: {rule}, which takes one rank", f"Leave it out, or choose a rule of {mixed}.")
+    if ranks and max(ranks) != rank:
+        refuse(f"the largest of simulation.ranks is {max(ranks)}, model.adapter.rank {rank}", f"Set model.adapter.rank: {max(ranks)}.")
+    if rule == "nested" and plan.private and ranks and 4 * ranks.count(rank) < len(ranks):
+        refuse(
+            f"aggregation.rule: nested with privacy, and fewer than a quarter of simulation.ranks are {rank}: the last columns would be "
+            "noise of few clients",
+            "Give the largest rank to at least a quarter.",
+        )
+    if needs.changes_base and plan.local.compute == "lean" and plan.local.prefix_cache != "off":
+        refuse(
+            f"aggregation.rule: {rule} adds to the base's weights each round, and local.prefix_cache keeps what they gave",
+            "Set local.prefix_cache: off.",
+        )
+    if plan.transfer.uplink.error_feedback and (len(needs.phases) > 1 or needs.changes_base):
+        refuse(
+            f"transfer.uplink.error_feedback with aggregation.rule: {rule}, whose next round trains other tensors, or another adapter",
+            "Leave it out, and use codec: eden, whose errors average out.",
+        )
+    if rule == "fedex" and (aggregation.optimizer, aggregation.learning_rate) != ("fedavg", 1.0):
+        refuse(
+            "aggregation.rule: fedex is exact only where the mean is applied as it is",
+            "Set aggregation.optimizer: fedavg and learning_rate: 1, or choose aggregation.rule: fedavg.",
+        )
+    if plan.central and (needs.single_updates or needs.mixed_ranks):
+        why = "needs each update, and only their noised sum" if needs.single_updates else "counts who trained each column, which is secret"
+        refuse(
+            f"aggregation.rule: {rule} {why}{' leaves a round' if needs.single_updates else ''} under privacy.unit: client",
+            "Nearest valid: aggregation.rule: rolora.",
+        )
 
 
 def _check_central(plan: Plan, refuse: Callable[[str, str], None]) -> None:
@@ -629,6 +698,8 @@ def _explain(error: ValidationError, where: str) -> LichenError:
     for detail in error.errors(include_url=False):
         if detail["loc"][-1:] == ("str",) and isinstance(detail["input"], dict):
             continue  # it was meant as the other kind, of which the other lines tell
+        if detail["type"] == "default_factory_not_called":
+            continue  # it was left out, and follows from what the other lines tell of
         path = ".".join(_path(detail))
         line = f"{path or 'plan'}: {_complaint(detail)}"
         if hint := _hint(detail):

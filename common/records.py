@@ -98,6 +98,8 @@ class TrainReport(_Record):
     format: Annotated[Literal[1], Rule.DECLARED] = 1
     client: Annotated[str, Rule.DECLARED]
     round: Annotated[int, Rule.DECLARED]
+    rank: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
+    """Of the adapter that was trained, where it is not the plan's."""
     steps: Annotated[int, Rule.DECLARED]
     """Under `unit: client` the plan's or the assignment's, or 0 where the plan counts epochs: the number would tell the true size."""
     declared_size: Annotated[int | None, Field(ge=1, le=MOST), Rule.DECLARED] = None

@@ -9,14 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from flwr.app import ArrayRecord, RecordDict
 
 from lichen.common import records
 from lichen.common.codec.layout import Layout
 
 if TYPE_CHECKING:
-    import torch
-
     from lichen.common.codec.codec import Codec, Payload
     from lichen.common.model.adapter import State
     from lichen.coordinator.run_directory import ServerState
@@ -54,17 +53,20 @@ class Downlink:
         """The model after a round: it is moved by the step as those decode it to whom it is sent.
 
         Args:
-            step: what the server optimizer makes of the round.
+            step: what the server optimizer makes of the round; tensors that it has not stay as they are.
             state: its model is that before; its chain is made longer.
-            room: shape (count), 32-bit floats, that may be overwritten, the step's own included: no second model is made then.
+            room: 32-bit floats that may be overwritten, the step's own included: where they are as many as the model's, no second model
+                is made.
 
         Returns:
             The model; where there is a spool, its tensors are mapped from there.
         """
         if self._codec is None:
-            moved = {name: tensor + step[name] for name, tensor in state.model.items()}
+            moved = state.model | {name: state.model[name] + tensor for name, tensor in step.items()}
         else:
+            step = {name: step[name] if name in step else torch.zeros_like(tensor) for name, tensor in state.model.items()}
             layout = Layout.of(step)
+            room = room if room is not None and len(room) == layout.count else None
             decoded = self._encoded(self._codec, step, layout, state).decoded(layout, into=room)
             moved = {name: decoded[name].add_(tensor) for name, tensor in state.model.items()}
         if self._spool is None:

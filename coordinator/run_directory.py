@@ -41,9 +41,11 @@ class ServerState:
     """Rounds finished."""
     model: State
     velocity: State
-    """The server optimizer's; may be empty."""
+    """The server optimizer's momentum; may be empty."""
     average: State
     """Sum of the models of the last rounds that the final model is the mean of; may be empty."""
+    squares: State = field(default_factory=dict)
+    """The mean square that an adaptive server optimizer keeps; may be empty."""
     spent: dict[str, list[Segment]] = field(default_factory=dict)
     """Training steps by client."""
     evaluated: dict[str, list[Segment]] = field(default_factory=dict)
@@ -163,7 +165,12 @@ class RunDirectory:
 
         tensors = {
             f"{part}/{name}": tensor
-            for part, tensors in (("model", state.model), ("velocity", state.velocity), ("average", state.average))
+            for part, tensors in (
+                ("model", state.model),
+                ("velocity", state.velocity),
+                ("average", state.average),
+                ("squares", state.squares),
+            )
             for name, tensor in tensors.items()
         }
         about = {
@@ -197,7 +204,7 @@ class RunDirectory:
 
         if not (found := self._checkpoints()):
             return None
-        parts: dict[str, State] = {"model": {}, "velocity": {}, "average": {}}
+        parts: dict[str, State] = {"model": {}, "velocity": {}, "average": {}, "squares": {}}
         try:
             with safe_open(found[-1], framework="pt") as file:
                 about = json.loads((file.metadata() or {})["lichen"])

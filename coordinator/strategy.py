@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy import Strategy
 
 from lichen.common import records
+from lichen.common.aggregation import MERGED, part_of, properties, update_like
 from lichen.common.codec.codec import Payload
 from lichen.common.codec.layout import Layout
 from lichen.common.codec.registry import downlink_codec, uplink_codec
@@ -24,7 +25,7 @@ from lichen.common.model.adapter import State, check_finite
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import MOST_NOISE, planned_evaluation, planned_steps
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
-from lichen.coordinator.aggregation import RULES
+from lichen.coordinator.aggregation import make_rule
 from lichen.coordinator.aggregation.central_dp import CentralDP
 from lichen.coordinator.downlink import Downlink
 from lichen.coordinator.optimizers import server_step
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from lichen.common.plan import Plan
-    from lichen.coordinator.aggregation.fedavg import FedAvg
+    from lichen.coordinator.aggregation.rule import Rule
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05
@@ -71,6 +72,8 @@ class _Usable:
     report: records.TrainReport
     message: Message
     weight: float
+    rank: int
+    """Of its client's adapter."""
 
 
 class FederatedStrategy(Strategy):  # type: ignore[misc]
@@ -142,7 +145,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             LichenError: COHORT_TOO_SMALL, if fewer than `cohort.minimum` are usable; never under `unit: client`.
         """
         if self._central:
-            self._step(self._release(self._central, server_round, replies).update)
+            self._step(self._release(self._central, server_round, replies).update, {})
             return self._arrays(), None
         total, usable = self._sum_of(server_round, replies)
         if len(usable) < self.plan.cohort.minimum:
@@ -153,60 +156,69 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 where=f"round {server_round}",
                 fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )
-        mean = total.mean()
-        self._step(self._layout.split(mean), mean)
+        self._step(total.change(), total.restart(), total.room)
         if not self.plan.private:
             reports = [one.report for one in usable]
             weight = sum(report.examples or 0 for report in reports)
             self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in reports) / weight
         return self._arrays(), None
 
-    def _sum_of(self, round: int, replies: Iterable[Message]) -> tuple[FedAvg, list[_Usable]]:
+    def _sum_of(self, round: int, replies: Iterable[Message]) -> tuple[Rule, list[_Usable]]:
         """The usable updates, added.
 
         Whether their values are finite is seen from the sum, which spares a pass over each. Only if it is not, each is looked at, and the
         others are added anew: who sends such an update is refused alone, and the sum is the same as without it.
         """
-        total, usable = RULES[self.plan.aggregation.rule](), []
+        total, usable = make_rule(self.plan, round, self.state.model), []
         for one, update in self._usable(round, replies):
             usable.append(one)
-            total.add(update, one.weight)
+            total.add(update, one.weight, one.rank)
         if not total.finite():
             usable = [one for one in usable if self._is_finite(one)]
-            total = RULES[self.plan.aggregation.rule]()
+            total = make_rule(self.plan, round, self.state.model)
             for one in usable:
-                total.add(self._update(one.message), one.weight)
+                total.add(self._update(one), one.weight, one.rank)
         self._count(usable)
         return total, usable
 
     def _usable(self, round: int, replies: Iterable[Message]) -> Iterator[tuple[_Usable, Payload]]:
-        """The updates that fit the model, one at a time, in the order of the clients' names so that sums repeat.
+        """The updates that fit what was asked for, one at a time, in the order of the clients' names so that sums repeat.
 
         Whether values are finite is known where a codec wrote them.
         """
         for report, message in sorted(self._reports(records.TrainReport, round, replies), key=lambda found: found[0].client):
             try:
                 weight = self._weight(report)  # from here on the update has left its node, and is paid for, whether it is usable or not
-                update = self._update(message)
+                one = _Usable(report, message, weight, self._rank(report))
+                update = self._update(one)
             except LichenError as error:
                 self._failed(report.client, error.code, error.what)
                 continue
-            yield _Usable(report, message, weight), update
+            yield one, update
+
+    def _rank(self, report: records.TrainReport) -> int:
+        """Of the adapter that a client trained."""
+        rank = self.plan.model.adapter.rank
+        if report.rank in {None, rank}:
+            return rank
+        if report.rank is None or report.rank > rank or not properties(self.plan).mixed_ranks:
+            raise LichenError(Code.FRAME_INVALID, f"an adapter of rank {report.rank}, where the plan has {rank}")
+        return report.rank
 
     def _is_finite(self, one: _Usable) -> bool:
         try:
-            check_finite(self._update(one.message).decoded(self._layout))
+            check_finite(self._update(one).decoded(Layout.of(self._like(one))))
         except LichenError as error:
             self._failed(one.report.client, error.code, error.what)
             return False
         return True
 
-    def _update(self, message: Message) -> Payload:
-        return records.get_update(message.content, self._spool, self._codec, self.state.model)
+    def _update(self, one: _Usable) -> Payload:
+        return records.get_update(one.message.content, self._spool, self._codec, self._like(one))
 
-    @property
-    def _layout(self) -> Layout:
-        return Layout.of(self.state.model)
+    def _like(self, one: _Usable) -> State:
+        """Tensors as this update must have them."""
+        return update_like(self.plan, one.report.round, one.rank, self.state.model)
 
     def _count(self, usable: list[_Usable]) -> None:
         """Put into the round's line what was used, and who failed."""
@@ -218,12 +230,13 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         """The round's noised sum: the one that a crash left behind, or a new one, which is on the disk before anything follows from it."""
         release = self.directory.load_release(round)
         if release is None:
-            total = central.sum_of(self.state.model, self.state.clip or self.plan.privacy.clip)
+            like = update_like(self.plan, round, self.plan.model.adapter.rank, self.state.model)
+            total = central.sum_of(like, self.state.clip or self.plan.privacy.clip)
             usable = []
             for one, update in self._usable(round, replies):
                 if self._is_finite(one):
                     usable.append(one)
-                    total.add(update.decoded(self._layout), within=one.report.within_clip is not False)
+                    total.add(update.decoded(Layout.of(like)), within=one.report.within_clip is not False)
             self._count(usable)
             release = central.release(total, round)
             self.directory.save_release(round, release)
@@ -231,10 +244,11 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.state.clip = release.clip
         return release
 
-    def _step(self, mean: State, room: torch.Tensor | None = None) -> None:
+    def _step(self, change: State, restart: State, room: torch.Tensor | None = None) -> None:
         """Move the model; ``room`` may be overwritten."""
-        step, self.state.velocity = server_step(mean, self.state.velocity, self.plan.aggregation)
-        self.state.model = self._downlink.add(step, self.state, room)
+        state = self.state
+        step, state.velocity, state.squares = server_step(change, state.velocity, state.squares, self.plan.aggregation)
+        state.model = self._downlink.add(step | restart, state, room)
 
     # --- federated evaluation ---
 
@@ -517,7 +531,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         """Bring `result.json` up to date with its rounds."""
         result = self.result
         result.seconds = None if self._central else round(seconds, 3)
-        result.parameters = sum(tensor.numel() for tensor in self.state.model.values())
+        result.parameters = sum(tensor.numel() for name, tensor in self.state.model.items() if part_of(name) != MERGED)
         if self._central:
             result.transfer = Transfer(uplink_bytes=None, downlink_bytes=None)
         else:

@@ -58,7 +58,7 @@ class Payload(ABC):
 
     def decoded(self, layout: Layout, into: torch.Tensor | None = None) -> State:
         """The update as named tensors, which are views of ``into`` (shape (count), 32-bit floats), where that is given."""
-        flat = torch.empty(self.count) if into is None else into
+        flat = torch.empty(self.count, dtype=layout.dtype) if into is None else into
         for part in range(self.parts):
             for view, values in placed(self, flat, part, self.values(part)):
                 view.copy_(values)

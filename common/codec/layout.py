@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -46,6 +47,11 @@ class Layout:
     def count(self) -> int:
         """The number of values."""
         return self.starts[-1]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the flat vector: 32-bit floats, or 64-bit ones where a tensor is of them."""
+        return functools.reduce(torch.promote_types, (dtype for _, _, dtype in self.tensors), torch.float32)
 
     @cached_property
     def digest(self) -> bytes:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lichen.common.aggregation import MERGED, A, B, beside, is_trained, part_of, properties
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import HEADS
 
@@ -19,10 +21,31 @@ if TYPE_CHECKING:
     from lichen.common.plan import Plan
 
 State = dict[str, torch.Tensor]
-"""Trainable tensors by name, in the order of the model's parameters."""
+"""Trainable tensors by name, in the order of the model's parameters; after them, where the rule has it, what was merged into the base."""
 
 TARGETS = {"distilbert": ("q_lin", "v_lin")}
 """Query and value projections of architectures that PEFT has no table entry for."""
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A frozen weight of the base that rounds add to: W = W0 + what was merged."""
+
+    weight: nn.Parameter
+    start: torch.Tensor
+    """W0, on the CPU."""
+    transposed: bool
+    """Whether the layer is a `Conv1D`, whose weight is (k, d)."""
+
+    @property
+    def merged(self) -> torch.Tensor:
+        """What was added: (d, k)."""
+        added = self.weight.detach().cpu() - self.start
+        return added.t() if self.transposed else added
+
+    def set(self, merged: torch.Tensor) -> None:
+        """Set it to W0 plus ``merged``, (d, k)."""
+        self.weight.copy_(self.start + (merged.t() if self.transposed else merged))
 
 
 @dataclass(frozen=True)
@@ -35,26 +58,70 @@ class TunedModel:
     """The trained parameters. For `lora` the names are those of PEFT's own adapter files."""
     head: frozenset[str]
     """The names among them that belong to the head."""
+    merging: dict[str, Merging] = field(default_factory=dict)
+    """By name the frozen weights that rounds add to; most aggregation rules have none."""
+    rank: int = 0
+    """LoRA's r as the plan has it, the largest that a state can be loaded at; 0 without LoRA."""
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.network.parameters()).device
 
+    @property
+    def active(self) -> dict[str, nn.Parameter]:
+        """The parameters that the phase of `train_only` trains; at first all."""
+        return {name: parameter for name, parameter in self.trainable.items() if parameter.requires_grad}
+
+    def train_only(self, phase: frozenset[str] = frozenset({A, B})) -> None:
+        """Freeze the factors of LoRA that are not trained in a phase; see `aggregation.phase_of`."""
+        for name, parameter in self.trainable.items():
+            parameter.requires_grad_(is_trained(name, phase))
+
+    def tensors(self) -> State:
+        """The trainable tensors, and what was merged."""
+        return {**self.trainable, **{name: merging.merged for name, merging in self.merging.items()}}
+
     def state(self) -> State:
-        """A copy of the trainable tensors, on the CPU."""
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.trainable.items()}
+        """A copy of these, on the CPU."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Set the trainable tensors, to some of the CPU.
+        """Set the trainable tensors, and what was merged, to some of the CPU. LoRA's may have a smaller rank: then the model has it, too.
 
         Raises:
             LichenError: STATE_MISMATCH, if names, shapes or types differ, or a value is not finite; nothing is set then.
         """
-        check_state(state, self.trainable)
+        rank = self._rank_of(state)
+        check_state(state, self._like(rank))
         for name, parameter in self.trainable.items():
+            if parameter.shape != state[name].shape:
+                # of another rank: the parameter itself stays, which layers and hooks know
+                parameter.grad, parameter.data = None, parameter.data.new_empty(state[name].shape)
             parameter.copy_(state[name])
+        for name, merging in self.merging.items():
+            merging.set(state[name])
+
+    def _rank_of(self, state: Mapping[str, torch.Tensor]) -> int:
+        """The rank of a state's first factor, within the model's."""
+        for name, tensor in state.items():
+            if self.rank and name in self.trainable and tensor.dim() == 2 and (part := part_of(name)) is not None:
+                return max(1, min(self.rank, tensor.shape[0 if part == A else 1]))
+        return self.rank
+
+    def _like(self, rank: int) -> State:
+        """Tensors without values, of the names, shapes and types that a state of such a rank has."""
+        like: State = {}
+        for name, parameter in self.trainable.items():
+            part, shape = part_of(name), list(parameter.shape)
+            if self.rank and part is not None:
+                shape[0 if part == A else 1] = rank
+            like[name] = torch.empty(shape, dtype=parameter.dtype, device="meta")
+        for name, merging in self.merging.items():
+            shape = list(merging.start.shape)
+            like[name] = torch.empty(shape[::-1] if merging.transposed else shape, dtype=merging.start.dtype, device="meta")
+        return like
 
     @torch.no_grad()
     def show(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -66,9 +133,11 @@ class TunedModel:
         if self.device.type != "cpu":
             self.load(state)
             return
-        check_state(state, self.trainable)
+        check_state(state, self._like(self._rank_of(state)))
         for name, parameter in self.trainable.items():
             parameter.data = state[name]
+        for name, merging in self.merging.items():
+            merging.set(state[name])
 
 
 def check_state(state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
@@ -134,7 +203,9 @@ def attach(base: PreTrainedModel, plan: Plan, task_type: str) -> TunedModel:
             parameter.requires_grad_(adapter.kind == "full" or name.split(".")[0] in head_names)
     trainable = {_public_name(name): parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     head = frozenset(name for name in trainable if any(part in HEADS for part in name.split(".")))
-    return TunedModel(network, trainable, head)
+    if adapter.kind != "lora":
+        return TunedModel(network, trainable, head)
+    return TunedModel(network, trainable, head, _merging(network) if properties(plan).changes_base else {}, adapter.rank)
 
 
 def _attach_lora(base: PreTrainedModel, plan: Plan, task_type: str) -> nn.Module:
@@ -169,7 +240,44 @@ def _attach_lora(base: PreTrainedModel, plan: Plan, task_type: str) -> nn.Module
                 where="model.adapter.targets",
                 fix="Name linear modules of this architecture, or use [all-linear].",
             ) from None
+    if not any(A in phase for phase in properties(plan).phases):
+        _fix_a(network, plan)
     return network
+
+
+@torch.no_grad()
+def _fix_a(network: nn.Module, plan: Plan) -> None:
+    """Set every A to orthonormal rows that follow from the plan's seed, so that it need not travel, and freeze it (Sun et al. 2024)."""
+    for name, parameter in network.named_parameters():
+        if part_of(name) != A:
+            continue
+        rank, width = parameter.shape
+        if rank > width:
+            raise LichenError(
+                Code.MODEL_UNSUPPORTED,
+                f"{_public_name(name)} has {rank} rows of {width}, which can't be orthonormal",
+                where="model.adapter.rank",
+                fix=f"Set it to at most {width}, or choose another aggregation.rule.",
+            )
+        digest = hashlib.sha256(f"{plan.seed}|{_public_name(name)}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        drawn = torch.randn(width, rank, generator=generator, dtype=torch.float64)
+        parameter.copy_(torch.linalg.qr(drawn).Q.t())
+        parameter.requires_grad_(False)
+
+
+def _merging(network: nn.Module) -> dict[str, Merging]:
+    """The frozen weights under LoRA's layers, by the names of what is merged into them."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = {}
+    for name, _ in network.named_parameters():
+        if part_of(name) == A:
+            base: Any = network.get_submodule(name.split(f".{A}.")[0]).get_base_layer()  # type: ignore[operator]
+            found[beside(_public_name(name), MERGED)] = Merging(
+                base.weight, base.weight.detach().to("cpu", copy=True), isinstance(base, Conv1D)
+            )
+    return found
 
 
 def _public_name(name: str) -> str:

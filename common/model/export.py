@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lichen.common.aggregation import MERGED, A, B, part_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.statement import as_markdown
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from lichen.common.model.adapter import TunedModel
+    from lichen.common.model.adapter import State, TunedModel
     from lichen.common.plan import Plan
     from lichen.common.privacy.statement import Statement
 
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+_WRAPPER = "base_model.model."
+"""What PEFT puts before a base model's names."""
 _LOAD = {
     ("lora", "mean"): "AutoPeftModelForTokenClassification",
     ("lora", "pooler"): "AutoPeftModelForSequenceClassification",
@@ -27,6 +33,8 @@ _LOAD = {
 
 def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTrainedTokenizerBase, statement: Statement) -> None:
     """Save the adapter (`lora`) or the whole model, the configuration, the tokenizer, and a card that says how to load them.
+
+    Where rounds have added to the base, the whole model is saved, with the adapter in it.
 
     Args:
         directory: made if it is not there.
@@ -43,12 +51,30 @@ def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTra
     network: Any = model.network
     if plan.model.adapter.kind != "lora" and is_quantized(network):
         raise LichenError(Code.INTERNAL, "a model over a quantised base was to be saved whole")
+    inner = network.base_model.model if plan.model.adapter.kind == "lora" else network
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        network.save_pretrained(directory)
-    (network.base_model.model if plan.model.adapter.kind == "lora" else network).config.save_pretrained(directory)
+        if model.merging:
+            inner.save_pretrained(directory, state_dict=_whole(inner, model))
+        else:
+            network.save_pretrained(directory)
+    inner.config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan, statement), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan, statement, merged=bool(model.merging)), encoding="utf-8")
+
+
+def _whole(inner: nn.Module, model: TunedModel) -> dict[str, torch.Tensor]:
+    """The tensors of the model without adapters, which are added to the weights that they lie on, in 32 bits."""
+    found = {
+        name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): tensor
+        for name, tensor in inner.state_dict().items()
+        if part_of(name) is None and ".original_module." not in name  # the head as it was before it was trained
+    }
+    for name in model.merging:
+        path = name.removeprefix(_WRAPPER).split(f".{MERGED}.")[0]
+        layer: Any = inner.get_submodule(path)
+        found[f"{path}.weight"] = layer.get_base_layer().weight.detach() + layer.get_delta_weight(layer.active_adapters[0]).detach()
+    return found
 
 
 def load_saved(directory: Path, model: TunedModel) -> None:
@@ -63,7 +89,33 @@ def load_saved(directory: Path, model: TunedModel) -> None:
     if path is None:
         raise LichenError(Code.STATE_MISMATCH, "the model holds no safetensors file", where=str(directory))
     tensors = load_file(path)
-    model.load({name: tensor for name, tensor in tensors.items() if name in model.trainable})
+    if model.merging:
+        model.load(_state_of(tensors, model))
+    else:
+        model.load({name: tensor for name, tensor in tensors.items() if name in model.trainable})
+
+
+def _state_of(tensors: Mapping[str, torch.Tensor], model: TunedModel) -> State:
+    """The state of a whole model: all that differs from the base is merged, and the adapter does nothing.
+
+    Raises:
+        LichenError: STATE_MISMATCH, if a tensor is missing.
+    """
+    state = model.state()
+    try:
+        for name in state:
+            if part_of(name) == B:
+                state[name].zero_()
+            elif part_of(name) != A:
+                merging = model.merging.get(name)
+                saved = tensors[name.removeprefix(_WRAPPER).replace(f".{MERGED}.", ".")]
+                if merging is not None:
+                    saved = saved - merging.start
+                    saved = saved.t().contiguous() if merging.transposed else saved
+                state[name] = saved
+    except KeyError as missing:
+        raise LichenError(Code.STATE_MISMATCH, f"the model's file has no {missing}") from None
+    return state
 
 
 def card(plan: Plan, statement: Statement, *, merged: bool = False) -> str:

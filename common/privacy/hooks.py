@@ -43,23 +43,36 @@ class HooksModule:
     def __init__(self, network: nn.Module) -> None:
         _register_conv1d()
         _refuse_unsupported(network)
-        self._trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self._network = network
+        self._handles: list[Any] = []
+        self._hook()
+
+    def _hook(self) -> None:
+        """Put hooks on the layers whose parameters are trained now."""
+        self._trained = [parameter for parameter in self._network.parameters() if parameter.requires_grad]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                self._module = GradSampleModule(network, loss_reduction="sum")
+                self._module = GradSampleModule(self._network, loss_reduction="sum")
             except NotImplementedError as error:
                 raise LichenError(Code.MODEL_DP_UNSUPPORTED, str(error), where="model.base") from None
-        self._handles: list[Any] = []
-        for module in network.modules():
+        self._module.disable_hooks()  # outside of `clipped_sum` a layer may be frozen, which they can't follow
+        for module in self._network.modules():
             if isinstance(module, nn.Embedding) and module.weight.requires_grad:
-                self._handles += _one_row_an_example(network, module)
+                self._handles += _one_row_an_example(self._network, module)
 
     def clipped_sum(self, sizes: Sequence[int], loss: Callable[[nn.Module], torch.Tensor], clip: float) -> dict[nn.Parameter, torch.Tensor]:
         """One forward and one backward pass; see `Engine.clipped_sum`."""
         self._clear()
-        with expected_hooks():
-            torch.autograd.backward(loss(self._module))
+        if any(not parameter.requires_grad for parameter in self._trained) or self._others_are_trained():
+            self.remove_hooks()
+            self._hook()
+        self._module.enable_hooks()
+        try:
+            with expected_hooks():
+                torch.autograd.backward(loss(self._module))
+        finally:
+            self._module.disable_hooks()
         device = self._trained[0].device
         owners = sent(torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)), device)
         gradients = {}
@@ -76,6 +89,10 @@ class HooksModule:
             gradient[bad] = 0
         return {parameter: torch.einsum("i,i...", factors, gradient) for parameter, gradient in gradients.items()}
 
+    def _others_are_trained(self) -> bool:
+        """Whether a parameter is trained that was not when the hooks were put."""
+        return sum(parameter.requires_grad for parameter in self._network.parameters()) > len(self._trained)
+
     def _clear(self) -> None:
         for parameter in self._trained:
             parameter.grad = None
@@ -86,6 +103,7 @@ class HooksModule:
         self._module.remove_hooks()
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
 
 def _refuse_unsupported(network: nn.Module) -> None:

@@ -84,7 +84,8 @@ class PerUnitGradients:
         self._engine = _engine(engine, model.network, packing)
 
     @cached_property
-    def _pass_cost(self) -> float:
+    def pass_cost(self) -> float:
+        """What one more pass costs, in tokens, by the model's shape when it is first asked for."""
         return pass_cost(self.model)
 
     def step(
@@ -130,7 +131,7 @@ class PerUnitGradients:
     def _packs_by_length(self, units: Sequence[Unit], lengths: Sequence[int] | np.ndarray) -> list[list[Unit]]:
         """Units of about one length together: of `_packs`' bounds, those that pad least."""
         longest = [max(int(lengths[row]) for row in unit) for unit in units]
-        found = passes([len(unit) for unit in units], longest, self._max_rows, self._pass_cost)
+        found = passes([len(unit) for unit in units], longest, self._max_rows, self.pass_cost)
         return [[units[index] for index in pack] for pack in found] or [[]]
 
     def clipped_sum(

@@ -39,8 +39,8 @@ def self_check(
 ) -> None:
     """Compare the clipped sum with the loop over single examples, on a made-up batch (a real one would be read outside the accounting).
 
-    The trainable tensors are moved off their start for the check, since at LoRA's start half of all gradients are zero, and put back.
-    The adapter's dropout, random as it is, is off meanwhile.
+    Of the parameters that are trained now. All trainable tensors are moved off their start for the check, since at LoRA's start half of
+    all gradients are zero, and put back. The adapter's dropout, random as it is, is off meanwhile.
 
     Args:
         gradients: what is checked.
@@ -60,7 +60,7 @@ def self_check(
         with torch.no_grad():
             for parameter in model.trainable.values():
                 parameter.add_(sent(0.02 * torch.randn(parameter.shape, generator=generator), parameter.device))
-        one_by_one = [_gradient(model.network, list(model.trainable.values()), losses, collate([row])) for row in range(CHECKED_ROWS)]
+        one_by_one = [_gradient(model.network, list(model.active.values()), losses, collate([row])) for row in range(CHECKED_ROWS)]
         norms = torch.stack([torch.sqrt(sum((part**2).sum() for part in parts)) for parts in one_by_one])  # type: ignore[arg-type]
         clip = float(norms.median()) or 1.0  # some rows are clipped, some are not
         factors = (clip / norms).clamp(max=1.0)
@@ -80,7 +80,7 @@ def self_check(
             fix="This model can't be trained privately as it is; nothing was trained.",
         )
     # noise would move an adapter that learns nothing, so that it moved proves nothing
-    body = [part for name, part in zip(model.trainable, expected, strict=True) if name not in model.head]
+    body = [part for name, part in zip(model.active, expected, strict=True) if name not in model.head]
     if body and not any(bool(part.any()) for part in body):
         raise LichenError(
             Code.PRIVACY_SELF_CHECK,
@@ -102,7 +102,7 @@ def _gradient(
 
 
 def _clipped_sum(gradients: PerUnitGradients, clip: float, collate: Callable[[list[int]], Batch]) -> list[torch.Tensor]:
-    parameters = list(gradients.model.trainable.values())
+    parameters = list(gradients.model.active.values())
     before = [parameter.detach().clone() for parameter in parameters]
     # the noised sum's grid follows the noise multiplier: a small one rounds nothing away
     optimizer = NoisyOptimizer(

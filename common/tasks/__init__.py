@@ -39,6 +39,5 @@ def workbench(plan: Plan) -> Workbench:
 
     task = make_task(plan)
     model = task.build()
-    trained = model.trainable
-    large = sum(tensor.numel() * tensor.element_size() for tensor in trained.values()) > LARGE
-    return Workbench(task, model, in_a_file(trained) if large else model.state())
+    large = sum(tensor.numel() * tensor.element_size() for tensor in model.trainable.values()) > LARGE
+    return Workbench(task, model, in_a_file(model.tensors()) if large else model.state())

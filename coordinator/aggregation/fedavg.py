@@ -14,16 +14,21 @@ GROUP = 16
 
 
 class FedAvg:
-    """A running weighted mean: memory for one model in 32 bits and `GROUP` open updates, whatever the number of clients.
+    """A running weighted mean: memory for one model (in 32 bits) and `GROUP` open updates, whatever the number of clients.
 
     The updates of a group are summed in 64 bits in the order of the calls, a part at a time, and the mean so far is moved by that sum;
     it is rounded once a group. So it repeats bit for bit, and no weight and no number of clients makes it overflow.
+
+    Args:
+        dtype: of the mean.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.weight = 0.0
+        """Of all that were added."""
         self._waiting: list[tuple[Payload, float]] = []
         self._mean: torch.Tensor | None = None
-        self._weight = 0.0
+        self._dtype = dtype
         self._finite = True
 
     def add(self, update: Payload, weight: float) -> None:
@@ -43,7 +48,7 @@ class FedAvg:
         return self._finite
 
     def mean(self) -> torch.Tensor:
-        """The weighted mean (shape (count), 32-bit floats): this object's own, which later updates would move.
+        """The weighted mean (shape (count)): this object's own, which later updates would move.
 
         Raises:
             LichenError: ROUND_FAILED, if nothing was added; STATE_MISMATCH, if a value of what was added is not finite.
@@ -58,14 +63,14 @@ class FedAvg:
         waiting, self._waiting = self._waiting, []
         if not waiting or not self._finite:
             return
-        first, before = waiting[0][0], self._weight
+        first, before = waiting[0][0], self.weight
         if self._mean is None:
-            self._mean = torch.zeros(first.count)
-        self._weight += sum(weight for _, weight in waiting)
+            self._mean = torch.zeros(first.count, dtype=self._dtype)
+        self.weight += sum(weight for _, weight in waiting)
         for part, total in sums(waiting):
             # 32-bit floats times counts can't overflow in 64 bits, and infinities and NaN don't go away by adding
             if not math.isfinite(float(total.sum())):
                 self._finite = False
                 return
             for mean, values in placed(first, self._mean, part, total):
-                torch.mul(values.add_(mean, alpha=before) if before else values, 1 / self._weight, out=mean)
+                torch.mul(values.add_(mean, alpha=before) if before else values, 1 / self.weight, out=mean)

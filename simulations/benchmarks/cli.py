@@ -365,6 +365,55 @@ def r8(
 
 
 @app.command()
+def rules(
+    ranks: Annotated[str, typer.Option(help="same, mixed; commas between them.")] = "same,mixed",
+    rule: Annotated[str, typer.Option(help="Those to run, commas between them; left out, all that are meant for such ranks.")] = "",
+    seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0,1,2",
+    epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf,8",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of fedavg; left out, the scenario's.")] = None,
+    equal_bytes: Annotated[
+        bool, typer.Option("--equal-bytes/--equal-rounds", help="Rules that send half a round have twice the rounds, or as many.")
+    ] = True,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, for all runs; may be repeated.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep the run directories here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Aggregation rules for LoRA on R8, at equal bytes. Example: lichen bench rules --ranks mixed --epsilon inf --seeds 0."""
+    from lichen.simulations.benchmarks.aggregation import OF_RANKS, RANKS, bench_aggregation, summary
+
+    kinds = _list(ranks, str, RANKS)
+    wanted = _list(rule, str, sorted({name for kind in kinds for name in OF_RANKS[kind]})) if rule else []
+    console = Console(stderr=as_json)
+    runs: list[dict[str, Any]] = []
+    asked = (kinds, wanted, _list(seeds, int), _list(epsilon, float), rounds)
+    for found in bench_aggregation(*asked, equal_bytes=equal_bytes, settings=settings or (), keep=keep):
+        runs.append(found)
+        console.print(
+            f"{found['ranks']} ranks, {found['rule']}, ε {found['epsilon']:g}, seed {found['seed']}: accuracy {found['accuracy']:.4f}, "
+            f"{found['rounds']} rounds, {found['uplink_bytes'] / 1e6:.2f} MB up, {found['seconds']:.0f} s",
+            highlight=False,
+        )
+    if as_json:
+        typer.echo(json.dumps({"runs": runs, "means": summary(runs)}, indent=2))
+        return
+    table = Table(title="R8, test split, mean over seeds")
+    columns = ("ranks", "rule", "ε", "seeds", "rounds", "MB up", "MB down", "accuracy", "least to most", "macro-F1", "validation")
+    for column in (*columns, "seconds"):
+        table.add_column(column, justify="left" if column in {"ranks", "rule"} else "right")
+    for row in summary(runs):
+        told = (f"{row['epsilon']:g}", str(row["seeds"]), f"{row['rounds']:.0f}")
+        sizes = (f"{row['uplink_bytes'] / 1e6:.2f}", f"{row['downlink_bytes'] / 1e6:.2f}")
+        scores = (
+            f"{row['accuracy']:.4f}",
+            f"{row['least']:.4f} to {row['most']:.4f}",
+            f"{row['macro_f1']:.4f}",
+            f"{row['validation']:.4f}",
+        )
+        table.add_row(row["ranks"], row["rule"], *told, *sizes, *scores, f"{row['seconds']:.0f}")
+    console.print(table)
+
+
+@app.command()
 def clients(
     seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0",
     epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf,8",

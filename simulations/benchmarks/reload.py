@@ -71,6 +71,6 @@ def _load(directory: Path, labels: int, model: dict[str, Any]) -> Any:
     import transformers
 
     kind = "TokenClassification" if model["head"]["pooling"] == "mean" else "SequenceClassification"
-    if model["adapter"]["kind"] == "lora":
+    if (directory / "adapter_config.json").exists():
         return getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(directory, num_labels=labels).eval()
     return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(directory).eval()

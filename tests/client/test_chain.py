@@ -48,9 +48,11 @@ class Run:
             content, run_id=1, message_id="0" * 32, src_node_id=1, dst_node_id=2, message_type="train", group_id="1"
         )
 
-    def round(self) -> Message:
+    def round(self, *names: str) -> Message:
+        """One round that moves all tensors, or those of these names."""
         self.state.round += 1
-        self.state.model = self.downlink.add(draw(self.state.round, 0.01), self.state)
+        step = draw(self.state.round, 0.01)
+        self.state.model = self.downlink.add({name: step[name] for name in names or step}, self.state)
         self.messages.append(self.message())
         return self.messages[-1]
 
@@ -89,6 +91,21 @@ def test_a_node_that_is_behind_makes_the_same_model_of_what_was_added(run: Run, 
     assert all(torch.equal(found[name], tensor) for name, tensor in run.state.model.items()), "to the bit"
     assert not list(node.glob("*.tmp"))
     assert steps_from(node, message) == []
+
+
+@pytest.mark.parametrize("codec", ["blockwise", None])
+def test_tensors_that_a_step_has_not_stay_the_same_to_the_bit_at_both_ends(tmp_path: Path, node: Path, codec: str | None) -> None:
+    run = Run(tmp_path / "coordinator", codec)
+    before = run.state.model
+    message = run.round("a.bias")
+    assert torch.equal(run.state.model["b.weight"], before["b.weight"])
+    assert not torch.equal(run.state.model["a.bias"], before["a.bias"])
+    give(run, node, model_of(run.messages[0]), *(link.added.digest for link in run.state.chain))
+    if codec is None:
+        give(run, node, model_of(message))
+    bring_up(node, message, run.codec)
+    found = records.get_tensors(message.content, node)
+    assert all(torch.equal(found[name], tensor) for name, tensor in run.state.model.items())
 
 
 def test_what_is_added_is_near_the_step_and_the_coordinator_adds_no_other(run: Run) -> None:

@@ -139,6 +139,14 @@ def test_models_by_digest_fail_closed(tmp_path: Path) -> None:
     assert told(owner, plan(model={"base": f"sha256:{DIGEST}"[:-1] + "0"}))
 
 
+def test_a_base_that_is_permitted_by_its_digest_may_not_be_changed(tmp_path: Path) -> None:
+    owner = policy(tmp_path, models=[f"sha256:{DIGEST}", "known/name"])
+    sections = {"local": {"steps": 3, "prefix_cache": "off"}, "aggregation": {"rule": "flora"}}
+    assert "by its digest" in told(owner, plan(**sections), weights_sha256=lambda: DIGEST)
+    permits(owner, plan(**sections, model={"base": "known/name"}))
+    permits(owner, plan(**sections | {"aggregation": {"rule": "rolora"}}), weights_sha256=lambda: DIGEST)
+
+
 def test_the_digest_must_be_the_plan_s_own(tmp_path: Path) -> None:
     with pytest.raises(LichenError, match=r"digest"):
         load_policy(tmp_path).check(plan(), plan(rounds=6).sha256(), NOON)

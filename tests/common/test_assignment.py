@@ -25,7 +25,8 @@ def plan(tiny_plan: dict[str, Any]) -> Plan:
 
 
 def any_rank(plan: Plan) -> Plan:
-    return plan.model_copy(update={"cohort": plan.cohort.model_copy(update={"assign": ASSIGNED})})
+    cohort = plan.cohort.model_copy(update={"assign": ASSIGNED})
+    return plan.model_copy(update={"cohort": cohort, "aggregation": plan.aggregation.model_copy(update={"rule": "nested"})})
 
 
 def test_the_names_are_those_of_the_plan_and_of_the_record() -> None:
@@ -40,12 +41,9 @@ def test_an_assignment_that_leaves_all_to_the_plan_changes_nothing(plan: Plan) -
     assert capped_steps(5, of(plan)) == 5
 
 
-def test_a_smaller_rank_keeps_the_scale(plan: Plan) -> None:
+def test_a_smaller_rank_is_not_the_plans(plan: Plan) -> None:
     plan = any_rank(plan)
-    adapter = plan.model.adapter
-    own = own_plan(plan, of(plan, rank=1)).model.adapter
-    assert own.rank == 1
-    assert own.alpha / own.rank == adapter.alpha / adapter.rank
+    assert own_plan(plan, of(plan, rank=1)) == plan, "the model is cut to it"
 
 
 def test_what_privacy_rests_on_is_the_plans_whatever_is_assigned(plan: Plan) -> None:

@@ -23,9 +23,8 @@ LEAST = {"task": {"labels": ["a", "b"], "max_length": 256}, "model": {"base": "x
 
 def plan_of(*assign: str, **local: Any) -> Plan:
     local = {"steps": 100, "batch_size": 32, **local}
-    document = {**LEAST, "local": local, "cohort": {"size": 1, "deadline_s": 1000, "assign": [name for name in assign if name != "rank"]}}
-    plan = parse_plan(document)  # no rule of this version adds mixed ranks
-    return plan.model_copy(update={"cohort": plan.cohort.model_copy(update={"assign": assign})}) if "rank" in assign else plan
+    cohort = {"size": 1, "deadline_s": 1000, "assign": list(assign)}
+    return parse_plan({**LEAST, "local": local, "cohort": cohort, "aggregation": {"rule": "nested"}})
 
 
 def profile_of(plan: Plan, memory_mb: int, tokens_per_s: int | None = None, **more: Any) -> Profile:

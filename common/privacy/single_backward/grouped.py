@@ -77,9 +77,12 @@ class GroupWeights(Book):
         return torch.baddbmm(_by_group(wide, up), low, up).view_as(wide)
 
     def _of(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Each group's weight, (G, …); one that is not trained now is the model's in all groups."""
         if self._weights is None:
             raise LichenError(Code.INTERNAL, "a layer ran after its groups' pass had ended")
-        return self._weights[self._names[id(parameter)]]
+        if (own := self._weights.get(self._names.get(id(parameter), ""))) is not None:
+            return own
+        return parameter.detach().expand(len(next(iter(self._weights.values()))), *parameter.shape)
 
 
 def group_weights(model: TunedModel, packing: Packing) -> GroupWeights | None:

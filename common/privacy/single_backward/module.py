@@ -41,7 +41,7 @@ class SingleBackwardModule(AbstractGradSampleModule):  # type: ignore[misc]
             setattr(layer, method, ours)
 
     def clipped_sum(self, sizes: Sequence[int], loss: Callable[[nn.Module], torch.Tensor], clip: float) -> dict[nn.Parameter, torch.Tensor]:
-        """One forward and one backward pass.
+        """One forward and one backward pass, for those of the parameters that are trained now.
 
         Args:
             sizes: rows of each unit; a unit's rows lie next to each other in the batch.
@@ -56,6 +56,7 @@ class SingleBackwardModule(AbstractGradSampleModule):  # type: ignore[misc]
         """
         for parameter in self._trained:
             parameter.grad = None
+        trained = [parameter for parameter in self._trained if parameter.requires_grad]
         device = self._trained[0].device
         try:
             with self._book.of(sizes, device):
@@ -63,7 +64,7 @@ class SingleBackwardModule(AbstractGradSampleModule):  # type: ignore[misc]
                 with torch.autocast(device.type, enabled=False):
                     torch.autograd.backward(value)
                     self._refuse_leaks()
-                    return dict(zip(self._trained, self._book.clipped_sum(self._trained, clip), strict=True))
+                    return dict(zip(trained, self._book.clipped_sum(trained, clip), strict=True))
         finally:
             for parameter in self._trained:
                 parameter.grad = None

@@ -1,0 +1,110 @@
+"""What each aggregation rule needs, and what follows from it at both ends: the tensors that a client trains in a round, and sends.
+
+ΔW = s B A (Hu et al. 2021), with A (r, k) and B (d, r). A state holds both factors of each adapted layer, the head and, where a rule
+changes the base, what was merged into it so far. A client of a smaller rank works on A's first rows and B's first columns; α / r is
+the plan's whatever the rank, so that s is one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lichen.common.errors import Code, LichenError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lichen.common.model.adapter import State
+    from lichen.common.plan import Plan
+
+A, B, MERGED = "lora_A", "lora_B", "merged"
+"""The parts of a tensor's name that tell which it is."""
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What a rule asks of a plan."""
+
+    phases: tuple[frozenset[str], ...] = (frozenset({A, B}),)
+    """LoRA's factors that are trained in a round, and travel up; round after round the next, then from the start."""
+    lora: bool = True
+    """Whether it is for LoRA alone."""
+    single_updates: bool = False
+    """Whether the coordinator must see each update; else their sum by rank is enough, as secure aggregation gives it."""
+    mixed_ranks: bool = False
+    """Whether clients may have different ranks."""
+    changes_base: bool = False
+    """Whether it adds to the frozen weights: the state then holds what was added, and travels with it."""
+
+
+_ONE_FACTOR = (frozenset({B}), frozenset({A}))  # B first: it starts at zero, where A has no gradient
+
+RULES: Mapping[str, Properties] = {
+    "fedavg": Properties(lora=False),
+    "ffa": Properties(phases=(frozenset({B}),)),
+    "rolora": Properties(phases=_ONE_FACTOR),
+    "nested": Properties(phases=_ONE_FACTOR, mixed_ranks=True),
+    "flora": Properties(single_updates=True, mixed_ranks=True, changes_base=True),
+    "fedex": Properties(single_updates=True, changes_base=True),
+    "zero-padding": Properties(mixed_ranks=True),
+}
+"""By the names that plans give them."""
+
+
+def properties(plan: Plan) -> Properties:
+    """Of the plan's rule."""
+    return RULES[plan.aggregation.rule]
+
+
+def is_trained(name: str, phase: frozenset[str]) -> bool:
+    """Whether a tensor of the state is trained in such a phase: factors of the phase, and all that is neither a factor nor merged."""
+    part = part_of(name)
+    return part is None or part in phase
+
+
+def part_of(name: str) -> str | None:
+    """`A`, `B` or `MERGED`; None for a tensor of the head, or of a model without LoRA."""
+    return next((part for part in name.split(".") if part in {A, B, MERGED}), None)
+
+
+def beside(name: str, part: str) -> str:
+    """The name of another part of the same layer."""
+    return ".".join(part if word in {A, B, MERGED} else word for word in name.split("."))
+
+
+def phase_of(plan: Plan, round: int) -> frozenset[str]:
+    """LoRA's factors that are trained in a round (from 1)."""
+    phases = properties(plan).phases
+    return phases[(round - 1) % len(phases)]
+
+
+def rank_of(plan: Plan, client: str, *, simulated: bool) -> int:
+    """The rank that a client trains: the plan's, or in a simulation the one that `simulation.ranks` has for its number."""
+    ranks = plan.simulation.ranks
+    number = client.rpartition("-")[2]
+    return ranks[int(number) % len(ranks)] if simulated and ranks and number.isdecimal() else plan.model.adapter.rank
+
+
+def cut(state: Mapping[str, torch.Tensor], rank: int) -> State:
+    """A state as a client of such a rank has it: the first rows of each A, the first columns of each B (views).
+
+    Raises:
+        LichenError: STATE_MISMATCH, if a factor has fewer.
+    """
+    found = dict(state)
+    for name, tensor in state.items():
+        if (part := part_of(name)) not in {A, B}:
+            continue
+        if tensor.dim() != 2 or tensor.shape[0 if part == A else 1] < rank:
+            raise LichenError(Code.STATE_MISMATCH, f"{name!r} is {tuple(tensor.shape)}, too small for rank {rank}")
+        found[name] = tensor[:rank] if part == A else tensor[:, :rank]
+    return found
+
+
+def update_like(plan: Plan, round: int, rank: int, state: Mapping[str, torch.Tensor]) -> State:
+    """Tensors of the names, shapes and types that a client's update has in a round (from 1), for a codec's layout and for checks."""
+    phase = phase_of(plan, round)
+    trained = {name: tensor for name, tensor in state.items() if is_trained(name, phase)}
+    return cut(trained, rank) if plan.model.adapter.kind == "lora" else trained

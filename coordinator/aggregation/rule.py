@@ -1,0 +1,103 @@
+"""What an aggregation rule is: a round's updates go in, one after another, and a change of the model comes out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from lichen.common.aggregation import update_like
+from lichen.common.codec.layout import Layout
+from lichen.coordinator.aggregation.fedavg import FedAvg
+
+if TYPE_CHECKING:
+    import torch
+
+    from lichen.common.codec.codec import Payload
+    from lichen.common.model.adapter import State
+    from lichen.common.plan import Plan
+
+
+class Rule(ABC):
+    """One round's aggregation.
+
+    Args:
+        plan: whose rule it is.
+        round: from 1.
+        model: the state that the round began with; it is never changed.
+    """
+
+    def __init__(self, plan: Plan, round: int, model: State) -> None:
+        self.plan, self.round, self.model = plan, round, model
+        self.room: torch.Tensor | None = None
+        """After `change`: a flat vector (shape (count)) that it may lie in, and that may be overwritten when it is used up."""
+        self._layouts: dict[int, Layout] = {}
+
+    def layout(self, rank: int) -> Layout:
+        """Of the update of a client of this rank."""
+        if rank not in self._layouts:
+            self._layouts[rank] = Layout.of(update_like(self.plan, self.round, rank, self.model))
+        return self._layouts[rank]
+
+    @abstractmethod
+    def add(self, update: Payload, weight: float, rank: int) -> None:
+        """Add one client's update; it must not change until `change` or `finite` was called.
+
+        Args:
+            update: trained minus received tensors, of `layout`.
+            weight: above 0.
+            rank: of the client.
+        """
+
+    @abstractmethod
+    def finite(self) -> bool:
+        """Whether every value of every update so far is finite. If not, add the others to a new rule."""
+
+    @abstractmethod
+    def change(self) -> State:
+        """What the server optimizer is to move the model by: some of its tensors; those that are not among them stay as they are.
+
+        Raises:
+            LichenError: ROUND_FAILED, if nothing was added; STATE_MISMATCH, if a value of what was added is not finite.
+        """
+
+    def restart(self) -> State:
+        """What is added to other tensors of the model, past the server optimizer, so that the next round starts afresh."""
+        return {}
+
+
+class Summed(NamedTuple):
+    """The updates of all clients of one rank."""
+
+    mean: State
+    """Weighted."""
+    weight: float
+    """In all."""
+
+
+class SumRule(Rule):
+    """A rule that needs nothing of the updates but their sum, for each rank."""
+
+    def __init__(self, plan: Plan, round: int, model: State) -> None:
+        super().__init__(plan, round, model)
+        self._sums: dict[int, FedAvg] = {}
+
+    def add(self, update: Payload, weight: float, rank: int) -> None:
+        """Add one client's update."""
+        if rank not in self._sums:
+            self._sums[rank] = FedAvg(self.layout(rank).dtype)
+        self._sums[rank].add(update, weight)
+
+    def finite(self) -> bool:
+        """Whether every value so far is finite."""
+        return all(total.finite() for total in self._sums.values())
+
+    def change(self) -> State:
+        """What `combined` makes of the sums."""
+        sums = self._sums or {self.plan.model.adapter.rank: FedAvg()}
+        self.room = next(iter(sums.values())).mean()
+        return self.combined({rank: Summed(self.layout(rank).split(total.mean()), total.weight) for rank, total in sorted(sums.items())})
+
+    @abstractmethod
+    def combined(self, sums: Mapping[int, Summed]) -> State:
+        """The change of the model, from the mean of each rank."""
