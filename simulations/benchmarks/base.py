@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import Plan, Precision, find_plan, load_plan
+from lichen.common.plan import Precision, find_plan, load_plan
+from lichen.simulations.benchmarks.answers import right_answers
 from lichen.simulations.benchmarks.memory import forget_peak, resident
 from lichen.simulations.benchmarks.r8 import variant
 from lichen.simulations.benchmarks.simulate import MINILM
@@ -155,7 +156,7 @@ def bench_base_r8(
             with TemporaryDirectory(prefix="lichen-bench-") as temporary:
                 out = (keep or Path(temporary)) / f"{precision}-{seed}"
                 result = run(plan, out, "inprocess")
-                found = {over: _right(plan.at_precision(over), out) for over in dict.fromkeys(("float32", precision))}
+                found = {over: right_answers(plan.at_precision(over), out) for over in dict.fromkeys(("float32", precision))}
             for over, items in found.items():
                 right.setdefault((precision, over), []).append(items)
             accuracy = (result.final or {})["accuracy"]
@@ -167,27 +168,3 @@ def bench_base_r8(
         if precision != "float32":
             lost = paired_bootstrap(whole, np.stack(each))
             yield {"base": precision, "scored_over": over, "lost": lost.mean, "at_most": lost.upper, "target": TARGETS["lost"]}
-
-
-def _right(plan: Plan, out: Path) -> np.ndarray:
-    """Which test texts the model of a run gets right, over a base of the plan's precision."""
-    import pyarrow.parquet as pq
-    import torch
-
-    from lichen.common.model.export import load_saved
-    from lichen.common.tasks import workbench
-
-    bench = workbench(plan)
-    load_saved(out / "model", bench.model)
-    task = cast("TextClassification", bench.task)
-    table = pq.read_table(out / "simulation" / "test.parquet")
-    data = task.encode({field: table.column(field).to_pylist() for field in task.fields})
-    order, most = data.lengths.argsort(kind="stable").tolist(), plan.evaluation.batch_size
-    right = torch.zeros(len(data), dtype=torch.bool)
-    bench.model.network.eval()
-    with torch.no_grad():
-        for start in range(0, len(order), most):
-            batch = task.collate(data, order[start : start + most])
-            right[order[start : start + most]] = (task.logits(bench.model.network, batch).argmax(1) == batch["labels"]).cpu()
-    bench.model.network.train()
-    return right.numpy()

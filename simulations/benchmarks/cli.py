@@ -71,12 +71,23 @@ def transfer(
     large: Annotated[
         bool, typer.Option("--large", help="The coordinator's memory, with a model of 1 GB tuned whole by two agents.")
     ] = False,
+    r8: Annotated[bool, typer.Option("--r8", help="R8 by codec and rule: bytes to .96 validation accuracy, and accuracy lost.")] = False,
+    scenario: Annotated[str, typer.Option(help="With --r8: r8-no-privacy or r8.")] = "r8-no-privacy",
+    codecs: Annotated[str, typer.Option(help="With --r8, commas between them.")] = "none,eden-4,eden-2,eden-1",
+    rules: Annotated[str, typer.Option(help="With --r8, commas between them.")] = "fedavg,ffa,rolora",
+    seeds: Annotated[str, typer.Option(help="With --r8, commas between them.")] = "0,1,2",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="With --r8: key.path=value, for all runs; may be repeated.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Bits, error and speed of each codec of updates, on one core. Example: lichen bench transfer."""
-    from lichen.simulations.benchmarks import large_update
+    from lichen.simulations.benchmarks import large_update, uplinks
     from lichen.simulations.benchmarks.transfer import bench_transfer
 
+    if r8:
+        wanted = (_list(codecs, str, uplinks.CODECS), _list(rules, str, uplinks.RULES))
+        for row in uplinks.bench_uplinks(scenario, _list(seeds, int), *wanted, settings or ()):
+            typer.echo(json.dumps(row) if as_json else uplinks.told(row))
+        return
     if large:
         for row in large_update.bench_large_update():
             typer.echo(json.dumps(row) if as_json else large_update.told(row))

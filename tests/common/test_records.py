@@ -38,6 +38,7 @@ FULL: dict[type, dict[str, Any]] = {
         "format": 1,
         "client": "clinic-a",
         "round": 1,
+        "rank": 2,
         "steps": 4,
         "declared_size": 32,
         "noise_multiplier": 1.5,

@@ -44,8 +44,8 @@ def test_r8_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     for row, accuracy in zip(rows[2:], (rows[1]["accuracy"], rows[1]["over_its_base"]), strict=True):
         assert row["lost"] == pytest.approx(rows[0]["accuracy"] - accuracy)
         assert row["lost"] <= row["at_most"]
-    original: Any = base._right
-    monkeypatch.setattr(base, "_right", lambda plan, out: ~original(plan, out))
+    original: Any = base.right_answers
+    monkeypatch.setattr(base, "right_answers", lambda plan, out: ~original(plan, out))
     with pytest.raises(LichenError) as caught:
         list(base.bench_base_r8([0], [], float("inf"), SHORT))
     assert caught.value.code is Code.CHECK_FAILED
