@@ -125,8 +125,7 @@ def is_quantized(network: nn.Module) -> bool:
 def quantize(network: nn.Module, precision: Literal["bfloat16", "int8"], skip: Collection[str] = ()) -> None:
     """Keep the weights of linear layers and embeddings in fewer bits, layer by layer; all else stays in 32, or comes there.
 
-    Memory grows by what is kept and some 10 MB: a weight that is mapped from its file is read as it is rounded, and the file is let go
-    of at the end.
+    Memory grows by what is kept: a weight that is mapped from its file is read as it is rounded, and the file is let go of at the end.
 
     Args:
         network: as loaded, in any type of 16 or 32 bits; its layers become others in place, so that names and ties stay.
@@ -159,7 +158,7 @@ def quantize(network: nn.Module, precision: Literal["bfloat16", "int8"], skip: C
 
 def _kept(weight: torch.Tensor, precision: Literal["bfloat16", "int8"], *, transposed: bool) -> tuple[nn.Parameter, torch.Tensor | None]:
     if precision == "bfloat16":
-        if not bool(torch.isfinite(weight.sum())):
+        if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
             raise ValueError
         return nn.Parameter(weight.to(torch.bfloat16), requires_grad=False), None
     values, scale = to_int8(weight.t() if transposed else weight)

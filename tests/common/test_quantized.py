@@ -189,6 +189,13 @@ def test_weights_that_are_not_finite_are_refused(precision: Any, value: float) -
     assert "0 has weights" in caught.value.what
 
 
+def test_weights_whose_sum_16_bits_do_not_hold_are_finite() -> None:
+    layer = nn.Linear(64, 64).half()
+    nn.init.constant_(layer.weight, 30.0)
+    quantize(nn.Sequential(layer), "bfloat16")
+    assert torch.equal(layer.dense(), torch.full((64, 64), 30.0))  # type: ignore[operator]
+
+
 def test_the_file_is_let_go_of(tiny_models: Models) -> None:
     """A small tensor that were a view of the mapped file would keep all of it resident."""
     model = make_task(plan_for(tiny_models("bert"), "int8")).build()
