@@ -591,6 +591,11 @@ def _check_rule(plan: Plan, refuse: Callable[[str, str], None]) -> None:
             f"aggregation.rule: {rule} adds to the base's weights each round, and local.prefix_cache keeps what they gave",
             "Set local.prefix_cache: off.",
         )
+    if needs.changes_base and (plan.model.base_precision != "float32" or "precision" in plan.cohort.assign):
+        refuse(
+            f"aggregation.rule: {rule} adds to the base's weights each round, and a base in fewer bits takes no additions",
+            "Set model.base_precision: float32, and leave precision out of cohort.assign.",
+        )
     if plan.transfer.uplink.error_feedback and (len(needs.phases) > 1 or needs.changes_base):
         refuse(
             f"transfer.uplink.error_feedback with aggregation.rule: {rule}, whose next round trains other tensors, or another adapter",

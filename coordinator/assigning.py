@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lichen.common.codec.registry import uplink_codec
 from lichen.common.errors import LichenError
 from lichen.common.fitting import fit
 from lichen.common.model.memory import Shape
@@ -37,17 +38,19 @@ class Assigner:
             log.warning("nodes are asked the plan as it is: %s", error)
             self._shape = None
 
-    def of(self, node: int, payload_bytes: int) -> dict[str, int]:
+    def of(self, node: int, payload_bytes: int) -> dict[str, Any]:
         """The fields of a node's `Assignment` that differ from the plan.
 
         Args:
             node: whose.
-            payload_bytes: of the model, which is taken for the update's length, too.
+            payload_bytes: of what it fetches of the model.
         """
         profile = self._profile_of(node)
         if profile is None or self._shape is None:
             return {}
-        found = fit(self._plan, self._shape, profile, (payload_bytes, payload_bytes))
+        codec, count = uplink_codec(self._plan.transfer.uplink), self._shape.trainable
+        update_bytes = codec.length(count) if codec else 4 * count
+        found = fit(self._plan, self._shape, profile, (payload_bytes, update_bytes))
         if found.reasons != self._told.get(node, ()):
             self._told[node] = found.reasons
             level = logging.INFO if found.possible else logging.WARNING

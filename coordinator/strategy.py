@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result as FlowerResult
@@ -101,7 +101,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         name_of: Callable[[int], str] | None = None,
         *,
         beside: bool = False,
-        assign: Callable[[int, int], dict[str, int]] | None = None,
+        assign: Callable[[int, int], dict[str, Any]] | None = None,
     ) -> None:
         self.plan = plan
         self.directory = directory
