@@ -69,6 +69,7 @@ class Agent:
             timing=timing,
             on_status=self._connection_changed,
             witness=self._witness,
+            on_refused=self._refused,
         )
 
     async def run(self) -> None:
@@ -130,7 +131,7 @@ class Agent:
 
     async def _do(self, message: Message, plan: Plan, round: int) -> Message:
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = loop.time() - self._connection.waited(message)
         policy = await self._permission(plan, until=began + _HELD * plan.cohort.deadline_s)
         await asyncio.to_thread(self._locks.hold_data)
         if plan.private:
@@ -138,7 +139,12 @@ class Agent:
         work = _WORK[message.metadata.message_type]
         log.info("%s, round %d of %s", work, round, plan.name)
         self._status.change(state=work)
+        records.spend_time(message, loop.time() - began)
         left = began + plan.cohort.deadline_s - loop.time()
+        if plan.local.partial:  # it ends in time by itself; one that still loads its model gets to keep it for the next round
+            left += plan.cohort.deadline_s
+        if left <= 0:
+            raise LichenError(Code.WORKER_DEADLINE, "the deadline had passed before this message's turn", fix="Raise cohort.deadline_s.")
         data = await self._worker.ask(records.message_to_bytes(message), Limits(policy.threads, policy.memory_mb), left)
         self._status.change(worker_pid=self._worker.pid)
         reply = records.message_from_bytes(data)
@@ -178,6 +184,17 @@ class Agent:
         if status.error is not None:
             changes["last_error"] = str(status.error)
         self._status.change(**changes)
+
+    def _refused(self, message: Message) -> None:
+        """Tell the owner of an answer that the coordinator did not take."""
+        run, group = message.metadata.run_id, message.metadata.group_id
+        self._note(
+            LichenError(
+                Code.WORKER_DEADLINE,
+                f"the answer to message {group} of run {run} was too late, and is not used; what the ledger has for it stays spent",
+                fix="Where this comes often: ask the operator for fewer local.steps, local.partial, or cohort.mode: buffered.",
+            )
+        )
 
     def _resting(self) -> State:
         return "idle" if self._connected else "connecting"

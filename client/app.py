@@ -24,6 +24,7 @@ from lichen.client.gate import Gate
 from lichen.client.jobs import Job, Private
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit, Limits
+from lichen.client.pace import Stop, Until, at_speed
 from lichen.client.policy import enforce, load_policy
 from lichen.client.residual import load_residual, save_residual
 from lichen.common import records
@@ -62,6 +63,7 @@ class Node:
         self.cache = self.home / CACHE
         self.simulated = bool(config.get("simulated", False))
         self.spool = Path(str(config["spool"])) if "spool" in config else None
+        self.speed = float(config["speed"]) if "speed" in config else None
 
 
 @app.train()  # type: ignore[untyped-decorator]
@@ -121,18 +123,18 @@ def clients_at_once(plan: Plan) -> int:
     return trainer.at_once
 
 
-def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, Message], Serving[RecordDict]]) -> Serving[Message]:
+def _serve(message: Message, context: Context, work: Callable[[Node, Plan, Asked, Message], Serving[RecordDict]]) -> Serving[Message]:
     """Serve a message, and let the caller do what training it asks for: its `Job` is yielded, what came of it sent or thrown in."""
     private = True  # until the plan says otherwise
     try:
         assignment = records.from_config(records.Assignment, message.content.config_records["assignment"])
         plan = plan_from_json(assignment.plan)
         private = plan.private
-        records.check_round(assignment.round, plan.rounds)
         node = Node(context)
+        asked = Asked.of(assignment, plan, node)
         if not node.simulated:
             enforce(node.home, plan, datetime.now().astimezone())
-        return records.reply(message, (yield from work(node, plan, assignment.round, message)))
+        return records.reply(message, (yield from work(node, plan, asked, message)))
     except LichenError as error:
         log.error("%s", error)
         return records.error_reply(message, int(error.code), "" if private else error.what)
@@ -141,7 +143,39 @@ def _serve(message: Message, context: Context, work: Callable[[Node, Plan, int, 
         return records.error_reply(message, int(Code.INTERNAL), "" if private else type(error).__name__)
 
 
-def _train(node: Node, plan: Plan, round: int, message: Message) -> Serving[RecordDict]:
+@dataclass(frozen=True)
+class Asked:
+    """What an assignment says of time and order."""
+
+    round: int
+    """Of the plan: the learning rate follows it, and the report repeats it."""
+    number: int
+    """Of this node's trainings in the run: draws, noise and what the ledger leaves for later ones follow it."""
+    stop: Stop | None
+    """Ends the training in time, in a plan that permits it; a simulated node is late in virtual time only."""
+
+    @classmethod
+    def of(cls, assignment: records.Assignment, plan: Plan, node: Node) -> Asked:
+        """What is asked of a node, checked against the plan.
+
+        Raises:
+            LichenError: FRAME_INVALID; WORKER_DEADLINE, if no time is left.
+        """
+        records.check_round(assignment.round, plan.rounds)
+        if (assignment.training is None) == (plan.cohort.mode == "buffered"):
+            raise LichenError(Code.FRAME_INVALID, f"training {assignment.training} of mode: {plan.cohort.mode}", where="Assignment")
+        if plan.private:  # the noise is calibrated for so many
+            records.check_round(assignment.number, plan.rounds)
+        stop: Stop | None = None
+        if plan.local.partial and assignment.seconds is not None:
+            if not node.simulated:
+                stop = Until(assignment.seconds)
+            elif node.speed is not None:
+                stop = at_speed(assignment.seconds, node.speed)
+        return cls(assignment.round, assignment.number, stop)
+
+
+def _train(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:
     trainer = trainer_of(plan)
     start = _model(node, plan, message)
     trainer.model.load(start)  # what does not fit is refused before it is charged
@@ -149,18 +183,18 @@ def _train(node: Node, plan: Plan, round: int, message: Message) -> Serving[Reco
     if plan.privacy.audit.canaries:
         rows = _with_canaries(node, plan, str(message.metadata.run_id), trainer, rows)
     if not plan.private:
-        source = SeededSource("order", plan.seed, node.name, round)
-        trained = yield trainer, Job(start, rows.encoded, round, source, node.cache)
+        source = SeededSource("order", plan.seed, node.name, asked.number)
+        trained = yield trainer, Job(start, rows.encoded, asked.round, source, node.cache, stop=asked.stop)
         report = records.TrainReport(
-            client=node.name, round=round, steps=trained.steps, examples=len(rows.encoded), train_loss=trained.loss
+            client=node.name, round=asked.round, steps=trained.steps, examples=len(rows.encoded), train_loss=trained.loss
         )
     elif plan.central:
-        trained, report = yield from _train_central(node, plan, round, message, trainer, start, rows)
+        trained, report = yield from _train_central(node, plan, asked, message, trainer, start, rows)
     else:
-        trained, report = yield from _train_private(node, plan, round, message, trainer, start, rows)
+        trained, report = yield from _train_private(node, plan, asked, message, trainer, start, rows)
     records.check_release(report, private=plan.private, central=plan.central)
     content = RecordDict({"report": records.to_config(report)})
-    _put_update(content, node, plan, round, str(message.metadata.run_id), trained.delta)
+    _put_update(content, node, plan, asked.number, str(message.metadata.run_id), trained.delta)
     return content
 
 
@@ -171,20 +205,20 @@ def _model(node: Node, plan: Plan, message: Message) -> State:
     return records.get_tensors(message.content, node.spool)
 
 
-def _put_update(content: RecordDict, node: Node, plan: Plan, round: int, run: str, update: State) -> None:
+def _put_update(content: RecordDict, node: Node, plan: Plan, number: int, run: str, update: State) -> None:
     """Add the update to a reply, by the plan's codec: under privacy it is noised, or clipped, already."""
-    codec, seed = uplink_codec(plan.transfer.uplink), update_seed(plan, node.name, round)
+    codec, seed = uplink_codec(plan.transfer.uplink), update_seed(plan, node.name, number)
     durable = not node.simulated  # a simulation asks nobody for it again
     if not plan.transfer.uplink.error_feedback:
         records.put_update(content, update, codec, seed, node.spool, durable=durable)
         return
-    update = corrected(update, load_residual(node.home, run, round))
+    update = corrected(update, load_residual(node.home, run, number))
     records.put_update(content, update, codec, seed, node.spool, durable=durable)
-    save_residual(node.home, run, round, lost(update, records.get_update(content, node.spool, codec, update)))
+    save_residual(node.home, run, number, lost(update, records.get_update(content, node.spool, codec, update)))
 
 
 def _train_private(
-    node: Node, plan: Plan, round: int, message: Message, trainer: Trainer, start: State, rows: Rows
+    node: Node, plan: Plan, asked: Asked, message: Message, trainer: Trainer, start: State, rows: Rows
 ) -> Serving[tuple[Trained, records.TrainReport]]:
     if rows.declared_size is None:
         raise LichenError(
@@ -196,19 +230,19 @@ def _train_private(
     planned = planned_steps(plan, rows.declared_size)
     run, message_id = str(message.metadata.run_id), message.metadata.message_id
     with open_ledger(node.home, own=node.simulated) as ledger:
-        ahead = planned.steps * (plan.rounds - round)
-        grant = ledger.reserve("train", run, message_id, round, planned, _limits(node, plan), rows.segments, ahead=ahead)
+        ahead = planned.steps * (plan.rounds - asked.number)
+        grant = ledger.reserve("train", run, message_id, asked.number, planned, _limits(node, plan), rows.segments, ahead=ahead)
         segment = grant.segment
-        source = _source(node, "train", plan.seed, node.name, round)
+        source = _source(node, "train", plan.seed, node.name, asked.number)
         units = rows.readable_units(grant.readable)
         try:
             private = Private(units, segment, rows.declared_size, Gate(segment))
-            trained = yield trainer, Job(start, rows.encoded, round, source, node.cache, private)
+            trained = yield trainer, Job(start, rows.encoded, asked.round, source, node.cache, private)
         finally:
             ledger.released("train", run, message_id, again=node.simulated)  # after a failure too: its number tells of the noised steps
         report = records.TrainReport(
             client=node.name,
-            round=round,
+            round=asked.round,
             steps=segment.steps,
             declared_size=rows.declared_size,
             noise_multiplier=segment.noise_multiplier,
@@ -218,7 +252,7 @@ def _train_private(
 
 
 def _train_central(
-    node: Node, plan: Plan, round: int, message: Message, trainer: Trainer, start: State, rows: Rows
+    node: Node, plan: Plan, asked: Asked, message: Message, trainer: Trainer, start: State, rows: Rows
 ) -> Serving[tuple[Trained, records.TrainReport]]:
     """Train without noise, and clip: the coordinator promises the noise, and the policy has permitted to believe it.
 
@@ -227,25 +261,29 @@ def _train_central(
     run = str(message.metadata.run_id)
     with open_ledger(node.home, own=node.simulated) as ledger:
         planned = planned_central(plan).segment
-        grant = ledger.reserve("train", run, "all rounds", round, planned, _limits(node, plan), rows.segments, whole=True)
+        grant = ledger.reserve("train", run, "all rounds", asked.round, planned, _limits(node, plan), rows.segments, whole=True)
     log.info("un-noised: unit client, ε ≤ %g, promised by the coordinator", plan.privacy.epsilon)
     readable = [row for unit in rows.readable_units(grant.readable) for row in unit]
     if not readable:
         raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(node.home / "data.yaml"))
-    trained = yield trainer, Job(start, rows.encoded.select(readable), round, SeededSource("order", plan.seed, node.name, round))
+    trained = yield (
+        trainer,
+        Job(start, rows.encoded.select(readable), asked.round, SeededSource("order", plan.seed, node.name, asked.round)),
+    )
     clip = records.from_config(records.Assignment, message.content.config_records["assignment"]).clip or plan.privacy.clip
     delta, norm = clipped(trained.delta, clip)
     report = records.TrainReport(
         client=node.name,
-        round=round,
+        round=asked.round,
         steps=plan.local.steps or 0,
         within_clip=norm <= clip if plan.privacy.adaptive_clip else None,
     )
     return replace(trained, delta={name: tensor.float() for name, tensor in delta.items()}), report
 
 
-def _evaluate(node: Node, plan: Plan, round: int, message: Message) -> Serving[RecordDict]:
+def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:
     yield from ()  # it asks for no training
+    round = asked.round
     every = plan.evaluation.federated_every  # what the policy has permitted
     if not every or round % every:
         raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lichen.client.gate import Gate
+    from lichen.client.pace import Stop
     from lichen.common.model.adapter import State
     from lichen.common.privacy.accounting import Segment
     from lichen.common.privacy.per_unit import Unit
@@ -41,3 +42,5 @@ class Job:
     source: RandomSource
     cache: Path | None = None
     private: Private | None = None
+    stop: Stop | None = None
+    """Without privacy: ends the training before its last step."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lichen.client.gate import Gate
+    from lichen.client.pace import Stop
     from lichen.client.private_step import PrivateStep
     from lichen.common.model.adapter import State, TunedModel
     from lichen.common.plan import Local, Plan
@@ -101,7 +102,7 @@ class Trainer:
     def run(self, job: Job) -> Trained:
         """Train one client. Raises as `train` and `train_private`."""
         if (private := job.private) is None:
-            return self.train(job.start, job.data, job.round, job.source, job.cache)
+            return self.train(job.start, job.data, job.round, job.source, job.cache, job.stop)
         return self.train_private(
             job.start, job.data, private.units, private.segment, private.declared_size, job.round, job.source, private.gate, job.cache
         )
@@ -144,7 +145,9 @@ class Trainer:
         draws = ([rows[index] for index in poisson_sample(len(rows), segment.sample_rate, job.source)] for _ in range(segment.steps))
         return Member(job.data, segment.steps, draws, Noise(segment, private.declared_size, private.gate, job.source))
 
-    def train(self, start: State, data: Encoded, round: int, source: RandomSource, cache: Path | None = None) -> Trained:
+    def train(
+        self, start: State, data: Encoded, round: int, source: RandomSource, cache: Path | None = None, stop: Stop | None = None
+    ) -> Trained:
         """Train without differential privacy.
 
         Args:
@@ -153,9 +156,10 @@ class Trainer:
             round: from 1; the learning rate's decay follows it.
             source: of the examples' order.
             cache: a folder of the node, where what frozen layers give may be kept; None: nothing is kept.
+            stop: asked before each step whether it is the last that there was time for.
 
         Raises:
-            LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED.
+            LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED; WORKER_DEADLINE from ``stop``.
         """
         self.model.load(start)
         self._seed_dropout(source)
@@ -164,6 +168,8 @@ class Trainer:
         seen, steps = 0, 0
         with self._batches.of(data, cache) as collate:
             for batch in batches(self.plan.local, len(data), source):
+                if stop is not None and stop(steps):
+                    break
                 collate.prepare(batch)
                 optimizer.zero_grad(set_to_none=True)
                 for part in self._batches.parts(batch, data):
@@ -265,8 +271,12 @@ def batches(local: Local, count: int, source: RandomSource) -> Iterator[list[int
 
 
 def _by_row(job: Job) -> bool:
-    """Whether it has rows, each of which is a unit of its own."""
-    return len(job.data) > 0 and (job.private is None or (len(job.private.units) > 0 and all(len(unit) == 1 for unit in job.private.units)))
+    """Whether it has rows, each of which is a unit of its own, and trains to its end."""
+    return (
+        job.stop is None
+        and len(job.data) > 0
+        and (job.private is None or (len(job.private.units) > 0 and all(len(unit) == 1 for unit in job.private.units)))
+    )
 
 
 def _fused(model: TunedModel) -> Callable[[], AbstractContextManager[None]]:

@@ -76,6 +76,23 @@ class Assignment(_Record):
     round: Annotated[int, Rule.DECLARED]
     clip: Annotated[float | None, Field(gt=0), Rule.DECLARED] = None
     """Under `unit: client`: ℓ2 bound on the update; it follows from the plan and from what was released."""
+    training: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
+    """Under `mode: buffered`: how many times, with this one, the node was asked to train in the run; `round` is the step of the server that
+    was under way."""
+    seconds: Annotated[float | None, Field(gt=0), Rule.DECLARED] = None
+    """Under `local.partial`: until the deadline, from when this came."""
+
+    @property
+    def number(self) -> int:
+        """Counts the node's trainings: never the same for two of them, so that draws and noise are others."""
+        return self.round if self.training is None else self.training
+
+
+def spend_time(message: Message, seconds: float) -> None:
+    """Take what has passed since a message came off the time that its assignment leaves, if it says any; something is always left."""
+    config = message.content.config_records.get("assignment") if message.has_content() else None
+    if config is not None and isinstance(left := config.get("seconds"), float):
+        config["seconds"] = max(left - seconds, 1e-3)
 
 
 class TrainReport(_Record):

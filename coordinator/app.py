@@ -21,6 +21,7 @@ from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.statement import make_statement
 from lichen.common.result import Metrics, Result, Transfer, read_result
 from lichen.common.tasks import workbench
+from lichen.coordinator.buffered import BufferedStrategy
 from lichen.coordinator.report import write_report
 from lichen.coordinator.run_directory import RunDirectory, versions
 from lichen.coordinator.strategy import FederatedStrategy, privacy_of
@@ -110,7 +111,8 @@ def main(grid: Grid, context: Context) -> None:
     try:
         own = OwnData(plan, *(Path(str(config[key])) if key in config else None for key in ("validation", "test")))
         beside = not getattr(grid, "works_here", False)
-        strategy = FederatedStrategy(plan, directory, result, own, spool, getattr(grid, "name_of", None), beside=beside)
+        kind = BufferedStrategy if plan.cohort.mode == "buffered" else FederatedStrategy
+        strategy = kind(plan, directory, result, own, spool, getattr(grid, "name_of", None), beside=beside)
         content = RecordDict()
         records.put_tensors(content, own.start, spool)
         strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)

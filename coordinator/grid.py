@@ -174,6 +174,14 @@ class GrpcGrid(Grid):  # type: ignore[misc]
         """Withdraw messages that have no reply: a late node is not sent stale work. Returns the ids of those withdrawn."""
         return self._fleet.cancel(message_ids)
 
+    def unreleased(self) -> list[Message]:
+        """The run's messages that were not let go of, as they were first pushed."""
+        return [message_from_bytes(data) for _, data in self._fleet.store.unreleased(self._run_id)]
+
+    def clock(self) -> float:
+        """Seconds, as timeouts count them."""
+        return time.monotonic()
+
     def release(self, message_ids: Iterable[str]) -> None:
         """Let go of messages and replies once what was made of them is on the disk; `FleetServer.collect` frees their payloads."""
         self._fleet.store.release(message_ids, time.time())

@@ -137,7 +137,10 @@ class Session:
             return False
         run_id, wanted = awaited
         if not wanted:
-            return await asyncio.to_thread(self._fleet.store.reply, message_id) is not None
+            kept = await asyncio.to_thread(self._fleet.store.reply, message_id) is not None
+            if not kept:
+                log.warning("node %s answered message %s of run %d too late: refused, and it is told", self.node.name, message_id, run_id)
+            return kept
         message = message_from_bytes(data)
         metadata = message.metadata
         if (metadata.reply_to_message_id, metadata.run_id, metadata.src_node_id) != (message_id, run_id, self.node.node_id):

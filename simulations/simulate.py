@@ -77,7 +77,7 @@ def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | 
     else:
         with _forking(plan, *_layout(plan.cohort.size, workers)) as fork, _spool(out / "simulation") as spool:
             together = Together(functools.partial(clients_at_once, plan), train_together)
-            grid = InProcessGrid(client_app, homes, run_id, progress, fork, together, homes.open, spool)
+            grid = InProcessGrid(client_app, homes, run_id, progress, fork, together, homes.open, spool, plan.simulation.speeds)
             config["spool"] = str(spool)
             try:
                 server_app(grid, Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=config))

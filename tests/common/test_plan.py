@@ -113,7 +113,7 @@ def test_a_data_source_is_told_as_one() -> None:
         ("local__optimizer", "adam", "adamw"),
         ("privacy__unit", "examples", "example"),
         ("privacy__noise", "centrl", "central"),
-        ("cohort__mode", "buffered", "synchronous"),
+        ("cohort__mode", "bufferd", "buffered"),
         ("aggregation__secure", True, "False"),
         ("task__kind", "text", "text-classification"),
     ],
