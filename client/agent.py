@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 _RENEWAL_EVERY = 3600.0
 _DECISION_EVERY = 0.5
 _HELD = 0.9  # share of the deadline that a message waits for a person: an answer after the deadline would tell nobody anything
+_LOADING = 3.0  # deadlines more, after which a worker that should have stopped by itself is taken to hang
 _WORK = {records.TRAIN: "training", records.EVALUATE: "evaluating"}
 
 
@@ -141,8 +142,8 @@ class Agent:
         self._status.change(state=work)
         records.spend_time(message, loop.time() - began)
         left = began + plan.cohort.deadline_s - loop.time()
-        if plan.local.partial:  # it ends in time by itself; one that still loads its model gets to keep it for the next round
-            left += plan.cohort.deadline_s
+        if plan.local.partial:  # it ends in time by itself; one that still loads its model gets to keep it for later rounds
+            left += _LOADING * plan.cohort.deadline_s
         if left <= 0:
             raise LichenError(Code.WORKER_DEADLINE, "the deadline had passed before this message's turn", fix="Raise cohort.deadline_s.")
         data = await self._worker.ask(records.message_to_bytes(message), Limits(policy.threads, policy.memory_mb), left)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -36,7 +37,7 @@ LOOK_S = 1.0
 class Asynchronous(Protocol):
     """What a grid needs beside Flower's own methods."""
 
-    def replies(self, message_ids: Iterable[str], timeout: float | None = None) -> Iterator[Message]:
+    def replies(self, message_ids: Iterable[str], timeout: float | None = None) -> Generator[Message, None, None]:
         """Replies to pushed messages as they come."""
         ...
 
@@ -128,18 +129,23 @@ class BufferedStrategy(FederatedStrategy):
     def _fill(self, number: int, arrays: ArrayRecord, grid: Grid, until: float) -> list[Counted]:
         """The updates of a step, while every free client is given work. Fewer than `cohort.buffer`, if nobody is left or time is up."""
         buffer: list[Counted] = []
-        asynchronous = _checked(grid)
-        while len(buffer) < self.plan.cohort.step_updates and (left := until - asynchronous.clock()) > 0:
+        asynchronous, wanted = _checked(grid), self.plan.cohort.step_updates
+        while len(buffer) < wanted and (left := until - asynchronous.clock()) > 0:
             here = self._give_work(number, arrays, grid)
             if not self._under_way:
                 if here:
                     break  # all that are here have failed, or have no training left
                 time.sleep(min(left, LOOK_S))
-            for reply in asynchronous.replies(list(self._under_way), min(left, LOOK_S)):
+            wait = min(left, LOOK_S)
+            while len(buffer) < wanted and (reply := self._next(asynchronous, wait)) is not None:
                 if (found := self._take(number, reply)) is not None:
                     buffer.append(found)
-                break  # its client is free
+                wait = 0.0  # those that are there as well; then their clients get work
         return buffer
+
+    def _next(self, grid: Asynchronous, timeout: float) -> Message | None:
+        with closing(grid.replies(list(self._under_way), timeout)) as replies:
+            return next(replies, None)
 
     def _give_work(self, number: int, arrays: ArrayRecord, grid: Grid) -> int:
         """Have free clients train on the newest model, up to `cohort.size` at once; how many nodes are connected."""

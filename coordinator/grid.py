@@ -6,7 +6,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,7 @@ class GrpcGrid(Grid):  # type: ignore[misc]
         """Push messages and return their replies, in the order of arrival; after ``timeout`` seconds those that are there."""
         return list(self.replies(self.push_messages(messages), timeout))
 
-    def replies(self, message_ids: Iterable[str], timeout: float | None = None) -> Iterator[Message]:
+    def replies(self, message_ids: Iterable[str], timeout: float | None = None) -> Generator[Message, None, None]:
         """Replies to pushed messages, each as soon as it is complete; ends after ``timeout`` seconds.
 
         Raises:

@@ -504,10 +504,11 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     def _is_usable(self, reply: Message) -> bool:
         """Whether a reply to training seems to bear an update for the sum. It charges nothing, and tells nobody."""
         try:
+            report = self._read(records.TrainReport, reply)
             self._update(reply)
-            return self._read(records.TrainReport, reply).round == self._told.round
         except LichenError:
             return False
+        return report.round == self._told.round
 
     def _drop_out(self, kind: str, client: str) -> None:
         spent = self.state.exhausted.setdefault(kind, [])

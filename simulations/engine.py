@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -158,7 +158,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         self.cancel(ids)
         return found
 
-    def replies(self, message_ids: Iterable[str], timeout: float | None = None) -> Iterator[Message]:
+    def replies(self, message_ids: Iterable[str], timeout: float | None = None) -> Generator[Message, None, None]:
         """Replies to pushed messages, each when it is due; ends after ``timeout`` virtual seconds."""
         ids = list(message_ids)
         self._work_off([self._pushed.pop(message_id) for message_id in ids if message_id in self._pushed])

@@ -10,22 +10,118 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
-from test_strategy import DECLARED, PRIVATE, SIZES, Answer, Federation, close, expected, failing, honest, in_turn, plan_of, report_of, update_of
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from safetensors.torch import load_file
 
 from lichen.common import records
-from lichen.common.errors import Code
-from lichen.common.plan import Plan
+from lichen.common.errors import Code, LichenError
+from lichen.common.model.adapter import State
+from lichen.common.plan import Plan, parse_plan
 from lichen.common.privacy.accounting import epsilon
 from lichen.common.privacy.schedule import planned_steps
-from lichen.common.result import Result
+from lichen.common.result import Result, read_result
 from lichen.common.tasks import workbench
 from lichen.coordinator import buffered
+from lichen.coordinator.app import app as server_app
 from lichen.simulations.engine import InProcessGrid
 
-__all__ = ["plan_of"]  # the fixture
+PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.25}
+DECLARED = 32
+SIZES = {"client-0": 10, "client-1": 30, "client-2": 60}
 STEPS = 4
 """Of each training, as the clients report them."""
+Answer = Callable[[Plan, records.Assignment, Message, str], Message]
+
+
+def update_of(start: State, name: str, number: int) -> State:
+    """An update that follows from the client's name and its training's number."""
+    generator = torch.Generator().manual_seed(1000 * number + sum(name.encode()))
+    return {key: 0.01 * torch.randn(tensor.shape, generator=generator) for key, tensor in sorted(start.items())}
+
+
+def report_of(plan: Plan, assignment: records.Assignment, name: str) -> dict[str, Any]:
+    about: dict[str, Any] = {"format": 1, "client": name, "round": assignment.round}
+    if not plan.private:
+        return about | {"steps": STEPS, "examples": SIZES[name], "train_loss": 0.5}
+    noise, rate, steps = planned_steps(plan, DECLARED)
+    return about | {"steps": steps, "declared_size": DECLARED, "noise_multiplier": noise, "sample_rate": rate}
+
+
+def answer(message: Message, report: dict[str, Any], update: State) -> Message:
+    content = RecordDict({"report": ConfigRecord(report)})
+    records.put_tensors(content, update, None)
+    return records.reply(message, content)
+
+
+def honest(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
+    start = records.get_tensors(message.content, None)
+    return answer(message, report_of(plan, assignment, name), update_of(start, name, assignment.number))
+
+
+def failing(code: Code) -> Answer:
+    return lambda plan, assignment, message, name: records.error_reply(message, int(code))
+
+
+class Federation:
+    """Three clients on a grid in one process."""
+
+    def __init__(self, root: Path, plan: Plan, actors: dict[str, Answer], grid: type[InProcessGrid]) -> None:
+        self.out, self.plan = root, plan
+        self.asked: list[str] = []
+        app = ClientApp()
+
+        @app.train()
+        def act(message: Message, context: Context) -> Message:
+            name = str(context.node_config["name"])
+            self.asked.append(name)
+            assignment = records.from_config(records.Assignment, message.content.config_records["assignment"])
+            return actors.get(name, honest)(plan, assignment, message, name)
+
+        self.grid = grid(app, [root / "simulation" / name for name in SIZES], 7)
+
+    def run(self) -> Result:
+        config = {"plan": self.plan.canonical_json(), "directory": str(self.out), "engine": "inprocess"}
+        server_app(self.grid, Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=config))
+        return read_result(self.out)
+
+    def fails(self, code: Code) -> None:
+        with pytest.raises(LichenError) as caught:
+            self.run()
+        assert caught.value.code is code, str(caught.value)
+
+    def model(self) -> State:
+        return dict(load_file(self.out / "model" / "adapter_model.safetensors"))
+
+
+@pytest.fixture
+def plan_of(tiny_plan: dict[str, Any]) -> Callable[..., Plan]:
+    def make(**changes: Any) -> Plan:
+        as_they_are = {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}}
+        document = tiny_plan | {"cohort": {"size": 3, "minimum": 1}, "rounds": 1, "transfer": as_they_are}
+        for key, value in changes.items():
+            old = document.get(key)
+            document[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        return parse_plan(document)
+
+    return make
+
+
+def expected(plan: Plan, rounds: int, clients: Iterable[str]) -> State:
+    """The model after rounds of weighted means of what those clients send, in 64-bit floats."""
+    start, names = workbench(plan)[2], list(clients)
+    model = {name: tensor.double() for name, tensor in start.items()}
+    for round in range(1, rounds + 1):
+        for client in names:
+            for name, tensor in update_of(start, client, round).items():
+                model[name] += SIZES[client] / sum(SIZES[other] for other in names) * tensor.double()
+    return model
+
+
+def close(left: State, right: State) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name].double(), right[name].double(), rtol=1e-5, atol=1e-6)
 
 
 def uneven(*speeds: float) -> type[InProcessGrid]:
@@ -46,7 +142,7 @@ SLOW = uneven(1.0, 1.0, 0.25)  # client-2 takes 16 s, the others 4
 
 def test_a_round_ends_with_enough_updates_and_calls_the_others_off(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = plan_of(rounds=2, cohort={"size": 2, "oversample": 1.3, "deadline_s": 100})
-    federation = Federation(tmp_path, plan, grid=SLOW)
+    federation = Federation(tmp_path, plan, {}, SLOW)
     result = federation.run()
     assert [(told.participants, told.failed, told.unneeded, told.errors) for told in result.rounds] == [(2, 0, 1, {})] * 2
     assert federation.grid.clock() == 8.0, "nobody waited for the third"
@@ -55,7 +151,7 @@ def test_a_round_ends_with_enough_updates_and_calls_the_others_off(tmp_path: Pat
 
 def test_an_update_that_cannot_be_used_is_not_one_of_enough(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = plan_of(cohort={"size": 2, "oversample": 1.5, "deadline_s": 100})
-    federation = Federation(tmp_path, plan, {"client-0": failing(int(Code.DATA_LABEL))}, SLOW)
+    federation = Federation(tmp_path, plan, {"client-0": failing(Code.DATA_LABEL)}, SLOW)
     (told,) = federation.run().rounds
     assert (told.participants, told.failed, told.unneeded) == (2, 1, 0)
     assert federation.grid.clock() == 16.0
@@ -64,16 +160,16 @@ def test_an_update_that_cannot_be_used_is_not_one_of_enough(tmp_path: Path, plan
 
 def test_the_deadline_ends_a_round_with_the_minimum_and_without_it_fails_it(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     cohort = {"size": 3, "minimum": 2, "deadline_s": 10}
-    federation = Federation(tmp_path / "two", plan_of(cohort=cohort), grid=SLOW)
+    federation = Federation(tmp_path / "two", plan_of(cohort=cohort), {}, SLOW)
     (told,) = federation.run().rounds
     assert (told.participants, told.errors, federation.grid.clock()) == (2, {"client-2": None}, 10.0)
-    Federation(tmp_path / "three", plan_of(cohort=cohort | {"minimum": 3}), grid=SLOW).fails(Code.COHORT_TOO_SMALL)
+    Federation(tmp_path / "three", plan_of(cohort=cohort | {"minimum": 3}), {}, SLOW).fails(Code.COHORT_TOO_SMALL)
 
 
 def test_who_had_begun_is_busy_with_it_in_the_next_round(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     """A client that is always late is never half used: it answers a message whose round is over, and begins the next too late."""
     plan = plan_of(rounds=3, cohort={"size": 3, "minimum": 2, "deadline_s": 5})
-    result = Federation(tmp_path, plan, grid=SLOW).run()
+    result = Federation(tmp_path, plan, {}, SLOW).run()
     assert [told.errors for told in result.rounds] == [{"client-2": None}] * 3
 
 
@@ -87,8 +183,6 @@ def walking(plan: Plan, assignment: records.Assignment, message: Message, name: 
     steps = min(STEPS, int(0.9 * assignment.seconds * speed))
     update = update_of(records.get_tensors(message.content, None), name, assignment.number)
     report = report_of(plan, assignment, name) | {"steps": steps}
-    from test_strategy import answer
-
     return answer(message, report, {key: tensor * (steps / STEPS) for key, tensor in update.items()})
 
 
@@ -109,10 +203,13 @@ def test_partial_work_is_used_and_weighs_by_its_steps(tmp_path: Path, plan_of: C
 
 @pytest.mark.parametrize("steps", [0, -1, STEPS + 1, 10**15])
 def test_steps_that_no_client_can_have_done_are_refused(tmp_path: Path, plan_of: Callable[..., Plan], steps: int) -> None:
-    from test_strategy import reporting
-
     plan = plan_of(local={"partial": True})
-    (told,) = Federation(tmp_path, plan, {"client-0": reporting(steps=steps)}).run().rounds
+
+    def claiming(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
+        start = records.get_tensors(message.content, None)
+        return answer(message, report_of(plan, assignment, name) | {"steps": steps}, update_of(start, name, assignment.number))
+
+    (told,) = Federation(tmp_path, plan, {"client-0": claiming}, InProcessGrid).run().rounds
     assert told.errors == {"client-0": int(Code.FRAME_INVALID)}
 
 
@@ -125,7 +222,7 @@ def test_only_a_plan_with_partial_work_tells_of_time(tmp_path: Path, plan_of: Ca
 
     for number, partial in enumerate((False, True)):
         plan = plan_of(local={"partial": partial}, cohort={"deadline_s": 7})
-        Federation(tmp_path / str(number), plan, dict.fromkeys(SIZES, act)).run()
+        Federation(tmp_path / str(number), plan, dict.fromkeys(SIZES, act), InProcessGrid).run()
     assert seen == [None] * 3 + [7.0] * 3
 
 
@@ -147,8 +244,6 @@ class Watching:
         assert assignment.training is not None
         self.asked.append((name, assignment.training, assignment.round))
         start = records.get_tensors(message.content, None)
-        from test_strategy import answer
-
         return answer(message, report_of(plan, assignment, name), update_of(start, name, assignment.number))
 
 
@@ -223,11 +318,11 @@ def test_the_deadline_of_a_step_makes_do_with_the_minimum_and_without_it_fails(t
 
 def test_who_fails_is_asked_again_with_the_next_step_only(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = buffered_plan(plan_of, rounds=4, cohort={"buffer": 2})
-    federation = Federation(tmp_path, plan, {"client-0": failing(int(Code.AGENT_PAUSED))}, uneven(1.0))
+    federation = Federation(tmp_path, plan, {"client-0": failing(Code.AGENT_PAUSED)}, uneven(1.0))
     result = federation.run()
     assert [told.errors for told in result.rounds] == [{"client-0": int(Code.AGENT_PAUSED)}] * 4
     assert all(told.participants == 2 for told in result.rounds)
-    every = Federation(tmp_path / "all", plan, dict.fromkeys(SIZES, failing(int(Code.AGENT_PAUSED))), uneven(1.0))
+    every = Federation(tmp_path / "all", plan, dict.fromkeys(SIZES, failing(Code.AGENT_PAUSED)), uneven(1.0))
     every.fails(Code.COHORT_TOO_SMALL)
     assert len(every.asked) == 3
 
@@ -241,9 +336,9 @@ def test_what_is_too_stale_is_called_off(tmp_path: Path, plan_of: Callable[..., 
 
 
 def test_under_privacy_nobody_trains_more_often_than_the_noise_is_for(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    plan = buffered_plan(plan_of, rounds=3, privacy=PRIVATE, cohort={"buffer": 3, "minimum": 1})
-    federation, result, watching = run_buffered(tmp_path, plan, uneven(1.0, 1.0, 0.02))
-    assert Counter(name for name, *_ in watching.asked) == {"client-0": 3, "client-1": 3, "client-2": 1}
+    plan = buffered_plan(plan_of, rounds=3, privacy=PRIVATE, cohort={"buffer": 3, "deadline_s": 300})
+    _, result, watching = run_buffered(tmp_path, plan, uneven(1.0, 1.0, 0.02))
+    assert Counter(name for name, *_ in watching.asked) == {"client-0": 3, "client-1": 3, "client-2": 2}
     assert [told.participants for told in result.rounds] == [3, 3, 1]  # the rest is the slow one's
     spent = epsilon([planned_steps(plan, DECLARED)] * 3, plan.privacy.delta)
     assert result.privacy.max_epsilon == spent <= plan.privacy.epsilon
@@ -252,10 +347,9 @@ def test_under_privacy_nobody_trains_more_often_than_the_noise_is_for(tmp_path: 
 
 def test_who_has_nothing_left_is_not_asked_again(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = buffered_plan(plan_of, rounds=4, privacy=PRIVATE)
-    spent: Answer = failing(int(Code.PRIVACY_BUDGET))
-    federation = Federation(tmp_path, plan, {"client-1": spent}, uneven(1.0))
+    federation = Federation(tmp_path, plan, {"client-1": failing(Code.PRIVACY_BUDGET)}, uneven(1.0))
     result = federation.run()
-    assert [name for _, _, name in federation.asked].count("client-1") == 1
+    assert federation.asked.count("client-1") == 1
     assert result.status == "finished"
 
 
@@ -301,13 +395,16 @@ def test_a_coordinator_that_was_killed_uses_each_training_once(
     monkeypatch.setattr(Outbox, "answers", {})
     plan = buffered_plan(plan_of, privacy=PRIVATE, rounds=6)
     watching, served = Watching(), 0
+    mailboxes: dict[str, Message] = {}
 
     def act(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
         nonlocal served
         served += 1
         if served == killed_at:
             raise KeyboardInterrupt
-        return watching(plan, assignment, message, name)
+        if (key := message.metadata.message_id) not in mailboxes:
+            mailboxes[key] = watching(plan, assignment, message, name)
+        return mailboxes[key]
 
     with pytest.raises(KeyboardInterrupt):
         Federation(tmp_path, plan, dict.fromkeys(SIZES, act), Outbox).run()
@@ -321,5 +418,3 @@ def test_a_coordinator_that_was_killed_uses_each_training_once(
     assert used == 12 == sum(client.steps // steps for client in result.privacy.clients.values()), "each update that came, once"
     for name, client in result.privacy.clients.items():
         assert client.steps // steps <= times[name] <= plan.rounds
-
-

@@ -86,6 +86,7 @@ class Agent:
         self.held = threading.Event()
         self.error: LichenError | None = None
         self.statuses: list[Status] = []
+        self.refused: list[str] = []  # groups of the answers that came too late
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
@@ -96,7 +97,14 @@ class Agent:
         self.spool = Spool(self.home / "spool")
         credentials = Credentials(self.identity.ca_pem, self.identity.key_pem, self.identity.certificate_pem)
         mailbox = Mailbox(self.home / "agent.sqlite")
-        self.connection = Connection(self.identity.coordinator, lambda: credentials, mailbox, self.spool, on_status=self.statuses.append)
+        self.connection = Connection(
+            self.identity.coordinator,
+            lambda: credentials,
+            mailbox,
+            self.spool,
+            on_status=self.statuses.append,
+            on_refused=lambda message: self.refused.append(message.metadata.group_id),
+        )
         self._started.set()
         try:
             await self.connection.run(lambda message: asyncio.to_thread(self._handle, message))
