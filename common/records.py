@@ -102,7 +102,8 @@ class TrainReport(_Record):
     client: Annotated[str, Rule.DECLARED]
     round: Annotated[int, Rule.DECLARED]
     steps: Annotated[int, Rule.DECLARED]
-    """Under `unit: client` the plan's, or 0 where it counts epochs: the number would tell the true size."""
+    """Under `unit: client` the plan's, or 0 where it counts epochs: the number would tell the true size. Under `local.partial`, which is
+    without privacy only, those that there was time for."""
     declared_size: Annotated[int | None, Field(ge=1, le=MOST), Rule.DECLARED] = None
     noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     sample_rate: Annotated[float | None, Rule.DECLARED] = None

@@ -195,6 +195,8 @@ def test_missing_keys_are_named() -> None:
         ({"local": {"epochs": 1}, "privacy__unit": "example"}, "must not depend on true sizes"),
         ({"privacy": {"unit": "entity", "unit_field": "patient"}, "evaluation__federated_every": 1}, "an entity on both sides"),
         ({"privacy__audit": {"canaries": 5}}, "there is no claim to test"),
+        ({"local__partial": True, "privacy__unit": "example"}, "depends on what rows are drawn"),
+        ({"cohort__mode": "buffered", "evaluation__federated_every": 1}, "no moment at which a round's clients are free"),
     ],
 )
 def test_unsound_combinations_are_refused_with_the_reason(changes: dict[str, Any], what: str) -> None:
@@ -213,6 +215,10 @@ def test_canaries_without_privacy_are_a_baseline_that_must_be_wanted() -> None:
         ({"local": {"steps": 1, "epochs": 1}}, "either epochs or steps"),
         ({"local": {"batch_size": 4}}, "either epochs or steps"),
         ({"cohort": {"size": 2, "minimum": 3}}, "minimum (3) is above size (2)"),
+        ({"cohort": {"size": 2, "buffer": 2}}, "buffer goes with mode: buffered"),
+        ({"cohort": {"size": 2, "mode": "buffered", "buffer": 3}}, "buffer (3) is above size (2)"),
+        ({"cohort": {"size": 3, "mode": "buffered", "buffer": 2, "minimum": 3}}, "minimum (3) is above buffer (2)"),
+        ({"cohort": {"size": 2, "mode": "buffered", "oversample": 1.3}}, "oversample goes with mode: synchronous"),
         ({"privacy__unit": "entity"}, "unit_field goes with unit: entity"),
         ({"privacy__unit_field": "patient"}, "unit_field goes with unit: entity"),
         ({"aggregation__momentum": 0.9}, "momentum above 0 goes with"),
@@ -222,6 +228,16 @@ def test_canaries_without_privacy_are_a_baseline_that_must_be_wanted() -> None:
 )
 def test_keys_that_need_each_other(changes: dict[str, Any], what: str) -> None:
     assert what in refusal(with_(**changes))
+
+
+@pytest.mark.parametrize(("size", "oversample", "asked"), [(4, 1.0, 4), (10, 1.3, 13), (4, 1.3, 6), (100, 1.1, 110), (1, 1.01, 2)])
+def test_a_round_asks_more_clients_than_it_waits_for(size: int, oversample: float, asked: int) -> None:
+    assert parse_plan(with_(cohort={"size": size, "oversample": oversample})).cohort.asked == asked
+
+
+@pytest.mark.parametrize(("cohort", "updates"), [({"size": 4}, 4), ({"size": 40}, 10), ({"size": 40, "buffer": 20}, 20)])
+def test_a_buffered_step_takes_ten_updates_or_the_cohorts(cohort: dict[str, Any], updates: int) -> None:
+    assert parse_plan(with_(cohort=cohort | {"mode": "buffered"})).cohort.step_updates == updates
 
 
 def test_privacy_with_epochs_and_a_sample_rate_is_sound() -> None:

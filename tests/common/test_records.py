@@ -21,7 +21,7 @@ from lichen.common.records import Assignment, EvaluateReport, Rule, TrainReport
 
 KINDS = records._Record.__subclasses__()
 FULL: dict[type, dict[str, Any]] = {
-    Assignment: {"format": 1, "plan": "{}", "plan_sha256": "0" * 64, "round": 1, "clip": 0.5},
+    Assignment: {"format": 1, "plan": "{}", "plan_sha256": "0" * 64, "round": 1, "clip": 0.5, "training": 3, "seconds": 7.5},
     TrainReport: {
         "format": 1,
         "client": "clinic-a",

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -310,7 +310,7 @@ def test_alike_clients_and_a_whole_buffer_are_synchronous_rounds(tmp_path: Path,
 def test_the_deadline_of_a_step_makes_do_with_the_minimum_and_without_it_fails(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     cohort = {"buffer": 3, "deadline_s": 7, "minimum": 2}
     _, result, _ = run_buffered(tmp_path / "two", buffered_plan(plan_of, rounds=2, cohort=cohort), uneven(1.0, 1.0, 0.1))
-    assert [told.participants for told in result.rounds][0] == 2
+    assert result.rounds[0].participants == 2
     watching = dict.fromkeys(SIZES, Watching())
     slow = Federation(tmp_path / "three", buffered_plan(plan_of, cohort=cohort | {"deadline_s": 3}), watching, uneven(1.0))
     slow.fails(Code.COHORT_TOO_SMALL)
@@ -356,8 +356,8 @@ def test_who_has_nothing_left_is_not_asked_again(tmp_path: Path, plan_of: Callab
 class Outbox(InProcessGrid):
     """Keeps what was pushed and answered where a coordinator's death leaves it, as the channel does; replies come in another order then."""
 
-    kept: dict[str, Message] = {}
-    answers: dict[str, Message] = {}
+    kept: ClassVar[dict[str, Message]] = {}
+    answers: ClassVar[dict[str, Message]] = {}
 
     def __init__(self, app: Any, homes: Any, run_id: int) -> None:
         super().__init__(app, homes, run_id, speeds=(1.0, 1.0, 0.25))

@@ -42,12 +42,14 @@ def same(left: Path, right: Path) -> bool:
     ],
     ids=["buffered", "oversample", "partial"],
 )
-def test_it_is_the_same_with_one_worker_and_with_two(tmp_path: Path, csv_plan: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_it_is_the_same_every_time(tmp_path: Path, csv_plan: dict[str, Any], changes: dict[str, Any]) -> None:
+    """To the bit with as many workers; with others too, but for the rounding of clients that pass through the model together."""
     plan = parse_plan(plan_with(csv_plan, **changes))
-    one, two = (simulate(plan, tmp_path / str(workers), "inprocess", workers=workers) for workers in (1, 2))
+    one, two, alone = (simulate(plan, tmp_path / name, "inprocess", workers=count) for name, count in (("a", 2), ("b", 2), ("c", 1)))
     assert lines(one) == lines(two)
-    assert same(tmp_path / "1", tmp_path / "2")
-    assert one.status == "finished"
+    assert same(tmp_path / "a", tmp_path / "b")
+    told = [(round.participants, round.failed, round.unneeded, round.staleness) for round in one.rounds]
+    assert told == [(round.participants, round.failed, round.unneeded, round.staleness) for round in alone.rounds]
 
 
 def test_partial_work_is_what_the_speed_allows(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
