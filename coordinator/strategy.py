@@ -351,7 +351,9 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         began = time.monotonic()
         self._told = Round(round=number, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
         messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
-        self.aggregate_train(number, self._ask(grid, messages, timeout, self.plan.cohort.size))
+        # a Poisson cohort is never cut short, however many were drawn
+        wanted = self.plan.cohort.size if self.plan.cohort.oversample > 1 else None
+        self.aggregate_train(number, self._ask(grid, messages, timeout, wanted))
         self._add_to_average(number, num_rounds)
         every = self.plan.evaluation.federated_every
         # only then, since to write a model takes the disk's time

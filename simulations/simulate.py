@@ -71,6 +71,10 @@ def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | 
     run_id = int(plan.sha256()[:15], 16)
     config: dict[str, Any] = {"plan": plan.canonical_json(), "directory": str(out), "engine": engine} | splits
     if engine == "ray":
+        if plan.simulation.speeds:
+            raise LichenError(
+                Code.PLAN_UNSOUND, "Ray keeps no virtual time", where="simulation.speeds", fix="Leave --engine out, or simulation.speeds."
+            )
         from lichen.simulations.ray import run_on_ray
 
         run_on_ray(server_app, client_app, homes.write_all(), config, threads=1)

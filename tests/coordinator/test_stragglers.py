@@ -20,7 +20,7 @@ from lichen.common.model.adapter import State
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.privacy.accounting import epsilon
 from lichen.common.privacy.schedule import planned_steps
-from lichen.common.result import Result, read_result
+from lichen.common.result import Result, Round, read_result
 from lichen.common.tasks import workbench
 from lichen.coordinator import buffered
 from lichen.coordinator.app import app as server_app
@@ -171,6 +171,22 @@ def test_who_had_begun_is_busy_with_it_in_the_next_round(tmp_path: Path, plan_of
     plan = plan_of(rounds=3, cohort={"size": 3, "minimum": 2, "deadline_s": 5})
     result = Federation(tmp_path, plan, {}, SLOW).run()
     assert [told.errors for told in result.rounds] == [{"client-2": None}] * 3
+
+
+def test_a_poisson_cohort_is_asked_whole_however_large(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    privacy = {"unit": "client", "noise": "central", "epsilon": 8.0, "delta": 1e-3}
+    plan = plan_of(rounds=8, privacy=privacy, cohort={"size": 1, "population": 3, "deadline_s": 100})
+    drawn: list[int] = []
+
+    def act(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
+        drawn.append(assignment.round)
+        about = {"format": 1, "client": name, "round": assignment.round, "steps": STEPS}
+        return answer(message, about, update_of(records.get_tensors(message.content, None), name, assignment.round))
+
+    Federation(tmp_path, plan, dict.fromkeys(SIZES, act), SLOW).run()
+    told = [Round.model_validate_json(line) for line in (tmp_path / "operator.jsonl").read_text().splitlines()]
+    assert max(Counter(drawn).values()) > 1, "more than were expected"
+    assert [round.participants for round in told] == [drawn.count(round) for round in range(1, 9)]
 
 
 # --- partial work ---

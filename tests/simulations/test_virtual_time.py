@@ -128,3 +128,9 @@ def test_the_ray_engine_cannot_buffer(tmp_path: Path, csv_plan: dict[str, Any]) 
     with pytest.raises(LichenError) as caught:
         app(Flowers(), Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=config))
     assert caught.value.code is Code.PLAN_UNSOUND
+
+
+def test_ray_keeps_no_virtual_time(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
+    with pytest.raises(LichenError) as caught:
+        simulate(parse_plan(plan_with(csv_plan)), tmp_path / "run", "ray")
+    assert caught.value.code is Code.PLAN_UNSOUND
