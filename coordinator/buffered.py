@@ -129,11 +129,13 @@ class BufferedStrategy(FederatedStrategy):
     def _fill(self, number: int, arrays: ArrayRecord, grid: Grid, until: float) -> list[Counted]:
         """The updates of a step, while every free client is given work. Fewer than `cohort.buffer`, if nobody is left or time is up."""
         buffer: list[Counted] = []
-        asynchronous, wanted = _checked(grid), self.plan.cohort.step_updates
-        while len(buffer) < wanted and (left := until - asynchronous.clock()) > 0:
-            here = self._give_work(number, arrays, grid)
+        asynchronous = _checked(grid)
+        while (left := until - asynchronous.clock()) > 0:
+            if len(buffer) >= (wanted := self._wanted(grid.get_node_ids())):
+                break
+            connected = self._give_work(number, arrays, grid)
             if not self._under_way:
-                if here:
+                if connected:
                     break  # all that are here have failed, or have no training left
                 time.sleep(min(left, LOOK_S))
             wait = min(left, LOOK_S)
@@ -147,22 +149,34 @@ class BufferedStrategy(FederatedStrategy):
         with closing(grid.replies(list(self._under_way), timeout)) as replies:
             return next(replies, None)
 
-    def _give_work(self, number: int, arrays: ArrayRecord, grid: Grid) -> int:
-        """Have free clients train on the newest model, up to `cohort.size` at once; how many nodes are connected."""
+    def _wanted(self, connected: Iterable[int]) -> int:
+        """Updates that make a step: under privacy not more than there are clients left that may train, so that these see it to its end."""
+        cohort, wanted = self.plan.cohort, self.plan.cohort.step_updates
+        if not self.plan.private:
+            return wanted
+        clients = {self._name(node) for node in self._able(list(connected))} | {one.client for one in self._under_way.values()}
+        return min(wanted, max(cohort.minimum, len(clients)))
+
+    def _able(self, nodes: list[int]) -> list[int]:
+        """Those that have privacy budget, and trainings that the plan's noise is calibrated for."""
+        nodes = self._with_budget(records.TRAIN, nodes)
+        return [node for node in nodes if self.state.trained.get(self._name(node), 0) < self.plan.rounds] if self.plan.private else nodes
+
+    def _give_work(self, number: int, arrays: ArrayRecord, grid: Grid) -> list[int]:
+        """Have free clients train on the newest model, up to `cohort.size` at once; the nodes that are connected."""
         connected = sorted(grid.get_node_ids(), key=self._name)
         busy = {one.message.metadata.dst_node_id for one in self._under_way.values()}
-        free = [node for node in self._with_budget(records.TRAIN, connected) if node not in busy | self._failed_nodes]
-        if self.plan.private:  # the noise is calibrated for so many
-            free = [node for node in free if self.state.trained.get(self._name(node), 0) < self.plan.rounds]
+        free = [node for node in self._able(connected) if node not in busy | self._failed_nodes]
+        room = self.plan.cohort.size - len(busy.intersection(connected))  # who has left holds up nobody
         given = sum(self.state.trained.values()) + len(busy)
         generator = random.Random(f"{self.plan.seed}|free|{given}")  # noqa: S311 - who is asked is no secret here
-        for node in generator.sample(free, max(0, min(len(free), self.plan.cohort.size - len(busy)))):
+        for node in generator.sample(free, max(0, min(len(free), room))):
             client = self._name(node)
             assignment = self._assignment(records.TRAIN, number, self.state.trained.get(client, 0) + 1)
             message = self._message(assignment, records.TRAIN, arrays, node, grid)
             self._under_way[message.metadata.message_id] = _UnderWay(client, message, assignment)
             grid.push_messages([message])
-        return len(connected)
+        return connected
 
     def _take(self, number: int, reply: Message) -> Counted | None:
         """An update for the buffer, or None, where the client failed."""

@@ -489,7 +489,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         for reply in replies:
             self._arrived(reply, sent[reply.metadata.src_node_id])
         late = sent.keys() - {reply.metadata.src_node_id for reply in replies}
-        if usable == wanted:
+        if usable == wanted and late:
             self._told.unneeded = len(late)
             log.info("round %d: %d updates are there, so %d clients are called off", self._told.round, usable, len(late))
             return replies
