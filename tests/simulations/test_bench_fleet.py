@@ -85,11 +85,12 @@ def test_each_modes_plan_is_sound_and_makes_as_many_updates() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_every_mode_runs_with_real_agents_and_tells_its_time(
     tmp_path: Path, csv_plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fleet, "DEADLINE", 4.0)  # so small a model is loaded for longer than it is trained
-    plan = csv_plan | {"cohort": {"size": 4, "minimum": 4, "deadline_s": 120}, "evaluation": {"validation_fraction": 0.2}}
+    plan = csv_plan | {"cohort": {"size": 4, "minimum": 4, "deadline_s": 1000}, "evaluation": {"validation_fraction": 0.2}}
     plan["simulation"] = plan["simulation"] | {"clients": 4}
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(plan), encoding="utf-8")
