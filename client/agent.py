@@ -42,6 +42,7 @@ _RENEWAL_EVERY = 3600.0
 _DECISION_EVERY = 0.5
 _HELD = 0.9  # share of the deadline that a message waits for a person: an answer after the deadline would tell nobody anything
 _MORE_MEMORY = "Raise memory_mb in policy.yaml (or --memory), or ask for shorter texts or a smaller adapter."
+_LOADING = 3.0  # deadlines more, after which a worker that should have stopped by itself is taken to hang
 _WORK = {records.TRAIN: "training", records.EVALUATE: "evaluating"}
 
 
@@ -80,6 +81,7 @@ class Agent:
             timing=timing,
             on_status=self._connection_changed,
             witness=self._witness,
+            on_refused=self._refused,
         )
 
     async def run(self) -> None:
@@ -143,7 +145,7 @@ class Agent:
 
     async def _do(self, message: Message, plan: Plan, assignment: records.Assignment) -> Message:
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = loop.time() - self._connection.waited(message)
         policy = await self._permission(plan, until=began + _HELD * plan.cohort.deadline_s)
         await asyncio.to_thread(self._locks.hold_data)
         if plan.private:
@@ -156,6 +158,9 @@ class Agent:
         if message.metadata.message_type == records.TRAIN:
             await self._measure(message, plan, assignment, policy, until)
             self._keep_to_time(message, plan, assignment, until)
+        records.spend_time(message, loop.time() - began)
+        if plan.local.partial:  # it ends in time by itself; one that still loads its model gets to keep it for later rounds
+            until += _LOADING * plan.cohort.deadline_s
         return await self._have_done(message, plan, assignment, limits, until)
 
     async def _have_done(self, message: Message, plan: Plan, assignment: records.Assignment, limits: Limits, until: float) -> Message:
@@ -167,9 +172,11 @@ class Agent:
         asked = min(plan.local.max_physical_batch_size, assignment.max_physical_batch_size or plan.local.max_physical_batch_size)
         while True:
             rows = self._rows.get(key)
-            left = until - asyncio.get_running_loop().time()
+            now = asyncio.get_running_loop().time()
+            if until <= now:
+                raise LichenError(Code.WORKER_DEADLINE, "the deadline has passed before the work was done", fix="Raise cohort.deadline_s.")
             try:
-                data = await self._worker.ask(records.message_to_bytes(message), replace(limits, rows=rows), left)
+                data = await self._worker.ask(records.message_to_bytes(message), replace(limits, rows=rows), until - now)
                 self._status.change(worker_pid=self._worker.pid)
                 reply = records.message_from_bytes(data)
                 if reply.metadata.reply_to_message_id != message.metadata.message_id:
@@ -184,6 +191,7 @@ class Agent:
                 self._rows[key] = before // 2
                 log.warning("%s; it is done again with %d rows at once, not %d", error.what, before // 2, before)
                 self._status.change(last_error=f"{error}", rows=before // 2)
+                records.spend_time(message, asyncio.get_running_loop().time() - now)
 
     async def _permission(self, plan: Plan, until: float) -> Policy:
         """The policy, once it permits the plan; while a person has yet to decide, wait for them."""
@@ -264,6 +272,17 @@ class Agent:
         if status.error is not None:
             changes["last_error"] = str(status.error)
         self._status.change(**changes)
+
+    def _refused(self, message: Message) -> None:
+        """Tell the owner of an answer that the coordinator did not take."""
+        run, group = message.metadata.run_id, message.metadata.group_id
+        self._note(
+            LichenError(
+                Code.WORKER_DEADLINE,
+                f"the answer to message {group} of run {run} was too late, and is not used; what the ledger has for it stays spent",
+                fix="Where this comes often: ask the operator for fewer local.steps, local.partial, or cohort.mode: buffered.",
+            )
+        )
 
     def _resting(self) -> State:
         return "idle" if self._connected else "connecting"

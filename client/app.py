@@ -25,6 +25,7 @@ from lichen.client.jobs import Job, Private
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit, Limits
 from lichen.client.memory import is_out_of_memory
+from lichen.client.pace import Stop, Until, at_speed
 from lichen.client.policy import enforce, load_policy
 from lichen.client.probe import tokens_per_s
 from lichen.client.residual import load_residual, save_residual
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
     Serving = Generator[Work, Trained, T]
     """What asks for training on its way to a result."""
-    Serve = Callable[["Node", Plan, records.Assignment, Message], Serving[RecordDict]]
+    Serve = Callable[["Node", Plan, "Asked", Message], Serving[RecordDict]]
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -71,6 +72,7 @@ class Node:
         self.rows = int(str(config["rows"])) if "rows" in config else None
         self.retried = bool(config.get("retried", False))
         """Whether a work for which memory was not enough is asked for again with fewer rows at once, and so nothing of it is told."""
+        self.speed = float(config["speed"]) if "speed" in config else None
 
 
 @app.train()  # type: ignore[untyped-decorator]
@@ -150,11 +152,11 @@ def _serve(message: Message, context: Context, work: Serve) -> Serving[Message]:
         assignment = records.from_config(records.Assignment, message.content.config_records["assignment"])
         plan = plan_from_json(assignment.plan)
         private = plan.private
-        records.check_round(assignment.round, plan.rounds)
         node = Node(context)
+        asked = Asked.of(assignment, plan, node)
         if not node.simulated:
             enforce(node.home, plan, datetime.now().astimezone())
-        return records.reply(message, (yield from work(node, plan, assignment, message)))
+        return records.reply(message, (yield from work(node, plan, asked, message)))
     except LichenError as error:
         log.error("%s", error)
         return records.error_reply(message, int(error.code), "" if private else error.what)
@@ -166,29 +168,63 @@ def _serve(message: Message, context: Context, work: Serve) -> Serving[Message]:
         return records.error_reply(message, int(Code.INTERNAL), "" if private else type(error).__name__)
 
 
-def _train(node: Node, plan: Plan, assignment: records.Assignment, message: Message) -> Serving[RecordDict]:
-    round, own = assignment.round, own_plan(plan, assignment, node.rows)
+@dataclass(frozen=True)
+class Asked:
+    """What an assignment says of time and order."""
+
+    round: int
+    """Of the plan: the learning rate follows it, and the report repeats it."""
+    number: int
+    """Of this node's trainings in the run: draws, noise and what the ledger leaves for later ones follow it."""
+    stop: Stop | None
+    """Ends the training in time, in a plan that permits it; a simulated node is late in virtual time only."""
+    assignment: records.Assignment
+
+    @classmethod
+    def of(cls, assignment: records.Assignment, plan: Plan, node: Node) -> Asked:
+        """What is asked of a node, checked against the plan.
+
+        Raises:
+            LichenError: FRAME_INVALID; WORKER_DEADLINE, if no time is left.
+        """
+        records.check_round(assignment.round, plan.rounds)
+        if (assignment.training is None) == (plan.cohort.mode == "buffered"):
+            raise LichenError(Code.FRAME_INVALID, f"training {assignment.training} of mode: {plan.cohort.mode}", where="Assignment")
+        if plan.private:  # the noise is calibrated for so many
+            records.check_round(assignment.number, plan.rounds)
+        stop: Stop | None = None
+        if plan.local.partial and assignment.seconds is not None:
+            if not node.simulated:
+                stop = Until(assignment.seconds)
+            elif node.speed is not None:
+                stop = at_speed(assignment.seconds, node.speed)
+        return cls(assignment.round, assignment.number, stop, assignment)
+
+
+def _train(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:
+    own = own_plan(plan, asked.assignment, node.rows)
     trainer = trainer_of(own)
-    start = _cut(node, plan, assignment, _model(node, plan, message))
+    start = _cut(node, plan, asked.assignment, _model(node, plan, message))
     trainer.model.load(start)  # what does not fit is refused before it is charged
     rows = _rows(node, own, "train", trainer)
     if plan.privacy.audit.canaries:
         rows = _with_canaries(node, plan, str(message.metadata.run_id), trainer, rows)
     if not plan.private:
-        source = SeededSource("order", plan.seed, node.name, round)
-        trained = yield trainer, Job(start, rows.encoded, round, source, node.cache, most_steps=assignment.steps)
+        source = SeededSource("order", plan.seed, node.name, asked.number)
+        job = Job(start, rows.encoded, asked.round, source, node.cache, most_steps=asked.assignment.steps, stop=asked.stop)
+        trained = yield trainer, job
         report = records.TrainReport(
-            client=node.name, round=round, steps=trained.steps, examples=len(rows.encoded), train_loss=trained.loss
+            client=node.name, round=asked.round, steps=trained.steps, examples=len(rows.encoded), train_loss=trained.loss
         )
     elif plan.central:
-        trained, report = yield from _train_central(node, plan, assignment, message, trainer, start, rows)
+        trained, report = yield from _train_central(node, plan, asked, message, trainer, start, rows)
     else:
-        trained, report = yield from _train_private(node, plan, assignment, message, trainer, start, rows)
-    if (rank := _rank(node, plan, assignment)) != plan.model.adapter.rank:
+        trained, report = yield from _train_private(node, plan, asked, message, trainer, start, rows)
+    if (rank := _rank(node, plan, asked.assignment)) != plan.model.adapter.rank:
         report = report.model_copy(update={"rank": rank})
     records.check_release(report, private=plan.private, central=plan.central)
     content = RecordDict({"report": records.to_config(report)})
-    _put_update(content, node, plan, round, str(message.metadata.run_id), trained.delta)
+    _put_update(content, node, plan, asked.number, str(message.metadata.run_id), trained.delta)
     return content
 
 
@@ -209,20 +245,20 @@ def _rank(node: Node, plan: Plan, assignment: records.Assignment) -> int:
     return assignment.rank or rank_of(plan, node.name, simulated=node.simulated)
 
 
-def _put_update(content: RecordDict, node: Node, plan: Plan, round: int, run: str, update: State) -> None:
+def _put_update(content: RecordDict, node: Node, plan: Plan, number: int, run: str, update: State) -> None:
     """Add the update to a reply, by the plan's codec: under privacy it is noised, or clipped, already."""
-    codec, seed = uplink_codec(plan.transfer.uplink), update_seed(plan, node.name, round)
+    codec, seed = uplink_codec(plan.transfer.uplink), update_seed(plan, node.name, number)
     durable = not node.simulated  # a simulation asks nobody for it again
     if not plan.transfer.uplink.error_feedback:
         records.put_update(content, update, codec, seed, node.spool, durable=durable)
         return
-    update = corrected(update, load_residual(node.home, run, round))
+    update = corrected(update, load_residual(node.home, run, number))
     records.put_update(content, update, codec, seed, node.spool, durable=durable)
-    save_residual(node.home, run, round, lost(update, records.get_update(content, node.spool, codec, update)))
+    save_residual(node.home, run, number, lost(update, records.get_update(content, node.spool, codec, update)))
 
 
 def _train_private(
-    node: Node, plan: Plan, assignment: records.Assignment, message: Message, trainer: Trainer, start: State, rows: Rows
+    node: Node, plan: Plan, asked: Asked, message: Message, trainer: Trainer, start: State, rows: Rows
 ) -> Serving[tuple[Trained, records.TrainReport]]:
     if rows.declared_size is None:
         raise LichenError(
@@ -231,19 +267,19 @@ def _train_private(
             where=str(node.home / "data.yaml"),
             fix="Add the source again with --declared-size N.",
         )
-    round, planned = assignment.round, planned_steps(plan, rows.declared_size)
+    planned = planned_steps(plan, rows.declared_size)
     run, message_id = str(message.metadata.run_id), message.metadata.message_id
     with open_ledger(node.home, own=node.simulated) as ledger:
-        ahead = planned.steps * (plan.rounds - round)
-        asked = planned._replace(steps=capped_steps(planned.steps, assignment))
-        grant = ledger.reserve("train", run, message_id, round, asked, _limits(node, plan), rows.segments, ahead=ahead)
+        ahead = planned.steps * (plan.rounds - asked.number)
+        wanted = planned._replace(steps=capped_steps(planned.steps, asked.assignment))
+        grant = ledger.reserve("train", run, message_id, asked.number, wanted, _limits(node, plan), rows.segments, ahead=ahead)
         segment = grant.segment
-        source = _source(node, "train", plan.seed, node.name, round)
+        source = _source(node, "train", plan.seed, node.name, asked.number)
         units = rows.readable_units(grant.readable)
         begun_again = False
         try:
             private = Private(units, segment, rows.declared_size, Gate(segment))
-            trained = yield trainer, Job(start, rows.encoded, round, source, node.cache, private)
+            trained = yield trainer, Job(start, rows.encoded, asked.round, source, node.cache, private)
         except Exception as error:
             # by the agent, under this reservation, as after a crash
             begun_again = node.retried and trainer.plan.local.max_physical_batch_size > 1 and is_out_of_memory(error)
@@ -253,7 +289,7 @@ def _train_private(
                 ledger.released("train", run, message_id, again=node.simulated)
         report = records.TrainReport(
             client=node.name,
-            round=round,
+            round=asked.round,
             steps=segment.steps,
             declared_size=rows.declared_size,
             noise_multiplier=segment.noise_multiplier,
@@ -263,36 +299,36 @@ def _train_private(
 
 
 def _train_central(
-    node: Node, plan: Plan, assignment: records.Assignment, message: Message, trainer: Trainer, start: State, rows: Rows
+    node: Node, plan: Plan, asked: Asked, message: Message, trainer: Trainer, start: State, rows: Rows
 ) -> Serving[tuple[Trained, records.TrainReport]]:
     """Train without noise, and clip: the coordinator promises the noise, and the policy has permitted to believe it.
 
     The first message of a run pays for the whole of it, since ε counts the rounds in which this node is not drawn as well.
     """
-    run, round = str(message.metadata.run_id), assignment.round
+    run = str(message.metadata.run_id)
     with open_ledger(node.home, own=node.simulated) as ledger:
         planned = planned_central(plan).segment
-        grant = ledger.reserve("train", run, "all rounds", round, planned, _limits(node, plan), rows.segments, whole=True)
+        grant = ledger.reserve("train", run, "all rounds", asked.round, planned, _limits(node, plan), rows.segments, whole=True)
     log.info("un-noised: unit client, ε ≤ %g, promised by the coordinator", plan.privacy.epsilon)
     readable = [row for unit in rows.readable_units(grant.readable) for row in unit]
     if not readable:
         raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(node.home / "data.yaml"))
-    source = SeededSource("order", plan.seed, node.name, round)
-    trained = yield trainer, Job(start, rows.encoded.select(readable), round, source, most_steps=assignment.steps)
-    clip = assignment.clip or plan.privacy.clip
+    source = SeededSource("order", plan.seed, node.name, asked.round)
+    trained = yield trainer, Job(start, rows.encoded.select(readable), asked.round, source, most_steps=asked.assignment.steps)
+    clip = asked.assignment.clip or plan.privacy.clip
     delta, norm = clipped(trained.delta, clip)
     report = records.TrainReport(
         client=node.name,
-        round=round,
-        steps=capped_steps(plan.local.steps or 0, assignment),
+        round=asked.round,
+        steps=capped_steps(plan.local.steps or 0, asked.assignment),
         within_clip=norm <= clip if plan.privacy.adaptive_clip else None,
     )
     return replace(trained, delta={name: tensor.float() for name, tensor in delta.items()}), report
 
 
-def _evaluate(node: Node, plan: Plan, assignment: records.Assignment, message: Message) -> Serving[RecordDict]:
+def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:
     yield from ()  # it asks for no training
-    round, own = assignment.round, own_plan(plan, assignment, node.rows)
+    round, own = asked.round, own_plan(plan, asked.assignment, node.rows)
     every = plan.evaluation.federated_every  # what the policy has permitted
     if not every or round % every:
         raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")
@@ -321,11 +357,11 @@ def _evaluate(node: Node, plan: Plan, assignment: records.Assignment, message: M
     return RecordDict({"report": records.to_config(report)})
 
 
-def _probe(node: Node, plan: Plan, assignment: records.Assignment, message: Message) -> Serving[RecordDict]:
+def _probe(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:
     yield from ()  # it asks for no training
     if not node.simulated and not load_policy(node.home).profile:
         raise LichenError(Code.POLICY_REFUSED, "the policy keeps in what this machine can do", where="profile")
-    speed = tokens_per_s(trainer_of(own_plan(plan, assignment, node.rows)))
+    speed = tokens_per_s(trainer_of(own_plan(plan, asked.assignment, node.rows)))
     return RecordDict({"report": records.to_config(records.ProbeReport(tokens_per_s=rounded(speed)))})
 
 

@@ -102,6 +102,7 @@ class _Item:
     fault: Code | None = None
     loading: object | None = None  # the stream that fetches its payload
     whole: bool = False  # what this node has does not lead to its model
+    came: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -125,6 +126,7 @@ class Connection:
         timing: heartbeats; tests shorten them.
         on_status: told of each change.
         witness: signs where the ledger stands for the coordinator to keep, and is told what it kept.
+        on_refused: told of each reply that the coordinator did not keep, because nobody waits for it any more.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Connection:
         timing: framing.Timing | None = None,
         on_status: Callable[[Status], None] | None = None,
         witness: Witness | None = None,
+        on_refused: Callable[[Message], None] | None = None,
     ) -> None:
         self.address = address
         self.mailbox = mailbox
@@ -146,6 +149,7 @@ class Connection:
         self._timing = timing or framing.Timing()
         self._on_status = on_status
         self._witness = witness
+        self._on_refused = on_refused
         self._locks: Locks = WeakValueDictionary()
         self._items: dict[str, _Item] = {}
         self._changed = asyncio.Event()
@@ -337,6 +341,8 @@ class Connection:
             case "receipt":
                 stream.link.withdraw(frame.receipt.message_id)
                 stream.replied.discard(frame.receipt.message_id)  # a withdrawn message may be wanted again
+                if not frame.receipt.stored:
+                    await self._tell_refused(frame.receipt.message_id)
                 await asyncio.to_thread(self.mailbox.receipt, frame.receipt.message_id)
                 self._collect()
             case "cancel":
@@ -344,6 +350,16 @@ class Connection:
             case _:
                 raise framing.frame_invalid(f"a second {kind}")
         return True
+
+    async def _tell_refused(self, message_id: str) -> None:
+        data = await asyncio.to_thread(self.mailbox.reply, message_id)
+        if data is not None and self._on_refused is not None:
+            self._on_refused(message_from_bytes(data))
+
+    def waited(self, message: Message) -> float:
+        """Seconds since a message that is in work came, or this process began."""
+        item = self._items.get(message.metadata.message_id)
+        return time.monotonic() - item.came if item else 0.0
 
     async def _take(self, stream: _Stream, message_id: str, data: bytes) -> None:
         if await asyncio.to_thread(self.mailbox.reply, message_id) is not None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lichen.client.gate import Gate
+    from lichen.client.pace import Stop
     from lichen.common.model.adapter import State
     from lichen.common.privacy.accounting import Segment
     from lichen.common.privacy.per_unit import Unit
@@ -43,3 +44,5 @@ class Job:
     private: Private | None = None
     most_steps: int | None = None
     """Without privacy: fewer steps than the plan's, where the assignment asks for them. With it they are in the segment."""
+    stop: Stop | None = None
+    """Without privacy: ends the training before its last step."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lichen.client.gate import Gate
+    from lichen.client.pace import Stop
     from lichen.client.private_step import PrivateStep
     from lichen.common.model.adapter import State, TunedModel
     from lichen.common.plan import Local, Plan
@@ -108,7 +109,7 @@ class Trainer:
     def run(self, job: Job) -> Trained:
         """Train one client. Raises as `train` and `train_private`."""
         if (private := job.private) is None:
-            return self.train(job.start, job.data, job.round, job.source, job.cache, job.most_steps)
+            return self.train(job.start, job.data, job.round, job.source, job.cache, job.most_steps, job.stop)
         return self.train_private(
             job.start, job.data, private.units, private.segment, private.declared_size, job.round, job.source, private.gate, job.cache
         )
@@ -163,6 +164,7 @@ class Trainer:
         source: RandomSource,
         cache: Path | None = None,
         most_steps: int | None = None,
+        stop: Stop | None = None,
     ) -> Trained:
         """Train without differential privacy.
 
@@ -173,9 +175,10 @@ class Trainer:
             source: of the examples' order.
             cache: a folder of the node, where what frozen layers give may be kept; None: nothing is kept.
             most_steps: fewer than the plan's; None: the plan's.
+            stop: asked before each step whether it is the last that there was time for.
 
         Raises:
-            LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED.
+            LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED; WORKER_DEADLINE from ``stop``.
         """
         self._begin(start, round)
         self._seed_dropout(source)
@@ -184,6 +187,8 @@ class Trainer:
         seen, steps = 0, 0
         with self._batches.of(data, cache) as collate:
             for batch in batches(self.plan.local, len(data), source, most_steps):
+                if stop is not None and stop(steps):
+                    break
                 collate.prepare(batch)
                 optimizer.zero_grad(set_to_none=True)
                 for part in self._batches.parts(batch, data):
@@ -311,8 +316,12 @@ def _pull_back(optimizer: torch.optim.Optimizer, mu: float) -> None:
 
 
 def _by_row(job: Job) -> bool:
-    """Whether it has rows, each of which is a unit of its own."""
-    return len(job.data) > 0 and (job.private is None or (len(job.private.units) > 0 and all(len(unit) == 1 for unit in job.private.units)))
+    """Whether it has rows, each of which is a unit of its own, and trains to its end."""
+    return (
+        job.stop is None
+        and len(job.data) > 0
+        and (job.private is None or (len(job.private.units) > 0 and all(len(unit) == 1 for unit in job.private.units)))
+    )
 
 
 def _fused(model: TunedModel) -> Callable[[], AbstractContextManager[None]]:

@@ -16,6 +16,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -226,17 +227,20 @@ def main(home: str, name: str, spool: str, memory_mb: str = "0", rows: str = "0"
     for noisy in ("absl", "httpx", "flwr"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     source, sink = _own_the_pipes()
-    frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    frames: queue.SimpleQueue[tuple[bytes, float]] = queue.SimpleQueue()
     threading.Thread(target=_read_frames, args=(source, frames), name="input", daemon=True).start()
     held: int | None = None
     node: dict[str, bool | float | int | str] = {"home": home, "name": name, "spool": spool, "retried": True}
     if int(rows):
         node["rows"] = int(rows)
+    starting = _age()  # the first message has waited for this process, too
     while True:
-        message = message_from_bytes(frames.get())
+        data, came = frames.get()
+        message = message_from_bytes(data)
         if held != message.metadata.run_id:
             gc.unfreeze()  # what the run before held may go
-        reply = _answer(message, node)
+        reply = _answer(message, node, came - starting)
+        starting = 0.0
         sink.write(len(reply).to_bytes(_LENGTH_BYTES, "big") + reply)
         sink.flush()
         trim()  # between rounds the machine is its owner's: a round of MiniLM leaves 0.9 GB in the allocator
@@ -268,18 +272,25 @@ def _own_the_pipes() -> tuple[BinaryIO, BinaryIO]:
     return source, sink
 
 
-def _read_frames(source: BinaryIO, frames: queue.SimpleQueue[bytes]) -> None:
-    """Pass frames on; when the agent is gone, end the process at once, whatever it is doing."""
+def _age() -> float:
+    """Seconds since this process began."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
+
+
+def _read_frames(source: BinaryIO, frames: queue.SimpleQueue[tuple[bytes, float]]) -> None:
+    """Pass frames on, each with when it came; when the agent is gone, end the process at once, whatever it is doing."""
     while len(head := source.read(_LENGTH_BYTES)) == _LENGTH_BYTES:
         length = int.from_bytes(head, "big")
         data = source.read(length)
         if len(data) < length:
             break
-        frames.put(data)
+        frames.put((data, time.monotonic()))
     os._exit(0)
 
 
-def _answer(message: Message, node: dict[str, bool | float | int | str]) -> bytes:
+def _answer(message: Message, node: dict[str, bool | float | int | str], came: float) -> bytes:
     from flwr.app import Context, RecordDict
 
     from lichen.client.app import app
@@ -289,6 +300,7 @@ def _answer(message: Message, node: dict[str, bool | float | int | str]) -> byte
         run_id=message.metadata.run_id, node_id=message.metadata.dst_node_id, node_config=node, state=RecordDict(), run_config={}
     )
     try:
+        records.spend_time(message, time.monotonic() - came)
         reply = app(message, context)
     except Exception:  # the app answers its own errors; what passes it must not end the process, nor be told
         log.exception("unexpected failure")

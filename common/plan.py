@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -123,9 +124,17 @@ class Cohort(Section):
     minimum: int = Field(default=1, ge=1)
     """A round with fewer usable updates fails. Under `privacy.unit: client` no round does, since that would tell who took part."""
     deadline_s: Number = Field(default=600.0, gt=0)
-    """Seconds that a round may take; who is later is left out."""
-    mode: Literal["synchronous"] = "synchronous"
-    """`synchronous`: a round ends when all asked clients have answered or the deadline has passed."""
+    """Seconds from asking a round's clients until it ends without those that are later. All other times follow from this one."""
+    oversample: Number = Field(default=1.0, ge=1, le=10)
+    """Asks so many times `size` clients (rounded up; 1.3 is a good start) and goes on with the first `size` usable updates: the rest are
+    called off. For `mode: synchronous`; not under `privacy.unit: client`, whose guarantee rests on who is drawn."""
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    """`synchronous`: a round ends when all asked clients have answered or the deadline has passed. `buffered`: FedBuff (Nguyen et al.
+    2022), where each of `size` clients trains on the newest model as soon as it is free, and a round is a step of the server, made of
+    `buffer` updates; those that come later go into the next step, counted less."""
+    buffer: int | None = Field(default=None, ge=1)
+    """Updates in a step of `mode: buffered`, at most `size`; left out: 10, or `size` if that is less. The deadline is a step's: when it
+    passes, `minimum` updates are enough."""
     assign: tuple[Literal["max_physical_batch_size", "checkpointing", "steps", "rank", "max_length", "precision"], ...] = (
         "max_physical_batch_size",
         "checkpointing",
@@ -133,12 +142,31 @@ class Cohort(Section):
     """What the coordinator may lower for a node whose hardware needs it. The two of the default change no update but for rounding; the
     others give an update of fewer steps, a smaller rank, shorter texts or a coarser base."""
 
+    @property
+    def asked(self) -> int:
+        """Clients that a synchronous round asks."""
+        return math.ceil(round(self.size * self.oversample, 6))  # 1.1 · 100 is a little above 110
+
+    @property
+    def step_updates(self) -> int:
+        """Updates in a step of `mode: buffered`."""
+        return self.buffer or min(10, self.size)
+
     @model_validator(mode="after")
-    def _minimum_fits(self) -> Self:
+    def _numbers_fit(self) -> Self:
         if self.minimum > self.size:
             raise ValueError(f"minimum ({self.minimum}) is above size ({self.size})")
         if len(set(self.assign)) != len(self.assign):
             raise ValueError("assign names a thing twice")
+        if self.mode == "buffered":
+            if self.oversample > 1:
+                raise ValueError("oversample goes with mode: synchronous: a buffered step waits for nobody in particular")
+            if self.step_updates > self.size:
+                raise ValueError(f"buffer ({self.buffer}) is above size ({self.size})")
+            if self.minimum > self.step_updates:
+                raise ValueError(f"minimum ({self.minimum}) is above buffer ({self.step_updates})")
+        elif self.buffer is not None:
+            raise ValueError("buffer goes with mode: buffered, and only with it")
         return self
 
 
@@ -149,6 +177,9 @@ class Local(Section):
     """Passes over the local data; give this or `steps`."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; give this or `epochs`."""
+    partial: bool = False
+    """A client that sees that it will not be done by `cohort.deadline_s` sends what it has, and says how many steps that are; updates
+    are then normalised by steps (FedNova, Wang et al. 2020). Without privacy only: how far a client comes depends on its rows."""
     batch_size: int = Field(default=16, ge=1)
     """Examples in a step; under differential privacy the expected number, unless `privacy.sample_rate` is given."""
     max_physical_batch_size: int = Field(default=32, ge=1)
@@ -348,6 +379,9 @@ class Simulation(Section):
     """LoRA ranks that the clients have in turn; α / r stays what it is. The largest is `model.adapter.rank`; empty: all have that."""
     partition: str = "iid"
     """`iid`, `dirichlet:ALPHA` or `by:FIELD`."""
+    speeds: tuple[Annotated[Number, Field(gt=0)], ...] = ()
+    """Steps that clients take in a second of virtual time, dealt to them in turn, such as `[1, 1, 1, 0.25]`: answers then come in that
+    order, and `cohort.deadline_s` is of virtual seconds. Empty: nobody is late. Not with `--engine ray`."""
     data: str | DataSource | None = None
     """A named data set, `made-up:ROWS` for tests of scale, or files."""
 
@@ -515,6 +549,7 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
     _check_rule(plan, refuse)
     _check_central(plan, refuse)
     _check_assign(plan, refuse)
+    _check_asynchrony(plan, refuse)
     if plan.private and not plan.central and plan.local.epochs is not None and plan.privacy.sample_rate is None:
         refuse(
             "local.epochs under differential privacy needs privacy.sample_rate: the number of steps must not depend on true sizes",
@@ -657,6 +692,43 @@ def _check_central(plan: Plan, refuse: Callable[[str, str], None]) -> None:
         refuse(
             "federated evaluation under unit: client would release counts of the cohort that no noise is planned for",
             "Set evaluation.federated_every: 0; the coordinator's own validation rows cost nothing.",
+        )
+
+
+def _check_asynchrony(plan: Plan, refuse: Callable[[str, str], None]) -> None:
+    """What may not depend on which clients are fast, or on how long their rows take."""
+    cohort = plan.cohort
+    if plan.central and cohort.oversample > 1:
+        refuse(
+            f"cohort.oversample: {cohort.oversample:g} under unit: client: who is first is no secret Poisson draw, and ε rests on one",
+            "Nearest valid: cohort.oversample: 1; who is later than the deadline counts as zero there.",
+        )
+    if plan.central and cohort.mode == "buffered":
+        refuse(
+            "cohort.mode: buffered under unit: client: each client takes part as often as it can, so that ε gains nothing by sampling",
+            "Nearest valid: cohort.mode: synchronous.",
+        )
+    if plan.private and plan.local.partial:
+        refuse(
+            "local.partial under differential privacy: how many steps fit into a time depends on what rows are drawn and how long they are,"
+            " and the number of steps is told",
+            "Set local.partial: false, and local.steps so low that slow nodes are in time.",
+        )
+    rule, needs = plan.aggregation.rule, RULES[plan.aggregation.rule]
+    if cohort.mode == "buffered" and (len(needs.phases) > 1 or needs.changes_base):
+        refuse(
+            f"cohort.mode: buffered with aggregation.rule: {rule}: an update may come when another factor is trained, or the base changed",
+            "Nearest valid: aggregation.rule: ffa, or fedavg.",
+        )
+    if (plan.local.partial or "steps" in cohort.assign) and needs.single_updates:
+        refuse(
+            f"updates of unequal steps with aggregation.rule: {rule}, which adds products and not updates",
+            "Set local.partial: false, and leave steps out of cohort.assign; or choose aggregation.rule: rolora.",
+        )
+    if cohort.mode == "buffered" and plan.evaluation.federated_every:
+        refuse(
+            "federated evaluation with cohort.mode: buffered: there is no moment at which a round's clients are free",
+            "Set evaluation.federated_every: 0; the coordinator's own validation rows are scored as ever.",
         )
 
 

@@ -90,6 +90,23 @@ class Assignment(_Record):
     """How the frozen base is kept."""
     steps: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
     """Most optimizer steps of this round. The noise stays that of all the plan's steps."""
+    training: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
+    """Under `mode: buffered`: how many times, with this one, the node was asked to train in the run; `round` is the step of the server that
+    was under way."""
+    seconds: Annotated[float | None, Field(gt=0), Rule.DECLARED] = None
+    """Under `local.partial`: until the deadline, from when this came."""
+
+    @property
+    def number(self) -> int:
+        """Counts the node's trainings: never the same for two of them, so that draws and noise are others."""
+        return self.round if self.training is None else self.training
+
+
+def spend_time(message: Message, seconds: float) -> None:
+    """Take what has passed since a message came off the time that its assignment leaves, if it says any; something is always left."""
+    config = message.content.config_records.get("assignment") if message.has_content() else None
+    if config is not None and isinstance(left := config.get("seconds"), float):
+        config["seconds"] = max(left - seconds, 1e-3)
 
 
 class TrainReport(_Record):
@@ -101,7 +118,8 @@ class TrainReport(_Record):
     rank: Annotated[int | None, Field(ge=1), Rule.DECLARED] = None
     """Of the adapter that was trained, where it is not the plan's."""
     steps: Annotated[int, Rule.DECLARED]
-    """Under `unit: client` the plan's or the assignment's, or 0 where the plan counts epochs: the number would tell the true size."""
+    """Under `unit: client` the plan's or the assignment's, or 0 where the plan counts epochs: the number would tell the true size. Under
+    `local.partial`, which is without privacy only, those that there was time for."""
     declared_size: Annotated[int | None, Field(ge=1, le=MOST), Rule.DECLARED] = None
     noise_multiplier: Annotated[float | None, Rule.DECLARED] = None
     sample_rate: Annotated[float | None, Rule.DECLARED] = None

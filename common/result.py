@@ -39,6 +39,10 @@ class Round(_Section):
     """Clients that were asked and gave no usable update; null under `unit: client`."""
     errors: dict[str, int | None] = Field(default_factory=dict)
     """Error number of each failed client, also of one that failed in evaluation alone; null for one that did not answer in time."""
+    unneeded: int = 0
+    """Clients that were asked beyond `cohort.size` and called off when enough updates were there."""
+    staleness: float | None = None
+    """Under `mode: buffered`: mean over the updates used, in steps of the server since the models that they were made from."""
     train_loss: float | None = None
     """Mean over participants; null under differential privacy."""
     validation: Metrics | None = None

@@ -22,6 +22,7 @@ from lichen.common.privacy.statement import make_statement
 from lichen.common.result import Metrics, Result, Transfer, read_result
 from lichen.common.tasks import workbench
 from lichen.coordinator.assigning import Assigner
+from lichen.coordinator.buffered import BufferedStrategy
 from lichen.coordinator.report import write_report
 from lichen.coordinator.run_directory import RunDirectory, versions
 from lichen.coordinator.strategy import FederatedStrategy, privacy_of
@@ -128,7 +129,8 @@ def main(grid: Grid, context: Context) -> None:
         own = OwnData(plan, *(Path(str(config[key])) if key in config else None for key in ("validation", "test")), shared=not beside)
         profiles = getattr(grid, "profile_of", None)  # other grids carry none
         assign = Assigner(plan, own.model, profiles, grid.name_of).of if profiles else None
-        strategy = FederatedStrategy(plan, directory, result, own, spool, getattr(grid, "name_of", None), beside=beside, assign=assign)
+        kind = BufferedStrategy if plan.cohort.mode == "buffered" else FederatedStrategy
+        strategy = kind(plan, directory, result, own, spool, getattr(grid, "name_of", None), beside=beside, assign=assign)
         content = RecordDict()
         records.put_tensors(content, own.start, spool)
         strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)

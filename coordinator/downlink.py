@@ -16,6 +16,8 @@ from lichen.common import records
 from lichen.common.codec.layout import Layout
 
 if TYPE_CHECKING:
+    from flwr.app import Message
+
     from lichen.common.codec.codec import Codec, Payload
     from lichen.common.model.adapter import State
     from lichen.coordinator.run_directory import ServerState
@@ -95,10 +97,16 @@ class Downlink:
     def close(self, state: ServerState) -> None:
         """Let go of what lies in the spool: nobody is asked again."""
         if self._spool is not None:
-            for digest in {link.added.digest for link in state.chain} | ({self._sent.digest} if self._sent else set()):
+            for digest in self.needed(state):
                 (self._spool / digest).unlink(missing_ok=True)
 
-    def arrived(self, client: str, state: ServerState) -> None:
-        """A client has answered, so it has the model that was sent last."""
-        if self._sent is not None:
-            state.held[client] = self._sent.digest
+    def needed(self, state: ServerState) -> set[str]:
+        """The digests of the payloads that messages to come will name."""
+        return {link.added.digest for link in state.chain} | ({self._sent.digest} if self._sent else set())
+
+    def arrived(self, client: str, state: ServerState, message: Message | None = None) -> None:
+        """A client has answered a message, left out the last one: so it has the model of that."""
+        sent = [self._sent] if message is None else records.payload_refs(message)
+        for ref in sent:
+            if ref is not None:
+                state.held[client] = ref.digest

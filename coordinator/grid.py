@@ -6,7 +6,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,7 @@ class GrpcGrid(Grid):  # type: ignore[misc]
         """Push messages and return their replies, in the order of arrival; after ``timeout`` seconds those that are there."""
         return list(self.replies(self.push_messages(messages), timeout))
 
-    def replies(self, message_ids: Iterable[str], timeout: float | None = None) -> Iterator[Message]:
+    def replies(self, message_ids: Iterable[str], timeout: float | None = None) -> Generator[Message, None, None]:
         """Replies to pushed messages, each as soon as it is complete; ends after ``timeout`` seconds.
 
         Raises:
@@ -178,6 +178,14 @@ class GrpcGrid(Grid):  # type: ignore[misc]
     def cancel(self, message_ids: Iterable[str]) -> list[str]:
         """Withdraw messages that have no reply: a late node is not sent stale work. Returns the ids of those withdrawn."""
         return self._fleet.cancel(message_ids)
+
+    def unreleased(self) -> list[Message]:
+        """The run's messages that were not let go of, as they were first pushed."""
+        return [message_from_bytes(data) for _, data in self._fleet.store.unreleased(self._run_id)]
+
+    def clock(self) -> float:
+        """Seconds, as timeouts count them."""
+        return time.monotonic()
 
     def release(self, message_ids: Iterable[str]) -> None:
         """Let go of messages and replies once what was made of them is on the disk; `FleetServer.collect` frees their payloads."""

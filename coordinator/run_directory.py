@@ -58,6 +58,8 @@ class ServerState:
     """What was added to the model in the last rounds, oldest first, as far as it is kept."""
     held: dict[str, str] = field(default_factory=dict)
     """By client the digest of the model that it had last; under `unit: client` not kept in the checkpoint."""
+    trained: dict[str, int] = field(default_factory=dict)
+    """Under `mode: buffered` by client the trainings that are settled: used, failed or called off."""
     told: Round | None = None
     """The last round's line, which is told only when its model is scored; None under `unit: client`, where the operator's has it."""
 
@@ -183,6 +185,7 @@ class RunDirectory:
             "clip": state.clip,
             "chain": [[link.before, link.added.digest, link.added.length] for link in state.chain],
             "held": {} if self.plan.central else state.held,
+            "trained": state.trained,
             "told": state.told.model_dump_json() if state.told else None,
         }
         final = self._checkpoint(state.round)
@@ -230,6 +233,7 @@ class RunDirectory:
             clip=about.get("clip"),
             chain=[ChainLink(before, PayloadRef(digest, length)) for before, digest, length in about.get("chain", [])],
             held=about.get("held", {}),
+            trained=about.get("trained", {}),
             told=Round.model_validate_json(told) if (told := about.get("told")) else None,
         )
 

@@ -6,7 +6,7 @@ import errno
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
@@ -30,10 +30,18 @@ class RunGrid(GrpcGrid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push messages and return their replies; late nodes are told not to begin."""
+        return self.until_enough(messages, timeout, lambda reply: False)
+
+    def until_enough(self, messages: Iterable[Message], timeout: float | None, enough: Callable[[Message], bool]) -> list[Message]:
+        """Push messages and return their replies up to the one with which ``enough`` is true; other nodes are told not to begin."""
         pushed = list(messages)
         ids = self.push_messages(pushed)
         self._let_go({message.metadata.group_id for message in pushed})
-        replies = list(self.replies(ids, timeout))
+        replies = []
+        for reply in self.replies(ids, timeout):
+            replies.append(reply)
+            if enough(reply):
+                break
         self.cancel(set(ids) - {reply.metadata.reply_to_message_id for reply in replies})
         return replies
 
@@ -43,11 +51,16 @@ class RunGrid(GrpcGrid):
             [item for item in self._fleet.store.unreleased(self._run_id) if message_from_bytes(item[1]).metadata.group_id not in rounds]
         )
 
+    def let_go(self, message_ids: Iterable[str], keep: Iterable[str]) -> None:
+        """Erase messages, their replies and the payloads of both, but those whose digests are in ``keep``."""
+        wanted = set(message_ids)
+        self._release([item for item in self._fleet.store.unreleased(self._run_id) if item[0] in wanted] if wanted else [], keep)
+
     def finish(self) -> None:
         """Withdraw and let go of all that the run has made."""
         self._release(self._fleet.store.unreleased(self._run_id))
 
-    def _release(self, messages: list[tuple[str, bytes]]) -> None:
+    def _release(self, messages: list[tuple[str, bytes]], keep: Iterable[str] = ()) -> None:
         """Erase messages, their replies and the payloads of both: a run of a large model would soon fill the disk."""
         if not messages:
             return
@@ -57,7 +70,7 @@ class RunGrid(GrpcGrid):
         replies = [reply for message_id in ids if (reply := store.reply(message_id)) is not None]
         used = _digests([*(data for _, data in messages), *replies])
         self.release(ids)
-        live = _digests(store.live_messages())
+        live = _digests(store.live_messages()).union(keep)
         for digest in used - live:
             spool.path(digest).unlink(missing_ok=True)
         spool.collect(live)  # what came for nobody

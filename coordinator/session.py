@@ -137,6 +137,11 @@ class Session:
         self.link.withdraw(message_id)
         self.link.send(CoordinatorFrame(receipt=Receipt(message_id=message_id, stored=stored)))
 
+    def _was_kept(self, message_id: str) -> bool:
+        """Whether a reply came before, and is here or was used: who sends it again has lost the receipt."""
+        store = self._fleet.store
+        return store.reply(message_id) is not None or store.used(message_id)
+
     async def _take(self, message_id: str, data: bytes) -> bool:
         awaited = await asyncio.to_thread(self._fleet.store.awaits, message_id, self.node.node_id)
         if awaited is None:
@@ -144,7 +149,10 @@ class Session:
             return False
         run_id, wanted = awaited
         if not wanted:
-            return await asyncio.to_thread(self._fleet.store.reply, message_id) is not None
+            kept = await asyncio.to_thread(self._was_kept, message_id)
+            if not kept:
+                log.warning("node %s answered message %s of run %d too late: refused, and it is told", self.node.name, message_id, run_id)
+            return kept
         message = message_from_bytes(data)
         metadata = message.metadata
         if (metadata.reply_to_message_id, metadata.run_id, metadata.src_node_id) != (message_id, run_id, self.node.node_id):

@@ -412,6 +412,11 @@ class Store(Database):
         rows = self._rows("SELECT bytes FROM replies WHERE message_id = ?", message_id)
         return bytes(rows[0][0]) if rows else None
 
+    def used(self, message_id: str) -> bool:
+        """Whether a message's reply was let go of after use; False for one that was withdrawn before."""
+        query = "SELECT 1 FROM outbox WHERE message_id = ? AND released_at IS NOT NULL AND cancelled_at = released_at"
+        return bool(self._rows(query, message_id))
+
     def unreleased(self, run_id: int) -> list[tuple[str, bytes]]:
         """A run's messages ``(message_id, bytes)`` that were not let go of."""
         rows = self._rows("SELECT message_id, bytes FROM outbox WHERE run_id = ? AND released_at IS NULL", run_id)

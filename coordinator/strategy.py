@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result as FlowerResult
@@ -27,6 +27,7 @@ from lichen.common.privacy.schedule import MOST_NOISE, planned_evaluation, plann
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
 from lichen.coordinator.aggregation import make_rule
 from lichen.coordinator.aggregation.central_dp import CentralDP
+from lichen.coordinator.aggregation.normalised import Contribution, effective_steps, factor
 from lichen.coordinator.downlink import Downlink
 from lichen.coordinator.optimizers import server_step
 from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
@@ -66,14 +67,23 @@ class Evaluator(Protocol):
 
 
 @dataclass(frozen=True)
-class _Usable:
-    """A reply whose update goes into the sum."""
+class Counted:
+    """A reply whose report holds, and what its update weighs by."""
 
     report: records.TrainReport
     message: Message
-    weight: float
     rank: int
     """Of its client's adapter."""
+    counts: Contribution
+
+
+@runtime_checkable
+class CallsOff(Protocol):
+    """A grid that can stop waiting before all have answered."""
+
+    def until_enough(self, messages: Iterable[Message], timeout: float, enough: Callable[[Message], bool]) -> list[Message]:
+        """Send messages; the replies in the order of arrival, up to the one with which ``enough`` is true. The others are withdrawn."""
+        ...
 
 
 class FederatedStrategy(Strategy):  # type: ignore[misc]
@@ -147,54 +157,59 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         if self._central:
             self._step(self._release(self._central, server_round, replies).update, {})
             return self._arrays(), None
-        total, usable = self._sum_of(server_round, replies)
+        self._apply(server_round, self._counted(server_round, replies))
+        return self._arrays(), None
+
+    def _apply(self, round: int, counted: Sequence[Counted]) -> None:
+        """Step the model by those updates that are usable. Raises as `aggregate_train`."""
+        total, usable, most = self._sum_of(round, counted)
         if len(usable) < self.plan.cohort.minimum:
             self._tell_privacy()
             raise LichenError(
                 Code.COHORT_TOO_SMALL,
                 f"usable updates: {len(usable)}, cohort.minimum is {self.plan.cohort.minimum}",
-                where=f"round {server_round}",
+                where=f"round {round}",
                 fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )
-        self._step(total.change(), total.restart(), total.room)
+        share, change = factor([one.counts for one in usable], most), total.change()
+        self._step(change if share == 1 else {name: share * tensor for name, tensor in change.items()}, total.restart(), total.room)
         if not self.plan.private:
             reports = [one.report for one in usable]
             weight = sum(report.examples or 0 for report in reports)
             self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in reports) / weight
-        return self._arrays(), None
 
-    def _sum_of(self, round: int, replies: Iterable[Message]) -> tuple[Rule, list[_Usable]]:
-        """The usable updates, added.
+    def _sum_of(self, round: int, counted: Sequence[Counted]) -> tuple[Rule, list[Counted], float]:
+        """The usable updates, added; which these are, and the most effective steps, which their weights are in proportion to.
 
         Whether their values are finite is seen from the sum, which spares a pass over each. Only if it is not, each is looked at, and the
         others are added anew: who sends such an update is refused alone, and the sum is the same as without it.
         """
+        most = max((one.counts.steps for one in counted), default=1.0)
         total, usable = make_rule(self.plan, round, self.state.model), []
-        for one, update in self._usable(round, replies):
+        for one, update in self._opened(counted):
             usable.append(one)
-            total.add(update, one.weight, one.rank)
+            total.add(update, one.counts.weight(most), one.rank)
         if not total.finite():
             usable = [one for one in usable if self._is_finite(one)]
+            most = max((one.counts.steps for one in usable), default=1.0)
             total = make_rule(self.plan, round, self.state.model)
             for one in usable:
-                total.add(self._update(one), one.weight, one.rank)
+                total.add(self._update(one), one.counts.weight(most), one.rank)
         self._count(usable)
-        return total, usable
+        return total, usable, most
 
-    def _usable(self, round: int, replies: Iterable[Message]) -> Iterator[tuple[_Usable, Payload]]:
-        """The updates that fit what was asked for, one at a time, in the order of the clients' names so that sums repeat.
+    def _counted(self, round: int, replies: Iterable[Message]) -> list[Counted]:
+        """The replies whose reports hold, in the order of the clients' names so that sums repeat.
 
-        Whether values are finite is known where a codec wrote them.
+        From here on an update has left its node, and is paid for, whether it is usable or not.
         """
+        found = []
         for report, message in sorted(self._reports(records.TrainReport, round, replies), key=lambda found: found[0].client):
             try:
-                weight = self._weight(report)  # from here on the update has left its node, and is paid for, whether it is usable or not
-                one = _Usable(report, message, weight, self._rank(report))
-                update = self._update(one)
+                found.append(Counted(report, message, self._rank(report), self._counts(report)))
             except LichenError as error:
                 self._failed(report.client, error.code, error.what)
-                continue
-            yield one, update
+        return found
 
     def _rank(self, report: records.TrainReport) -> int:
         """Of the adapter that a client trained."""
@@ -205,7 +220,17 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             raise LichenError(Code.FRAME_INVALID, f"an adapter of rank {report.rank}, where the plan has {rank}")
         return report.rank
 
-    def _is_finite(self, one: _Usable) -> bool:
+    def _opened(self, counted: Iterable[Counted]) -> Iterator[tuple[Counted, Payload]]:
+        """Those whose updates fit the model, one at a time. Whether values are finite is known where a codec wrote them."""
+        for one in counted:
+            try:
+                update = self._update(one)
+            except LichenError as error:
+                self._failed(one.report.client, error.code, error.what)
+                continue
+            yield one, update
+
+    def _is_finite(self, one: Counted) -> bool:
         try:
             check_finite(self._update(one).decoded(Layout.of(self._like(one))))
         except LichenError as error:
@@ -213,14 +238,14 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             return False
         return True
 
-    def _update(self, one: _Usable) -> Payload:
+    def _update(self, one: Counted) -> Payload:
         return records.get_update(one.message.content, self._spool, self._codec, self._like(one))
 
-    def _like(self, one: _Usable) -> State:
+    def _like(self, one: Counted) -> State:
         """Tensors as this update must have them."""
         return update_like(self.plan, one.report.round, one.rank, self.state.model)
 
-    def _count(self, usable: list[_Usable]) -> None:
+    def _count(self, usable: list[Counted]) -> None:
         """Put into the round's line what was used, and who failed."""
         self._used = [one.message.metadata.src_node_id for one in usable]
         self._told.participants, self._told.failed = len(usable), len(self._told.errors)
@@ -233,7 +258,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             like = update_like(self.plan, round, self.plan.model.adapter.rank, self.state.model)
             total = central.sum_of(like, self.state.clip or self.plan.privacy.clip)
             usable = []
-            for one, update in self._usable(round, replies):
+            for one, update in self._opened(self._counted(round, replies)):
                 if self._is_finite(one):
                     usable.append(one)
                     total.add(update.decoded(Layout.of(like)), within=one.report.within_clip is not False)
@@ -346,11 +371,10 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         began = time.monotonic()
         self._told = Round(round=number, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
         messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
-        self.aggregate_train(number, self._ask(grid, messages, timeout))
-        if number > num_rounds - self.plan.aggregation.average_last:
-            self.state.average = {
-                name: self.state.average[name] + tensor if self.state.average else tensor for name, tensor in self.state.model.items()
-            }
+        # a Poisson cohort is never cut short, however many were drawn
+        wanted = self.plan.cohort.size if self.plan.cohort.oversample > 1 else None
+        self.aggregate_train(number, self._ask(grid, messages, timeout, wanted))
+        self._add_to_average(number, num_rounds)
         every = self.plan.evaluation.federated_every
         # only then, since to write a model takes the disk's time
         messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid)) if every and not number % every else []
@@ -358,6 +382,12 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             self.aggregate_evaluate(number, self._ask(grid, messages, timeout))
         self._told.seconds = round(time.monotonic() - began, 3)
         self.state.round = number
+
+    def _add_to_average(self, number: int, num_rounds: int) -> None:
+        if number > num_rounds - self.plan.aggregation.average_last:
+            self.state.average = {
+                name: self.state.average[name] + tensor if self.state.average else tensor for name, tensor in self.state.model.items()
+            }
 
     def _save(self) -> None:
         """Tell what was spent, and write the checkpoint, with the round's line: it is told once its score is there, also after a crash."""
@@ -405,16 +435,12 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     # --- parts ---
 
     def _choose(self, round: int, grid: Grid) -> list[int]:
-        """A seeded draw of `cohort.size` of the connected nodes, waiting for them as long as the deadline; a secret one by `CentralDP`.
+        """A seeded draw of `cohort.asked` of the connected nodes, waiting for `cohort.size`; a secret one by `CentralDP`.
 
         Drawn from them in the order of their names, where the grid knows them: ids are random, and other in a simulation. Nodes that
         have said that their privacy budget is spent are not drawn.
         """
-        until = time.monotonic() + self.plan.cohort.deadline_s
-        if (here := len(list(grid.get_node_ids()))) < self.plan.cohort.size:
-            log.info("round %d waits: %d nodes are connected, cohort.size is %d", round, here, self.plan.cohort.size)
-        while len(nodes := sorted(grid.get_node_ids(), key=self._name)) < self.plan.cohort.size and time.monotonic() < until:
-            time.sleep(POLL_S)
+        nodes = self._wait_for_nodes(round, grid)
         if self._central:
             return sorted(self._central.draw(nodes, round))
         here = len(nodes)
@@ -429,36 +455,84 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             )
         return draw_cohort(self.plan, nodes, round)
 
+    def _wait_for_nodes(self, round: int, grid: Grid) -> list[int]:
+        """The connected nodes, by name, once they are `cohort.size`, or those that are there when the deadline has passed."""
+        until = time.monotonic() + self.plan.cohort.deadline_s
+        if (here := len(list(grid.get_node_ids()))) < self.plan.cohort.size:
+            log.info("round %d waits: %d nodes are connected, cohort.size is %d", round, here, self.plan.cohort.size)
+        while len(nodes := sorted(grid.get_node_ids(), key=self._name)) < self.plan.cohort.size and time.monotonic() < until:
+            time.sleep(POLL_S)
+        return nodes
+
     def _with_budget(self, kind: str, nodes: list[int]) -> list[int]:
         """The nodes that have not answered, in this run, that they have nothing left for such a message."""
         spent = set(self.state.exhausted.get(kind, ()))
         return [node for node in nodes if self._name(node) not in spent]
 
     def _messages(self, kind: str, round: int, arrays: ArrayRecord, nodes: list[int], grid: Grid) -> Iterator[Message]:
-        clip = (self.state.clip or self.plan.privacy.clip) if self._central else None
-        for_all = records.Assignment(plan=self.plan.canonical_json(), plan_sha256=self.plan.sha256(), round=round, clip=clip)
+        assignment = self._assignment(kind, round)
         for node in nodes:
-            content = RecordDict({"payload": arrays})
-            records.put_chain(content, self.state.chain)
-            fetched = self._downlink.bytes_for(self._name(node), content, self.state)
-            own = self._assign(node, fetched) if self._assign else {}
-            content["assignment"] = records.to_config(for_all.model_copy(update=own))
-            self._told.downlink_bytes = (self._told.downlink_bytes or 0) + fetched
-            yield grid.create_message(content, kind, node, str(round))
+            yield self._message(assignment, kind, arrays, node, grid)
 
-    def _ask(self, grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
-        replies = list(grid.send_and_receive(messages, timeout=timeout))
-        kinds = {message.metadata.dst_node_id: message.metadata.message_type for message in messages}
+    def _assignment(self, kind: str, round: int, training: int | None = None) -> records.Assignment:
+        cohort, told = self.plan.cohort, kind == records.TRAIN and self.plan.local.partial
+        return records.Assignment(
+            plan=self.plan.canonical_json(),
+            plan_sha256=self.plan.sha256(),
+            round=round,
+            clip=(self.state.clip or self.plan.privacy.clip) if self._central else None,
+            training=training,
+            seconds=cohort.deadline_s if told else None,
+        )
+
+    def _message(self, assignment: records.Assignment, kind: str, arrays: ArrayRecord, node: int, grid: Grid) -> Message:
+        content = RecordDict({"payload": arrays})
+        records.put_chain(content, self.state.chain)
+        fetched = self._downlink.bytes_for(self._name(node), content, self.state)
+        own = self._assign(node, fetched) if self._assign else {}
+        content["assignment"] = records.to_config(assignment.model_copy(update=own))
+        self._told.downlink_bytes = (self._told.downlink_bytes or 0) + fetched
+        return grid.create_message(content, kind, node, str(assignment.number))
+
+    def _ask(self, grid: Grid, messages: list[Message], timeout: float, wanted: int | None = None) -> list[Message]:
+        """The answers until the deadline, or until ``wanted`` of them bear usable updates, where the grid can call the others off."""
+        usable = 0
+
+        def enough(reply: Message) -> bool:
+            nonlocal usable
+            usable += self._is_usable(reply)
+            return usable == wanted
+
+        if wanted is not None and len(messages) > wanted and isinstance(grid, CallsOff):
+            replies = grid.until_enough(messages, timeout, enough)
+        else:
+            replies = list(grid.send_and_receive(messages, timeout=timeout))
+        sent = {message.metadata.dst_node_id: message for message in messages}
         for reply in replies:
-            self._downlink.arrived(self._name(reply.metadata.src_node_id), self.state)
-            if reply.has_error() and reply.error.code == Code.PRIVACY_BUDGET:
-                self._drop_out(kinds[reply.metadata.src_node_id], self._name(reply.metadata.src_node_id))
-        answered = {reply.metadata.src_node_id for reply in replies}
-        for message in messages:
-            node = message.metadata.dst_node_id
-            if node not in answered:
-                self._failed(self._name(node), None, "no answer within the deadline")
+            self._arrived(reply, sent[reply.metadata.src_node_id])
+        late = sent.keys() - {reply.metadata.src_node_id for reply in replies}
+        if usable == wanted and late:
+            self._told.unneeded = len(late)
+            log.info("round %d: %d updates are there, so %d clients are called off", self._told.round, usable, len(late))
+            return replies
+        for node in sorted(late):
+            self._failed(self._name(node), None, "no answer within the deadline")
         return replies
+
+    def _arrived(self, reply: Message, asked: Message) -> None:
+        client = self._name(asked.metadata.dst_node_id)
+        self._downlink.arrived(client, self.state, asked)
+        if reply.has_error() and reply.error.code == Code.PRIVACY_BUDGET:
+            self._drop_out(asked.metadata.message_type, client)
+
+    def _is_usable(self, reply: Message) -> bool:
+        """Whether a reply to training seems to bear an update for the sum. It charges nothing, and tells nobody."""
+        try:
+            report = self._read(records.TrainReport, reply)
+            self._update(Counted(report, reply, self._rank(report), Contribution(1.0)))
+        except LichenError:
+            return False
+        return report.round == self._told.round
 
     def _drop_out(self, kind: str, client: str) -> None:
         spent = self.state.exhausted.setdefault(kind, [])
@@ -491,8 +565,17 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             raise LichenError(Code.FRAME_INVALID, f"the report bears the name {report.client!r}, which is not its node's")
         return report
 
+    def _counts(self, report: records.TrainReport, staleness: int = 0) -> Contribution:
+        """What an update weighs by; under local privacy its steps are charged on the way."""
+        steps = 1.0
+        local = self.plan.local
+        if local.partial or ("steps" in self.plan.cohort.assign and not self.plan.private):
+            if not 1 <= report.steps <= _most_steps(self.plan, report.examples or 0):
+                raise LichenError(Code.FRAME_INVALID, f"the report tells of {report.steps} steps, more than the plan's or none")
+            steps = effective_steps(report.steps, local.betas[0] if local.optimizer == "sgd" else 0.0)
+        return Contribution(self._weight(report), steps, staleness)
+
     def _weight(self, report: records.TrainReport) -> float:
-        """An update's weight in the mean; under local privacy its steps are charged on the way."""
         if self._central:
             return 1.0
         if not self.plan.private:
@@ -580,9 +663,14 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
 
 def draw_cohort(plan: Plan, nodes: Sequence[int], round: int) -> list[int]:
-    """A round's cohort: `cohort.size` of the nodes, or all if they are fewer; ascending. It follows from the plan's seed."""
+    """A round's cohort: `cohort.asked` of the nodes, or all if they are fewer; ascending. It follows from the plan's seed."""
     generator = random.Random(f"{plan.seed}|cohort|{round}")  # noqa: S311 - who is asked is no secret here
-    return sorted(generator.sample(nodes, min(plan.cohort.size, len(nodes))))
+    return sorted(generator.sample(nodes, min(plan.cohort.asked, len(nodes))))
+
+
+def _most_steps(plan: Plan, examples: int) -> int:
+    """Steps of a client that was in time."""
+    return plan.local.steps or max(1, math.ceil((plan.local.epochs or 1) * examples / plan.local.batch_size))
 
 
 def _errors(by_client: Mapping[str, int | None]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +28,14 @@ class Homes(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int, /) -> Path: ...
+
+
+class _Due(NamedTuple):
+    """A reply, and when it comes, in virtual seconds."""
+
+    at: float
+    began: float
+    reply: Message
 
 
 class Together(NamedTuple):
@@ -55,6 +63,8 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         open_home: called with a client's number before it is first served, in the process that serves it.
         spool: a folder of its own, where payloads lie beside their messages until the next are sent: updates then take no memory before
             they are summed, however many there are. None where they travel inside.
+        speeds: steps a second of virtual time, dealt to the clients in turn: replies then come when their steps are done. Empty: all at
+            once, in the order of the messages.
     """
 
     def __init__(
@@ -67,6 +77,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         together: Together | None = None,
         open_home: Callable[[int], object] | None = None,
         spool: Path | None = None,
+        speeds: Sequence[float] = (),
     ) -> None:
         self._app = client_app
         self._homes = homes
@@ -79,6 +90,10 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         self._spool = spool
         self._contexts: dict[int, Context] = {}
         self._pushed: dict[str, Message] = {}
+        self._speeds = speeds
+        self._now = 0.0
+        self._free: dict[int, float] = {}
+        self._due: dict[str, _Due] = {}
 
     def set_run(self, run: Any) -> None:
         """Adopt a run's id."""
@@ -126,16 +141,85 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         return [self._work([self._pushed.pop(message_id)])[0] for message_id in message_ids]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Run the clients. A simulated one is never late: ``timeout`` is not used."""
+        """Run the clients. ``timeout`` is of virtual seconds, where clients have speeds: else none is ever late."""
+        return self.until_enough(messages, timeout, lambda reply: False)
+
+    def until_enough(self, messages: Iterable[Message], timeout: float | None, enough: Callable[[Message], bool]) -> list[Message]:
+        """Run the clients, and return their replies up to the one with which ``enough`` is true; the others have worked for nothing."""
         asked = list(messages)
         if self._spool:
             _collect(self._spool, asked)
-        replies: dict[int, Message] = {}
-        for done, (number, reply) in enumerate(self._replies(asked), 1):
-            replies[number] = reply
+        ids = self.push_messages(asked)
+        found = []
+        for reply in self.replies(ids, timeout):
+            found.append(reply)
+            if enough(reply):
+                break
+        self.cancel(ids)
+        return found
+
+    def replies(self, message_ids: Iterable[str], timeout: float | None = None) -> Generator[Message, None, None]:
+        """Replies to pushed messages, each when it is due; ends after ``timeout`` virtual seconds."""
+        ids = list(message_ids)
+        self._work_off([self._pushed.pop(message_id) for message_id in ids if message_id in self._pushed])
+        until = None if timeout is None else self._now + timeout
+        for message_id in sorted((message_id for message_id in ids if message_id in self._due), key=lambda one: self._due[one].at):
+            if until is not None and self._due[message_id].at > until:
+                self._now = until
+                return
+            due = self._due.pop(message_id)
+            self._now = max(self._now, due.at)
+            yield due.reply
+
+    def cancel(self, message_ids: Iterable[str]) -> list[str]:
+        """Withdraw messages that have no reply yet. A client that has begun goes on until it is done."""
+        withdrawn = [message_id for message_id in message_ids if message_id in self._pushed or message_id in self._due]
+        for message_id in withdrawn:
+            self._pushed.pop(message_id, None)
+            if (due := self._due.pop(message_id, None)) and due.began >= self._now:
+                self._free[due.reply.metadata.src_node_id] = due.began
+        return withdrawn
+
+    def let_go(self, message_ids: Iterable[str], keep: Iterable[str]) -> None:
+        """Free the payloads that were used: all but those of ``keep``, and of messages that are under way."""
+        if self._spool:
+            replies = [due.reply for due in self._due.values()]
+            _collect(self._spool, [*self._pushed.values(), *replies], keep)
+
+    def unreleased(self) -> list[Message]:
+        """What was under way before a crash: nothing is kept of it, so clients are asked again."""
+        return []
+
+    def clock(self) -> float:
+        """Virtual time, in seconds."""
+        return self._now
+
+    def _work_off(self, messages: list[Message]) -> None:
+        """Run the clients of some messages, and note when they are done in virtual time."""
+        began = {}
+        for message in messages:
+            node = message.metadata.dst_node_id
+            began[node] = max(self._now, self._free.get(node, 0.0))
+            if self._speeds:
+                records.spend_time(message, began[node] - self._now)
+        for done, (number, reply) in enumerate(self._replies(messages), 1):
+            message = messages[number]
+            start = began[message.metadata.dst_node_id]
+            at = start + self._seconds(reply)
+            self._free[message.metadata.dst_node_id] = at
+            self._due[message.metadata.message_id] = _Due(at, start, reply)
             if self._progress:
-                self._progress(asked[number].metadata.message_type, done, len(asked))
-        return [replies[number] for number in range(len(asked))]
+                self._progress(message.metadata.message_type, done, len(messages))
+
+    def _seconds(self, reply: Message) -> float:
+        """Virtual time that the work behind a reply took: training's steps; all else takes none."""
+        if not self._speeds or reply.has_error():
+            return 0.0
+        steps = float(reply.content.config_records.get("report", {}).get("steps", 0))
+        return steps / self._speed(reply.metadata.src_node_id)
+
+    def _speed(self, node: int) -> float:
+        return self._speeds[(node - FIRST) % len(self._speeds)]
 
     def close(self) -> None:
         """End the worker processes."""
@@ -169,13 +253,15 @@ class InProcessGrid(Grid):  # type: ignore[misc]
             config: dict[str, Any] = {"home": str(home), "name": home.name, "simulated": True}
             if self._spool:
                 config["spool"] = str(self._spool)
+            if self._speeds:
+                config["speed"] = self._speed(node_id)
             self._contexts[node_id] = Context(self._run_id, node_id, config, RecordDict(), {})
         return self._contexts[node_id]
 
 
-def _collect(spool: Path, asked: list[Message]) -> None:
+def _collect(spool: Path, messages: list[Message], keep: Iterable[str] = ()) -> None:
     """Remove the payloads that no message refers to: who sends has read all that came before."""
-    needed = {ref.digest for message in asked for ref in records.offered_refs(message)}
+    needed = {ref.digest for message in messages for ref in records.offered_refs(message)}.union(keep)
     for path in spool.iterdir():
         if path.name not in needed:
             path.unlink()

@@ -71,13 +71,17 @@ def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | 
     run_id = int(plan.sha256()[:15], 16)
     config: dict[str, Any] = {"plan": plan.canonical_json(), "directory": str(out), "engine": engine} | splits
     if engine == "ray":
+        if plan.simulation.speeds:
+            raise LichenError(
+                Code.PLAN_UNSOUND, "Ray keeps no virtual time", where="simulation.speeds", fix="Leave --engine out, or simulation.speeds."
+            )
         from lichen.simulations.ray import run_on_ray
 
         run_on_ray(server_app, client_app, homes.write_all(), config, threads=1)
     else:
         with _forking(plan, *_layout(plan.cohort.size, workers)) as fork, _spool(out / "simulation") as spool:
             together = Together(functools.partial(clients_at_once, plan), train_together)
-            grid = InProcessGrid(client_app, homes, run_id, progress, fork, together, homes.open, spool)
+            grid = InProcessGrid(client_app, homes, run_id, progress, fork, together, homes.open, spool, plan.simulation.speeds)
             config["spool"] = str(spool)
             try:
                 server_app(grid, Context(run_id=run_id, node_id=1, node_config={}, state=RecordDict(), run_config=config))

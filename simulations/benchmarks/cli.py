@@ -322,6 +322,33 @@ def round_(
 
 
 @app.command()
+def fleet(
+    rounds: Annotated[
+        int, typer.Option(min=2, help="Of the synchronous modes; a buffered step takes fewer updates, and there are more.")
+    ] = 20,
+    accuracy: Annotated[float, typer.Option(min=0.0, max=1.0, help="On the validation split, to be reached.")] = 0.96,
+    modes: Annotated[str, typer.Option(help="deadline, oversample, buffered; commas between them.")] = "deadline,oversample,buffered",
+    plan: Annotated[str, typer.Option(help="A scenario, or a plan file whose simulation has four clients.")] = "r8-no-privacy",
+    as_json: AsJson = False,
+) -> None:
+    """Time to an accuracy where one agent of four is at a quarter of the speed. Example: lichen bench fleet --modes buffered."""
+    from lichen.simulations.benchmarks.fleet import MODES, bench_fleet
+
+    found = []
+    for row in bench_fleet(rounds, accuracy, _list(modes, str, MODES), plan):
+        found.append(row)
+        if not as_json:
+            reached = f"never reached (best {row['best']})" if row["seconds"] is None else f"after {row['seconds']:.1f} s"
+            over = "" if row["ratio"] is None else f", {row['ratio']:.3f} of plain synchronous (at most {row['target']:g})"
+            typer.echo(
+                f"{row['mode']}: {accuracy:g} {reached}{over}; {row['rounds']} rounds of {row['round_s']:.2f} s, {row['updates']} updates, "
+                f"{row['failed']} failed, {row['unneeded']} called off"
+            )
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+
+
+@app.command()
 def report(out: Annotated[Path, typer.Option(help="What to write.")] = Path("BENCHMARKS.md")) -> None:
     """Run a short form of every bench, and write their tables. Example: lichen bench report --out BENCHMARKS.md."""
     from lichen.simulations.benchmarks.report import bench_report

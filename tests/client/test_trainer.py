@@ -138,6 +138,21 @@ def test_steps_and_epochs(make: Callable[..., Trainer], local: dict[str, Any], c
     assert whole[:count] != list(range(count))
 
 
+def test_a_training_that_is_ended_early_is_the_beginning_of_the_whole(make: Callable[..., Trainer], tiny_rows: Rows) -> None:
+    trainer = make(local={"partial": True, "steps": 4})
+    rows, start = encoded(trainer, tiny_rows(40)), workbench(trainer.plan).start
+    asked: list[int] = []
+
+    def stop(done: int) -> bool:
+        asked.append(done)
+        return done == 3
+
+    ended = trainer.train(start, rows, 1, SeededSource("order"), stop=stop)
+    assert (ended.steps, asked) == (3, [0, 1, 2, 3])
+    shorter = make(local={"partial": True, "steps": 3})
+    assert same(ended.delta, trained(shorter, encoded(shorter, tiny_rows(40))).delta)
+
+
 @pytest.mark.parametrize("part", [1, 3, 5])
 def test_accumulation_is_one_big_batch(make: Callable[..., Trainer], tiny_rows: Rows, part: int) -> None:
     """With plain SGD, whose steps are as large as the gradients."""

@@ -113,7 +113,7 @@ def test_a_data_source_is_told_as_one() -> None:
         ("local__optimizer", "adam", "adamw"),
         ("privacy__unit", "examples", "example"),
         ("privacy__noise", "centrl", "central"),
-        ("cohort__mode", "buffered", "synchronous"),
+        ("cohort__mode", "bufferd", "buffered"),
         ("aggregation__secure", True, "False"),
         ("task__kind", "text", "text-classification"),
     ],
@@ -203,6 +203,10 @@ def test_missing_keys_are_named() -> None:
             {"cohort": {"assign": ["max_length"]}, "privacy": {"unit": "example", "audit": {"canaries": 5}}},
             "canaries again by the plan's own length",
         ),
+        ({"local__partial": True, "privacy__unit": "example"}, "depends on what rows are drawn"),
+        ({"cohort__mode": "buffered", "aggregation__rule": "rolora"}, "another factor is trained"),
+        ({"local__partial": True, "aggregation__rule": "flora", "local__prefix_cache": "off"}, "adds products and not updates"),
+        ({"cohort__mode": "buffered", "evaluation__federated_every": 1}, "no moment at which a round's clients are free"),
     ],
 )
 def test_unsound_combinations_are_refused_with_the_reason(changes: dict[str, Any], what: str) -> None:
@@ -222,6 +226,10 @@ def test_canaries_without_privacy_are_a_baseline_that_must_be_wanted() -> None:
         ({"local": {"batch_size": 4}}, "either epochs or steps"),
         ({"cohort": {"size": 2, "minimum": 3}}, "minimum (3) is above size (2)"),
         ({"cohort": {"assign": ["steps", "steps"]}}, "assign names a thing twice"),
+        ({"cohort": {"size": 2, "buffer": 2}}, "buffer goes with mode: buffered"),
+        ({"cohort": {"size": 2, "mode": "buffered", "buffer": 3}}, "buffer (3) is above size (2)"),
+        ({"cohort": {"size": 3, "mode": "buffered", "buffer": 2, "minimum": 3}}, "minimum (3) is above buffer (2)"),
+        ({"cohort": {"size": 2, "mode": "buffered", "oversample": 1.3}}, "oversample goes with mode: synchronous"),
         ({"privacy__unit": "entity"}, "unit_field goes with unit: entity"),
         ({"privacy__unit_field": "patient"}, "unit_field goes with unit: entity"),
         ({"aggregation__momentum": 0.9}, "momentum above 0 goes with"),
@@ -231,6 +239,16 @@ def test_canaries_without_privacy_are_a_baseline_that_must_be_wanted() -> None:
 )
 def test_keys_that_need_each_other(changes: dict[str, Any], what: str) -> None:
     assert what in refusal(with_(**changes))
+
+
+@pytest.mark.parametrize(("size", "oversample", "asked"), [(4, 1.0, 4), (10, 1.3, 13), (4, 1.3, 6), (100, 1.1, 110), (1, 1.01, 2)])
+def test_a_round_asks_more_clients_than_it_waits_for(size: int, oversample: float, asked: int) -> None:
+    assert parse_plan(with_(cohort={"size": size, "oversample": oversample})).cohort.asked == asked
+
+
+@pytest.mark.parametrize(("cohort", "updates"), [({"size": 4}, 4), ({"size": 40}, 10), ({"size": 40, "buffer": 20}, 20)])
+def test_a_buffered_step_takes_ten_updates_or_the_cohorts(cohort: dict[str, Any], updates: int) -> None:
+    assert parse_plan(with_(cohort=cohort | {"mode": "buffered"})).cohort.step_updates == updates
 
 
 def test_privacy_with_epochs_and_a_sample_rate_is_sound() -> None:

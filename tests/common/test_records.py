@@ -33,6 +33,8 @@ FULL: dict[type, dict[str, Any]] = {
         "checkpointing": True,
         "precision": "int8",
         "steps": 3,
+        "training": 3,
+        "seconds": 7.5,
     },
     TrainReport: {
         "format": 1,

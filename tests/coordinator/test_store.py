@@ -161,6 +161,15 @@ def test_released_messages_are_erased_for_good(store: Store) -> None:
     assert store.awaits(A, node) == (1, False)
 
 
+def test_what_was_used_is_told_from_what_came_too_late(store: Store) -> None:
+    store.put_outbox([("a", 7, 1, b"used"), ("b", 7, 2, b"late"), ("c", 7, 3, b"open")])
+    store.save_replies([("a", 1, b"reply")])
+    assert not store.used("a")
+    store.cancel(["a", "b"], 1.0)
+    store.release(["a", "b"], 2.0)
+    assert [store.used(message_id) for message_id in ("a", "b", "c", "none")] == [True, False, False, False]
+
+
 def test_revoking_a_node_withdraws_what_it_was_to_be_sent(store: Store) -> None:
     node = store.add_node("clinic-a", "f")
     store.put_outbox([(A, 1, node, b"a")])

@@ -369,6 +369,33 @@ def test_the_deadline_ends_the_worker_and_not_the_agent(
     assert read_status(home).state == "idle"
 
 
+def test_an_agent_that_will_not_be_done_in_time_sends_what_it_has(
+    federation: Federation, clinic: tuple[Path, psutil.Popen], tiny_plan: dict[str, Any]
+) -> None:
+    home, process = clinic
+    (home / "policy.yaml").write_text(GENEROUS + ALLOW)
+    try:
+        local = {**tiny_plan["local"], "steps": 10**6, "partial": True}
+        plan = parse_plan({**tiny_plan, "local": local, "cohort": {"size": 1, "deadline_s": 20.0}})
+        grid, node = federation.grid(), federation.store.node_by_name("clinic")
+        assert node is not None
+        steps = []
+        for round, seconds in enumerate((20.0, 6.0), 1):
+            assignment = records.Assignment(plan=plan.canonical_json(), plan_sha256=plan.sha256(), round=round, seconds=seconds)
+            content = RecordDict({"assignment": records.to_config(assignment)})
+            records.put_tensors(content, workbench(plan)[1].state(), federation.fleet.spool.directory)
+            (message_id,) = grid.push_messages([grid.create_message(content, records.TRAIN, node.node_id, str(round))])
+            began = time.monotonic()
+            reply = answer(grid, message_id)
+            assert not reply.has_error(), reply.error
+            steps.append(records.from_config(records.TrainReport, reply.content.config_records["report"]).steps)
+            assert time.monotonic() - began < seconds
+    finally:
+        (home / "policy.yaml").write_text(GENEROUS)
+    assert all(1 <= done < 10**6 for done in steps)
+    assert len(children(process)) == 1, "the worker, and with it the model, is kept"
+
+
 def test_one_agent_a_home_and_one_home_for_the_same_data(federation: Federation, clinic: tuple[Path, psutil.Popen]) -> None:
     home, _ = clinic
     again = lichen("run", home=home)

@@ -86,6 +86,7 @@ class Agent:
         self.held = threading.Event()
         self.error: LichenError | None = None
         self.statuses: list[Status] = []
+        self.refused: list[str] = []  # groups of the answers that came too late
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
@@ -96,7 +97,14 @@ class Agent:
         self.spool = Spool(self.home / "spool")
         credentials = Credentials(self.identity.ca_pem, self.identity.key_pem, self.identity.certificate_pem)
         mailbox = Mailbox(self.home / "agent.sqlite")
-        self.connection = Connection(self.identity.coordinator, lambda: credentials, mailbox, self.spool, on_status=self.statuses.append)
+        self.connection = Connection(
+            self.identity.coordinator,
+            lambda: credentials,
+            mailbox,
+            self.spool,
+            on_status=self.statuses.append,
+            on_refused=lambda message: self.refused.append(message.metadata.group_id),
+        )
         self._started.set()
         try:
             await self.connection.run(lambda message: asyncio.to_thread(self._handle, message))
@@ -436,6 +444,65 @@ def test_a_killed_coordinator_finishes_the_same_round(tmp_path: Path, tiny_rows:
             round.federated for round in read_result(service.home / "runs" / undisturbed).rounds
         ]
         assert result.status == "finished"
+        for agent in (a, b):
+            agent.stop()
+
+
+def test_an_answer_that_comes_too_late_is_refused_and_its_owner_told(
+    service: Service, agents: dict[str, Agent], tiny_plan: dict[str, Any]
+) -> None:
+    """Two are asked for one update: who is first ends the round, and who has begun by then goes on for nothing."""
+    late, first = agents["clinic-b"], agents["clinic-a"]
+    late.hold_round = "1"
+    late.held.clear()
+    run = service.submit(tiny_plan | {"rounds": 2, "cohort": {"size": 1, "oversample": 2, "deadline_s": 100}})
+    wait_for(late.held.is_set)
+    service.until(run, "finished")
+    assert first.trained[int(run), "1", "train"] == first.trained[int(run), "2", "train"] == 1
+    late.hold_round = None
+    wait_for(lambda: late.refused == ["1"])
+    assert late.trained[int(run), "2", "train"] == 0, "what was not begun is dropped"
+    result = read_result(service.home / "runs" / run)
+    assert [(told.participants, told.failed, told.unneeded) for told in result.rounds] == [(1, 0, 1)] * 2
+    assert "node clinic-b answered" in (service.home.parent / "stderr.txt").read_text()
+    wait_for(lambda: late.connection.mailbox.unreceipted() == [])
+
+
+def test_a_killed_coordinator_goes_on_with_a_buffered_run(tmp_path: Path, tiny_rows: Rows, tiny_plan: dict[str, Any]) -> None:
+    """One agent trains on an old model while the other goes on; the coordinator is killed twice meanwhile."""
+    with coordinator(tmp_path) as service:
+        a, b = (service.join(name, tiny_rows(40, seed)) for seed, name in enumerate(("clinic-a", "clinic-b"), 1))
+        b.hold_round = "1"
+        a.hold_round = "4"
+        cohort = {"size": 2, "minimum": 1, "mode": "buffered", "buffer": 1, "deadline_s": 120}
+        privacy = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.2}
+        for agent in (a, b):
+            add_source(agent.home, agent.home / "rows.jsonl", fields={"text": "text", "label": "label"}, declared_size=40)
+            (agent.home / "policy.yaml").write_text("format: 1\nprivacy: {max_epsilon: 100, max_delta: 1.0e-3}\n", encoding="utf-8")
+        run = service.submit(tiny_plan | {"rounds": 8, "cohort": cohort, "privacy": privacy})
+        wait_for(lambda: service.rounds(run) >= 2 and a.held.is_set() and b.held.is_set())
+        service.end(signal.SIGKILL)
+        service.start()
+        wait_for(lambda: a.connected() and b.connected())
+        a.held.clear()
+        a.hold_round = "7"
+        wait_for(a.held.is_set)
+        service.end(signal.SIGKILL)
+        b.hold_round = None
+        service.start()
+        service.until(run, "finished")
+        a.hold_round = None
+        wait_for(lambda: a.refused == ["7"])
+        assert set(a.trained.values()) | set(b.trained.values()) == {1}, "each training once"
+        result = read_result(service.home / "runs" / run)
+        assert [(told.round, told.participants) for told in result.rounds] == [(n, 1) for n in range(1, 9)]
+        assert [told.staleness for told in result.rounds] == [0] * 6 + [6, 0], "of the one that was held up"
+        used = sum(client.steps for client in result.privacy.clients.values())
+        assert used == 8 * tiny_plan["local"]["steps"]
+        assert result.privacy.max_epsilon is not None
+        assert result.privacy.max_epsilon <= 8.0
+        with closing(Store(service.home / "store.sqlite")) as store:
+            assert store.unreleased(int(run)) == []
         for agent in (a, b):
             agent.stop()
 
