@@ -19,6 +19,7 @@ def finished(conditions: Conditions, rounds: int) -> dict[str, Any]:
     return bench_round(conditions, rounds)
 
 
+@pytest.mark.long
 def test_a_federation_finishes_a_round_over_packets_that_are_lost() -> None:
     found = finished(Conditions(rate=1e6, delay=0.05, loss=0.05), 1)
     assert found["lost"] > 0
