@@ -455,6 +455,7 @@ def test_an_answer_that_comes_too_late_is_refused_and_its_owner_told(
     late, first = agents["clinic-b"], agents["clinic-a"]
     late.hold_round = "1"
     late.held.clear()
+    late.refused.clear()  # of the runs before
     run = service.submit(tiny_plan | {"rounds": 2, "cohort": {"size": 1, "oversample": 2, "deadline_s": 100}})
     wait_for(late.held.is_set)
     service.until(run, "finished")
