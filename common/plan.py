@@ -720,9 +720,10 @@ def _check_asynchrony(plan: Plan, refuse: Callable[[str, str], None]) -> None:
             f"cohort.mode: buffered with aggregation.rule: {rule}: an update may come when another factor is trained, or the base changed",
             "Nearest valid: aggregation.rule: ffa, or fedavg.",
         )
-    if (plan.local.partial or "steps" in cohort.assign) and needs.single_updates:
+    if (plan.local.partial or ("steps" in cohort.assign and not plan.private)) and (needs.single_updates or needs.mixed_ranks):
+        why = "adds products and not updates" if needs.single_updates else "has other clients in each column"
         refuse(
-            f"updates of unequal steps with aggregation.rule: {rule}, which adds products and not updates",
+            f"updates of unequal steps with aggregation.rule: {rule}, which {why}",
             "Set local.partial: false, and leave steps out of cohort.assign; or choose aggregation.rule: rolora.",
         )
     if cohort.mode == "buffered" and plan.evaluation.federated_every:

@@ -186,7 +186,8 @@ class BufferedStrategy(FederatedStrategy):
             report = self._read(records.TrainReport, reply)
             if report.round != one.assignment.round:
                 raise LichenError(Code.FRAME_INVALID, f"a report of step {report.round} on training for step {one.assignment.round}")
-            counted = Counted(report, reply, self._rank(report), self._counts(report, number - one.assignment.round))
+            counts = self._counts(report, number - one.assignment.round)  # first: it charges
+            counted = Counted(report, reply, self._rank(report), counts)
             self._update(counted)  # what cannot be opened is no update for the buffer
         except LichenError as error:
             self._failed(one.client, error.code, error.what)

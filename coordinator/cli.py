@@ -116,15 +116,15 @@ def nodes(home: HomeOption = DEFAULT_HOME, operator: OperatorOption = None, as_j
         return
     states = {True: "connected", False: "away", None: "service not running"}
     print_table(
-        ("name", "state", "machine", "last seen", "enrolled", "certificate until"),
+        ("name", "state", "last seen", "enrolled", "certificate until", "machine"),
         [
             (
                 node["name"],
                 states[node["connected"]] if node["active"] else f"revoked {when(node['revoked_at'])}",
-                _machine(node["profile"]),
                 when(node["last_seen"]),
                 when(node["enrolled_at"]),
                 when(node["certificate_ends"]),
+                _machine(node["profile"]),
             )
             for node in found
         ],

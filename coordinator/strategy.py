@@ -206,7 +206,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         found = []
         for report, message in sorted(self._reports(records.TrainReport, round, replies), key=lambda found: found[0].client):
             try:
-                found.append(Counted(report, message, self._rank(report), self._counts(report)))
+                counts = self._counts(report)  # first: it charges
+                found.append(Counted(report, message, self._rank(report), counts))
             except LichenError as error:
                 self._failed(report.client, error.code, error.what)
         return found
