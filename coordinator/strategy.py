@@ -187,8 +187,12 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         most = max((one.counts.steps for one in counted), default=1.0)
         total, usable = make_rule(self.plan, round, self.state.model), []
         for one, update in self._opened(counted):
-            usable.append(one)
-            total.add(update, one.counts.weight(most), one.rank)
+            try:
+                total.add(update, one.counts.weight(most), one.rank)
+            except LichenError as error:
+                self._failed(one.report.client, error.code, error.what)
+            else:
+                usable.append(one)
         if not total.finite():
             usable = [one for one in usable if self._is_finite(one)]
             most = max((one.counts.steps for one in usable), default=1.0)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lichen.common.plan import Plan
 
 
+_LARGEST = 1e30  # no model has such weights, and a mean of what is below it is finite in 32 bits
+
+
 class _Products(Rule):
     """Sums, in 64 bits, the products of the clients' factors, and those of their tensors of which the mean is wanted too."""
 
@@ -38,7 +41,10 @@ class _Products(Rule):
     def add(self, update: Payload, weight: float, rank: int) -> None:
         """Add one client's update."""
         tensors = update.decoded(self.layout(rank))
-        for name, tensor in (self._products(tensors, rank) | {name: tensors[name].double() for name in self._averaged(tensors)}).items():
+        found = self._products(tensors, rank) | {name: tensors[name].double() for name in self._averaged(tensors)}
+        if any(bool(tensor.isfinite().all()) and float(tensor.abs().max()) > _LARGEST for tensor in found.values()):
+            raise LichenError(Code.STATE_MISMATCH, f"a product of the update's factors is beyond {_LARGEST:g}")
+        for name, tensor in found.items():
             if name in self._sum:
                 self._sum[name].add_(tensor, alpha=weight)
             else:

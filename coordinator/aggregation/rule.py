@@ -47,6 +47,9 @@ class Rule(ABC):
             update: trained minus received tensors, of `layout`.
             weight: above 0.
             rank: of the client.
+
+        Raises:
+            LichenError: STATE_MISMATCH, if what a rule makes of this update is beyond the model's type; nothing is added then.
         """
 
     @abstractmethod

@@ -209,6 +209,21 @@ def test_what_is_not_trained_stays_to_the_bit_and_what_goes_in_is_not_changed(
     assert any(part_of(name) == A and A not in phase for name in setting.state) == (rule in {"rolora", "nested"} and round == 1)
 
 
+@pytest.mark.parametrize("rule", ["flora", "fedex"])
+def test_a_product_beyond_the_models_type_is_refused_alone(setting_of: Callable[[str], Setting], rule: str) -> None:
+    setting = setting_of(rule)
+    honest = [Client(update_of(setting, 1, RANK, seed), 2.0, RANK) for seed in (0, 1)]
+    added = make_rule(setting.plan, 1, setting.state)
+    added.add(Tensors(honest[0].update), 2.0, RANK)
+    with pytest.raises(LichenError) as caught:
+        added.add(Tensors({name: tensor * 1e20 for name, tensor in update_of(setting, 1, RANK, 2).items()}), 2.0, RANK)
+    assert caught.value.code is Code.STATE_MISMATCH
+    added.add(Tensors(honest[1].update), 2.0, RANK)
+    expected = change_of(setting, 1, honest)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in added.change().items())
+
+
+
 @every_rule
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_seen(setting_of: Callable[[str], Setting], rule: str, value: float) -> None:
