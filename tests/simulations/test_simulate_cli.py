@@ -64,6 +64,7 @@ def process(*arguments: object, cwd: Path, seed: int = 0) -> Iterator[subprocess
     """`lichen simulate` as a process of its own, in its own hash order; killed at the end if it still runs."""
     command = [sys.executable, "-m", "lichen.common.cli", "simulate", *map(str, arguments)]
     environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it, children too
     with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         try:
             yield started
@@ -91,7 +92,7 @@ def test_killed_and_interrupted_in_mid_round_it_goes_on_to_the_same_model_at_the
     changes = {
         "rounds": 4,
         "privacy": PRIVATE,
-        "local": csv_plan["local"] | {"steps": 120},
+        "local": csv_plan["local"] | {"steps": 40},
         "evaluation": {"federated_every": 1},
         "aggregation": {"optimizer": "fedavgm", "momentum": 0.5, "average_last": 3},
     }
