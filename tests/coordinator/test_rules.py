@@ -223,7 +223,6 @@ def test_a_product_beyond_the_models_type_is_refused_alone(setting_of: Callable[
     assert all(torch.equal(tensor, expected[name]) for name, tensor in added.change().items())
 
 
-
 @every_rule
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_seen(setting_of: Callable[[str], Setting], rule: str, value: float) -> None:
