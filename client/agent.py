@@ -236,7 +236,9 @@ class Agent:
         if (step_s := step_seconds(plan, self._profile, assignment.max_length)) is None:
             return
         up = on_the_way_s(self._profile, (0, records.payload_bytes(message.content)))
-        steps = max(1, int(SHARE * (until - asyncio.get_running_loop().time() - up) / step_s))
+        # under privacy the steps are told, and what is left of the deadline may follow from how long other rows took
+        left = plan.cohort.deadline_s if plan.private else until - asyncio.get_running_loop().time()
+        steps = max(1, int(SHARE * (left - up) / step_s))
         message.content["assignment"] = records.to_config(assignment.model_copy(update={"steps": steps}))
 
     async def _tell_profile(self, plan: Plan | None = None) -> None:
