@@ -355,6 +355,8 @@ class Evaluation(Section):
     """Rounds between scores on the coordinator's validation split; the last round is always scored."""
     validation_fraction: Number = Field(default=0.1, ge=0, lt=0.5)
     """Share of the training split that a simulation keeps for validation."""
+    test_fraction: Number = Field(default=0, ge=0, lt=0.5)
+    """Share of the rows that a simulation keeps for the test, where the data has no test rows of its own; the same rows for every seed."""
     federated_every: int = Field(default=0, ge=0)
     """Every so many rounds the clients score the model on their hold-outs; 0: never. Under privacy the counts are noised and charged."""
 
@@ -620,11 +622,6 @@ def _check_rule(plan: Plan, refuse: Callable[[str, str], None]) -> None:
             f"aggregation.rule: nested with privacy, and fewer than a quarter of simulation.ranks are {rank}: the last columns would be "
             "noise of few clients",
             "Give the largest rank to at least a quarter.",
-        )
-    if needs.changes_base and plan.local.compute == "lean" and plan.local.prefix_cache != "off":
-        refuse(
-            f"aggregation.rule: {rule} adds to the base's weights each round, and local.prefix_cache keeps what they gave",
-            "Set local.prefix_cache: off.",
         )
     if needs.changes_base and (plan.model.base_precision != "float32" or "precision" in plan.cohort.assign):
         refuse(

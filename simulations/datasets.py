@@ -40,7 +40,7 @@ class NamedSplits:
     Attributes:
         name: what it was asked for by.
         train: rows in the order of the source; every row has ``text``, and ``label`` where the data set has labels.
-        test: the official test rows, or None: then hold rows out with :func:`split_validation`.
+        test: the official test rows, or None: then hold rows out with :func:`hold_out`.
         labels: the label names, sorted, or None for plain text.
     """
 
@@ -160,7 +160,7 @@ def _made_up(rows: int) -> Iterator[Any]:
         yield pa.record_batch({"text": text, "label": labels.take(pa.array(label))})
 
 
-def split_validation(rows: Rows, fraction: float = 0.1, seed: int = 0, *, label: str = "label") -> tuple[Indices, Indices]:
+def hold_out(rows: Rows, fraction: float = 0.1, seed: int = 0, *, label: str = "label") -> tuple[Indices, Indices]:
     """Hold out a share of the rows: deterministic for a seed, stratified by label, and no text on both sides.
 
     Rows with the same text stay together (R8 has 59 repeated rows, the tweets many more), so a class may miss its share by the
@@ -179,7 +179,7 @@ def split_validation(rows: Rows, fraction: float = 0.1, seed: int = 0, *, label:
         LichenError: PARTITION_INVALID for a fraction outside (0, 1).
     """
     if not 0 < fraction < 1:
-        raise LichenError(Code.PARTITION_INVALID, f"validation fraction {fraction} is not between 0 and 1")
+        raise LichenError(Code.PARTITION_INVALID, f"the share {fraction} to hold out is not between 0 and 1")
     group, heads, sizes = _texts(rows)
     labels, names = numbered(str(value) for value in values_of(rows, label))
     stratum = labels[heads]

@@ -18,7 +18,7 @@ from lichen.common.device import device
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import Result, read_result, write_atomically
 from lichen.coordinator.run_directory import COHORT, RunDirectory, open_for
-from lichen.simulations.datasets import load_spec, split_validation
+from lichen.simulations.datasets import hold_out, load_spec
 from lichen.simulations.engine import InProcessGrid, Progress, Together
 from lichen.simulations.homes import NodeHomes
 from lichen.simulations.partition import partition
@@ -170,8 +170,16 @@ def deal(plan: Plan, root: Path) -> tuple[NodeHomes, dict[str, str]]:
     train, test = load_spec(plan.simulation.data, root / "train.arrow")
     splits = {"test": pa.Table.from_pylist(test)} if test else {}
     label = plan.task.label_field
+    if plan.evaluation.test_fraction:
+        if splits:
+            raise LichenError(
+                Code.PLAN_INVALID, "the data has test rows of its own", where="evaluation.test_fraction", fix="Leave the key out."
+            )
+        kept, held = hold_out(train, plan.evaluation.test_fraction, label=label)
+        splits["test"] = train.take(held)
+        train = train.choose(kept)
     if plan.evaluation.validation_fraction:
-        kept, held = split_validation(train, plan.evaluation.validation_fraction, plan.seed, label=label)
+        kept, held = hold_out(train, plan.evaluation.validation_fraction, plan.seed, label=label)
         if len(held):
             splits["validation"] = train.take(held)
         train = train.choose(kept)

@@ -109,8 +109,6 @@ def _plan(kind: str, rule: str, epsilon: float, rounds: int | None, settings: Se
             changes.append(f"simulation.ranks={list(RANKS[kind])}")
     name = "fedavg" if rule == WIDEST else rule
     changes.append(f"aggregation.rule={name}")
-    if RULES[name].changes_base:
-        changes.append("local.prefix_cache=off")
     if rounds is not None:
         changes += [f"rounds={rounds}", f"aggregation.average_last={min(rounds, load_plan(scenario).aggregation.average_last)}"]
     return load_plan(scenario, [*changes, *settings])

@@ -141,7 +141,7 @@ def test_models_by_digest_fail_closed(tmp_path: Path) -> None:
 
 def test_a_base_that_is_permitted_by_its_digest_may_not_be_changed(tmp_path: Path) -> None:
     owner = policy(tmp_path, models=[f"sha256:{DIGEST}", "known/name"])
-    sections = {"local": {"steps": 3, "prefix_cache": "off"}, "aggregation": {"rule": "flora"}}
+    sections = {"local": {"steps": 3}, "aggregation": {"rule": "flora"}}
     assert "by its digest" in told(owner, plan(**sections), weights_sha256=lambda: DIGEST)
     permits(owner, plan(**sections, model={"base": "known/name"}))
     permits(owner, plan(**sections | {"aggregation": {"rule": "rolora"}}), weights_sha256=lambda: DIGEST)

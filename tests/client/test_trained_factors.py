@@ -29,7 +29,6 @@ SIZE = 24
 def make(tiny_plan: dict[str, Any]) -> Iterator[Make]:
     def trainer(rule: str, **changes: Any) -> Trainer:
         document = tiny_plan | {"aggregation": {"rule": rule}}
-        document["local"] = document["local"] | {"prefix_cache": "off"}
         document["model"] = document["model"] | {"adapter": {"kind": "lora", "rank": 4}}
         for key, value in changes.items():
             document[key] = {**document.get(key, {}), **value}

@@ -205,7 +205,7 @@ def test_missing_keys_are_named() -> None:
         ),
         ({"local__partial": True, "privacy__unit": "example"}, "depends on what rows are drawn"),
         ({"cohort__mode": "buffered", "aggregation__rule": "rolora"}, "another factor is trained"),
-        ({"local__partial": True, "aggregation__rule": "flora", "local__prefix_cache": "off"}, "adds products and not updates"),
+        ({"local__partial": True, "aggregation__rule": "flora"}, "adds products and not updates"),
         ({"cohort__mode": "buffered", "evaluation__federated_every": 1}, "no moment at which a round's clients are free"),
     ],
 )

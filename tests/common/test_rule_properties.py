@@ -18,7 +18,7 @@ from lichen.common.privacy.statement import Statement
 from lichen.common.tasks import make_task
 
 LORA = {"kind": "lora", "rank": 4}
-WITHOUT_CACHE = {"steps": 1, "prefix_cache": "off"}
+LOCAL = {"steps": 1}
 CENTRAL = {
     "privacy": {"unit": "client", "noise": "central", "delta": 1e-3},
     "cohort": {"size": 2, "population": 4},
@@ -28,7 +28,7 @@ CENTRAL = {
 @pytest.fixture
 def plan_of(tiny_plan: dict[str, Any]) -> Any:
     def make(rule: str, **changes: Any) -> Plan:
-        document = tiny_plan | {"local": WITHOUT_CACHE, "aggregation": {"rule": rule}}
+        document = tiny_plan | {"local": LOCAL, "aggregation": {"rule": rule}}
         document["model"] = document["model"] | {"adapter": LORA}
         for key, value in changes.items():
             document[key] = value if key == "cohort" else {**document.get(key, {}), **value}
@@ -139,8 +139,6 @@ def test_more_rows_than_a_layer_is_wide_can_not_be_orthonormal(plan_of: Any) -> 
         ("fedex", {"simulation": {"ranks": [2, 4]}}, "takes one rank"),
         ("flora", {"simulation": {"ranks": [2, 3]}}, "the largest of simulation.ranks is 3, model.adapter.rank 4"),
         ("nested", {"simulation": {"ranks": [1, 1, 1, 1, 4]}, "privacy": {"unit": "example"}}, "fewer than a quarter"),
-        ("flora", {"local": {"prefix_cache": "float32"}}, "local.prefix_cache keeps"),
-        ("fedex", {"local": {"prefix_cache": "float16"}}, "local.prefix_cache keeps"),
         ("fedex", {"aggregation": {"learning_rate": 0.5}}, "exact only"),
         ("fedex", {"aggregation": {"optimizer": "fedadam"}}, "exact only"),
         ("flora", CENTRAL, "needs each update"),
@@ -164,7 +162,8 @@ def test_what_a_rule_can_not_go_with_is_refused(plan_of: Any, rule: str, changes
         ("rolora", CENTRAL),
         ("nested", {"simulation": {"ranks": [1, 2, 3, 4]}, "privacy": {"unit": "example"}}),
         ("nested", {"simulation": {"ranks": [1, 1, 1, 1, 4]}}),
-        ("flora", {"local": {"compute": "plain", "prefix_cache": "float32"}}),
+        ("flora", {"local": {"prefix_cache": "float32"}}),
+        ("fedex", {"local": {"prefix_cache": "float16"}}),
         ("flora", {"aggregation": {"optimizer": "fedadam"}, "privacy": {"unit": "example"}}),
     ],
 )

@@ -64,7 +64,7 @@ def _setting(rule: str, base: str) -> Setting:
             "rounds": 4,
             "task": {"labels": ["a", "b", "c"], "max_length": 32},
             "model": {"base": base, "adapter": {"kind": "lora", "rank": RANK, "alpha": 6}},
-            "local": {"steps": 1, "prefix_cache": "off"},
+            "local": {"steps": 1},
             "aggregation": {"rule": rule},
         }
     )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import DataSource
 from lichen.simulations import datasets
-from lichen.simulations.datasets import NamedSplits, load_named, load_spec, names, split_validation
+from lichen.simulations.datasets import NamedSplits, hold_out, load_named, load_spec, names
 
 
 def real(name: str) -> NamedSplits:
@@ -170,7 +170,7 @@ def test_made_up_rows_are_always_the_same_and_as_many_as_asked(tmp_path: Path) -
 
 def test_the_r8_validation_split_is_stratified_and_shares_no_text() -> None:
     rows = real("r8").train
-    kept, held = split_validation(rows, 0.1, seed=7)
+    kept, held = hold_out(rows, 0.1, seed=7)
     assert (len(held), held[:5].tolist(), held[-3:].tolist(), held.sum()) == (
         549,
         [5, 13, 18, 19, 20],
@@ -181,8 +181,8 @@ def test_the_r8_validation_split_is_stratified_and_shares_no_text() -> None:
     assert {rows[index]["text"] for index in kept}.isdisjoint(rows[index]["text"] for index in held)
     everything, validation = Counter(row["label"] for row in rows), Counter(rows[index]["label"] for index in held)
     assert all(abs(validation[label] - count / 10) <= 5 for label, count in everything.items())
-    assert np.array_equal(held, split_validation(rows, 0.1, seed=7)[1])
-    assert not np.array_equal(held, split_validation(rows, 0.1, seed=8)[1])
+    assert np.array_equal(held, hold_out(rows, 0.1, seed=7)[1])
+    assert not np.array_equal(held, hold_out(rows, 0.1, seed=8)[1])
 
 
 @given(
@@ -191,7 +191,7 @@ def test_the_r8_validation_split_is_stratified_and_shares_no_text() -> None:
     seed=st.integers(0, 2**32),
 )
 def test_a_validation_split_loses_nothing(rows: list[dict[str, str]], fraction: float, seed: int) -> None:
-    kept, held = split_validation(rows, fraction, seed)
+    kept, held = hold_out(rows, fraction, seed)
     assert sorted([*kept, *held]) == list(range(len(rows)))
     assert {rows[index]["text"] for index in kept}.isdisjoint(rows[index]["text"] for index in held)
     if len({row["text"] for row in rows}) >= 8:  # some stratum has two texts
@@ -200,11 +200,11 @@ def test_a_validation_split_loses_nothing(rows: list[dict[str, str]], fraction: 
 
 
 def test_rows_without_a_text_are_held_out_one_by_one() -> None:
-    kept, held = split_validation([{"tokens": "x"}] * 50, 0.2)
+    kept, held = hold_out([{"tokens": "x"}] * 50, 0.2)
     assert (len(kept), len(held)) == (40, 10)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_a_validation_fraction_must_lie_between_0_and_1(fraction: float) -> None:
     with pytest.raises(LichenError, match=r"partition-invalid"):
-        split_validation([{"text": "x"}], fraction)
+        hold_out([{"text": "x"}], fraction)

@@ -13,6 +13,7 @@ from lichen.common.aggregation import MERGED, A, B, part_of, properties
 from lichen.common.aggregation import RULES as PROPERTIES
 from lichen.common.model.adapter import State
 from lichen.common.model.export import load_saved
+from lichen.common.model.prefix import FrozenPrefix
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.tasks import make_task, workbench
 from lichen.coordinator.export import export_model
@@ -22,17 +23,18 @@ from lichen.simulations.simulate import run
 
 MAJORITY = 1 / 3
 PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.2}
+EXACT = {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}}
 CASES = [(rule, ranks) for rule, needs in PROPERTIES.items() for ranks in ([[], [2, 4, 1]] if needs.mixed_ranks else [[]])]
 every_case = pytest.mark.parametrize(("rule", "ranks"), CASES, ids=[f"{rule}{'-mixed' if ranks else ''}" for rule, ranks in CASES])
 
 
 def plan_of(document: dict[str, Any], rule: str, ranks: list[int], **changes: Any) -> Plan:
-    found = document | {"rounds": 4, "aggregation": {"rule": rule} | changes.pop("aggregation", {})} | changes
-    found["model"] = document["model"] | {"adapter": {"kind": "lora", "rank": 4}}
-    found["local"] = document["local"] | {"prefix_cache": "off"}
+    found = document | {"rounds": 4, "aggregation": {"rule": rule} | changes.pop("aggregation", {})}
+    found["model"] = document["model"] | {"adapter": {"kind": "lora", "rank": 4} | changes.pop("adapter", {})}
+    found["local"] = document["local"] | changes.pop("local", {})
     found["simulation"] = document["simulation"] | {"ranks": ranks}
     found["cohort"] = document["cohort"] | {"size": 3}
-    return parse_plan(found)
+    return parse_plan(found | changes)
 
 
 def models(out: Path, plan: Plan) -> State:
@@ -72,6 +74,30 @@ def test_a_model_whose_base_changed_comes_back_from_its_files(tmp_path: Path, cs
         found = bench.task.losses(other.network, batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert any(tensor.any() for name, tensor in other.state().items() if part_of(name) == MERGED)
+
+
+@pytest.mark.parametrize("rule", [rule for rule, needs in PROPERTIES.items() if needs.changes_base])
+def test_what_the_layers_below_gave_may_be_kept_though_the_base_changes(
+    tmp_path: Path, csv_plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    fed: list[bool] = []
+    original = FrozenPrefix.compute
+
+    def compute(self: FrozenPrefix, batch: Any) -> torch.Tensor:
+        fed.append(True)
+        return original(self, batch)
+
+    monkeypatch.setattr(FrozenPrefix, "compute", compute)
+    found = []
+    for cache in ("off", "float32"):
+        local = {"prefix_cache": cache, "optimizer": "sgd", "learning_rate": 0.5}  # AdamW makes much of a rounding error
+        plan = plan_of(csv_plan, rule, [], adapter={"last_layers": 1}, local=local, transfer=EXACT)
+        run(plan, tmp_path / cache, "inprocess")
+        found.append(models(tmp_path / cache, plan))
+        assert any(fed) == (cache != "off")
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5)
+    assert any(tensor.any() for name, tensor in found[0].items() if part_of(name) == MERGED)
 
 
 @every_case

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
@@ -242,6 +243,24 @@ def test_without_validation_and_test_rows_there_is_no_score(play: Play, csv_plan
     result, _ = play(bare, rounds=1)
     assert result.final is not None
     assert result.final["split"] == "validation"
+
+
+def test_test_rows_may_be_held_out_and_are_the_same_for_every_seed(play: Play, csv_plan: dict[str, Any]) -> None:
+    data = {key: value for key, value in csv_plan["simulation"]["data"].items() if key != "test"}
+    bare = csv_plan | {"simulation": csv_plan["simulation"] | {"data": data}}
+    runs = [play(bare, evaluation={"test_fraction": 0.2}, rounds=1, seed=seed) for seed in (1, 2)]
+    (one, other), (first, second) = (
+        [pq.read_table(out / "simulation" / f"{name}.parquet").to_pylist() for _, out in runs] for name in ("test", "validation")
+    )
+    assert one == other
+    assert len(one) == 36
+    assert first != second
+    assert not {row["text"] for row in one} & {row["text"] for row in first}
+    assert runs[0][0].final is not None
+    assert runs[0][0].final["split"] == "test"
+    with pytest.raises(LichenError) as caught:
+        play(evaluation={"test_fraction": 0.2})
+    assert caught.value.code is Code.PLAN_INVALID
 
 
 def test_more_clients_asked_than_simulated_is_told_at_once(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
