@@ -15,7 +15,7 @@ BLOCK = 256
 
 
 class Blockwise(Codec):
-    """A piece of `PIECE` values is one 32-bit scale a block, then the codes: integers plus 2^(bits−1), packed.
+    """A piece of `PIECE` values is one 32-bit scale a block, then the codes: integers plus 2^(bits−1), packed by eights.
 
     Args:
         bits: of a code, 2 to 8: 8 is exact enough for most uses, 4 the least that is.
@@ -28,23 +28,25 @@ class Blockwise(Codec):
         self._zero = 2 ** (bits - 1)
         self.lookup = Lookup(np.arange(2**bits, dtype=np.float32) - self._zero, bits)
 
-    def blocks_length(self, blocks: int) -> int:
-        """Bytes of so many blocks."""
-        return blocks * (4 + BLOCK * self.bits // 8)
+    def values_length(self, count: int) -> int:
+        """Bytes of so many values."""
+        return 4 * -(-count // BLOCK) + self.bits * -(-count // 8)
 
     def _body_length(self, count: int) -> int:
-        return self.blocks_length(-(-count // BLOCK))
+        return self.values_length(count)
 
     def _body(self, source: Flat, seed: int) -> Iterator[Array]:
         most = self._zero - 1
         for start in range(0, source.count, PIECE):
-            values = np.empty((-(-min(PIECE, source.count - start) // BLOCK), BLOCK), np.float32)
+            count = min(PIECE, source.count - start)
+            values = np.empty((-(-count // BLOCK), BLOCK), np.float32)
             source.read(start, values.reshape(-1))
             largest = np.maximum(values.max(1), -values.min(1))
             check_range(largest.max(), LARGEST)
             gains = np.divide(most, largest, out=np.zeros_like(largest), where=largest > SMALLEST)
             yield np.where(gains > 0, largest / most, 0).astype("<f4")
-            yield pack((np.rint(values * gains[:, None]) + self._zero).astype(np.uint8).reshape(-1), self.bits)
+            codes = (np.rint(values * gains[:, None]) + self._zero).astype(np.uint8).reshape(-1)
+            yield pack(codes[: -(-count // 8) * 8], self.bits)
 
     def _payload(self, body: memoryview, count: int, seed: int) -> BlockwisePayload:
         return BlockwisePayload(self, body, count)
@@ -61,13 +63,16 @@ class BlockwisePayload(Payload):
 
     def values(self, part: int) -> torch.Tensor:
         """One piece's values."""
-        scales, packed = self._piece(part)
-        values = self._codec.lookup(np.frombuffer(packed, np.uint8)).reshape(-1, BLOCK)
-        values *= np.frombuffer(scales, "<f4")[:, None]
-        return torch.from_numpy(values.reshape(-1))
+        scales, packed = (np.frombuffer(buffer, kind) for buffer, kind in zip(self._piece(part), ("<f4", np.uint8), strict=True))
+        values = self._codec.lookup(packed)
+        whole = len(values) // BLOCK
+        values[: whole * BLOCK].reshape(whole, BLOCK)[...] *= scales[:whole, None]
+        values[whole * BLOCK :] *= scales[-1]
+        return torch.from_numpy(values)
 
     def _piece(self, part: int) -> tuple[memoryview, memoryview]:
-        blocks = -(-min(PIECE, self.count - part * PIECE) // BLOCK)
-        begin = self._codec.blocks_length(part * PIECE // BLOCK)
-        piece = self._body[begin : begin + self._codec.blocks_length(blocks)]
-        return piece[: 4 * blocks], piece[4 * blocks :]
+        count = min(PIECE, self.count - part * PIECE)
+        begin = self._codec.values_length(part * PIECE)
+        piece = self._body[begin : begin + self._codec.values_length(count)]
+        scales = 4 * -(-count // BLOCK)
+        return piece[:scales], piece[scales:]

@@ -337,8 +337,8 @@ PINNED = {
     "eden-3": "0f891b391d5ce506",
     "eden-4": "b5ef3bb69d256356",
     "eden-8": "d4c169381c7ff735",
-    "blockwise-8": "df3e9fded6197bf1",
-    "blockwise-4": "eecc0fe7d0d61e37",
+    "blockwise-8": "db610a1e74631f32",
+    "blockwise-4": "f60187ec8f98c03c",
     "topk": "575d469a06afbcbc",
     "fp16": "bb1256a2f8b2fc8c",
 }
