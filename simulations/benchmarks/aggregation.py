@@ -1,18 +1,23 @@
-"""Aggregation rules for LoRA side by side: MiniLM on R8, clients of one rank and of several, at equal bytes up."""
+"""Aggregation rules for LoRA side by side: MiniLM on R8 or the airline silos, clients of one rank and of several, at equal bytes up."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from lichen.common.aggregation import RULES, rank_of, update_like
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, find_plan, load_plan
 
+DATA = {"r8": ("r8", "r8-no-privacy"), "airlines": ("airlines", "airlines-no-privacy")}
+"""The scenario with privacy, and that without."""
+TOP = 2
+"""Layers that have LoRA, as in private scenarios: what the frozen ones below give is kept, which saves most of the time."""
 RANKS = {"same": (), "mixed": (2, 4, 8, 16)}
 """Of the clients in turn; none: the scenario's own for all."""
 WIDEST = "fedavg-at-16"
@@ -25,6 +30,7 @@ OF_RANKS = {
 
 
 def bench_aggregation(
+    data: Sequence[str],
     ranks: Sequence[str],
     rules: Sequence[str],
     seeds: Sequence[int],
@@ -32,12 +38,14 @@ def bench_aggregation(
     rounds: int | None = None,
     *,
     equal_bytes: bool = True,
+    full: bool = False,
     settings: Sequence[str] = (),
     keep: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Run each rule once for each kind of ranks, ε and seed, in-process.
+    """Run each rule once for each data set, kind of ranks, ε and seed, in-process.
 
     Args:
+        data: of `DATA`.
         ranks: of `RANKS`.
         rules: those of `OF_RANKS` that are wanted; empty: all.
         seeds: each changes the partition, the validation split and all draws.
@@ -45,6 +53,7 @@ def bench_aggregation(
         rounds: of `fedavg`; None: the scenario's.
         equal_bytes: let a rule that sends less a round have more rounds, so that all clients together send as much as by `fedavg` at the
             scenario's rank, or, where ranks are mixed, as by `zero-padding`; those that send more have fewer. Else all have as many.
+        full: LoRA where the scenario has it, in place of the last `TOP` layers.
         settings: ``key.path=value``, for all runs.
         keep: where to keep the run directories; nowhere if None.
 
@@ -57,61 +66,74 @@ def bench_aggregation(
     """
     from lichen.simulations.simulate import run
 
-    for kind in ranks:
-        for rule in [rule for rule in OF_RANKS[kind] if not rules or rule in rules]:
-            for epsilon in epsilons:
-                for seed in seeds:
-                    plan = plan_of(kind, rule, epsilon, rounds, [f"seed={seed}", *settings], equal_bytes=equal_bytes)
-                    with TemporaryDirectory() as temporary:
-                        result = run(plan, (keep or Path(temporary)) / f"{kind}-{rule}-{epsilon:g}-{seed}", "inprocess")
-                    spent = result.privacy.max_epsilon
-                    if spent is not None and spent > epsilon:
-                        raise LichenError(
-                            Code.CHECK_FAILED, f"ε = {spent} was spent, {epsilon:g} was the limit", where=f"{rule}, seed {seed}"
-                        )
-                    final = result.final or {}
-                    yield {
-                        "ranks": kind,
-                        "rule": rule,
-                        "epsilon": epsilon,
-                        "seed": seed,
-                        "rounds": plan.rounds,
-                        "uplink_bytes": result.transfer.uplink_bytes,
-                        "downlink_bytes": result.transfer.downlink_bytes,
-                        "accuracy": final["accuracy"],
-                        "macro_f1": final["macro_f1"],
-                        "validation": (result.rounds[-1].validation or {}).get("accuracy"),
-                        "seconds": result.seconds,
-                    }
+    for name, kind, epsilon in product(data, ranks, epsilons):
+        for rule, seed in product([rule for rule in OF_RANKS[kind] if not rules or rule in rules], seeds):
+            asked = Asked(name, kind, rule, epsilon, full, (f"seed={seed}", *settings))
+            plan = plan_of(asked, rounds, equal_bytes=equal_bytes)
+            with TemporaryDirectory() as temporary:
+                result = run(plan, (keep or Path(temporary)) / f"{name}-{kind}-{rule}-{epsilon:g}-{seed}", "inprocess")
+            spent = result.privacy.max_epsilon
+            if spent is not None and spent > epsilon:
+                raise LichenError(Code.CHECK_FAILED, f"ε = {spent} was spent, {epsilon:g} was the limit", where=f"{rule}, seed {seed}")
+            final = result.final or {}
+            yield {
+                "data": name,
+                "ranks": kind,
+                "rule": rule,
+                "epsilon": epsilon,
+                "seed": seed,
+                "rounds": plan.rounds,
+                "uplink_bytes": result.transfer.uplink_bytes,
+                "downlink_bytes": result.transfer.downlink_bytes,
+                "accuracy": final["accuracy"],
+                "macro_f1": final["macro_f1"],
+                "validation": (result.rounds[-1].validation or {}).get("accuracy"),
+                "seconds": result.seconds,
+            }
 
 
-def plan_of(kind: str, rule: str, epsilon: float, rounds: int | None, settings: Sequence[str], *, equal_bytes: bool) -> Plan:
+class Asked(NamedTuple):
+    """What a run is of, but for its rounds: see `bench_aggregation`."""
+
+    data: str
+    ranks: str
+    rule: str
+    epsilon: float
+    full: bool = False
+    settings: tuple[str, ...] = ()
+
+
+def plan_of(asked: Asked, rounds: int | None, *, equal_bytes: bool) -> Plan:
     """The plan of one run, with as many rounds as it has bytes for."""
-    plan = _plan(kind, rule, epsilon, rounds, settings)
+    plan = _plan(asked, rounds)
     if not equal_bytes:
         return plan
-    paid = _sent(_plan(kind, "fedavg" if kind == "same" else "zero-padding", epsilon, rounds, settings))
-    count = max(1, round(plan.rounds * paid / _sent(plan)))
-    return _plan(kind, rule, epsilon, count, [*settings, f"aggregation.average_last={min(plan.aggregation.average_last, count)}"])
+    paid = _sent(_plan(asked._replace(rule="fedavg" if asked.ranks == "same" else "zero-padding"), rounds))
+    return _plan(asked, max(1, round(plan.rounds * paid / _sent(plan))))
 
 
-def _plan(kind: str, rule: str, epsilon: float, rounds: int | None, settings: Sequence[str]) -> Plan:
+def _plan(asked: Asked, rounds: int | None) -> Plan:
     # only the last round is scored: the others would take a third of the time
-    scenario = find_plan("r8" if math.isfinite(epsilon) else "r8-no-privacy")
+    private = math.isfinite(asked.epsilon)
+    scenario = find_plan(DATA[asked.data][not private])
     changes = ["evaluation.every=1000"]
-    if math.isfinite(epsilon):
-        changes.append(f"privacy.epsilon={epsilon}")
-    if kind == "mixed":
+    if private:
+        changes.append(f"privacy.epsilon={asked.epsilon}")
+    elif not asked.full:
+        changes.append(f"model.adapter.last_layers={TOP}")
+    if asked.ranks == "mixed":
         adapter = load_plan(scenario).model.adapter
+        most = max(RANKS["mixed"])
         # α / r stays the scenario's
-        changes += [f"model.adapter.rank={max(RANKS[kind])}", f"model.adapter.alpha={max(RANKS[kind]) * adapter.alpha / adapter.rank}"]
-        if rule != WIDEST:
-            changes.append(f"simulation.ranks={list(RANKS[kind])}")
-    name = "fedavg" if rule == WIDEST else rule
-    changes.append(f"aggregation.rule={name}")
-    if rounds is not None:
-        changes += [f"rounds={rounds}", f"aggregation.average_last={min(rounds, load_plan(scenario).aggregation.average_last)}"]
-    return load_plan(scenario, [*changes, *settings])
+        changes += [f"model.adapter.rank={most}", f"model.adapter.alpha={most * adapter.alpha / adapter.rank}"]
+        if asked.rule != WIDEST:
+            changes.append(f"simulation.ranks={list(RANKS['mixed'])}")
+    changes.append(f"aggregation.rule={'fedavg' if asked.rule == WIDEST else asked.rule}")
+    plan = load_plan(scenario, [*changes, *asked.settings])
+    if rounds is None:
+        return plan
+    last = min(plan.aggregation.average_last, rounds)
+    return load_plan(scenario, [*changes, *asked.settings, f"rounds={rounds}", f"aggregation.average_last={last}"])
 
 
 def _sent(plan: Plan) -> float:
@@ -128,13 +150,13 @@ def _sent(plan: Plan) -> float:
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean over seeds of each rule, with the spread of the accuracy."""
-    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, float], list[dict[str, Any]]] = {}
     for found in runs:
-        groups.setdefault((found["ranks"], found["rule"], found["epsilon"]), []).append(found)
+        groups.setdefault((found["data"], found["ranks"], found["rule"], found["epsilon"]), []).append(found)
     means = ("rounds", "uplink_bytes", "downlink_bytes", "accuracy", "macro_f1", "validation", "seconds")
     return [
-        {"ranks": kind, "rule": rule, "epsilon": epsilon, "seeds": len(group)}
+        {"data": data, "ranks": kind, "rule": rule, "epsilon": epsilon, "seeds": len(group)}
         | {key: statistics.mean(found[key] for found in group) for key in means}
         | {"least": min(found["accuracy"] for found in group), "most": max(found["accuracy"] for found in group)}
-        for (kind, rule, epsilon), group in groups.items()
+        for (data, kind, rule, epsilon), group in groups.items()
     ]

@@ -404,6 +404,7 @@ def r8(
 
 @app.command()
 def rules(
+    data: Annotated[str, typer.Option(help="r8, airlines; commas between them.")] = "r8",
     ranks: Annotated[str, typer.Option(help="same, mixed; commas between them.")] = "same,mixed",
     rule: Annotated[str, typer.Option(help="Those to run, commas between them; left out, all that are meant for such ranks.")] = "",
     seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0,1,2",
@@ -412,35 +413,37 @@ def rules(
     equal_bytes: Annotated[
         bool, typer.Option("--equal-bytes/--equal-rounds", help="Rules that send half a round have twice the rounds, or as many.")
     ] = True,
+    full: Annotated[bool, typer.Option("--full", help="Without privacy, LoRA on all layers, in place of the last two: slow.")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, for all runs; may be repeated.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep the run directories here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Aggregation rules for LoRA on R8, at equal bytes. Example: lichen bench rules --ranks mixed --epsilon inf --seeds 0."""
-    from lichen.simulations.benchmarks.aggregation import OF_RANKS, RANKS, bench_aggregation, summary
+    """Aggregation rules for LoRA by data, at equal bytes. Example: lichen bench rules --ranks mixed --epsilon inf --seeds 0."""
+    from lichen.simulations.benchmarks.aggregation import DATA, OF_RANKS, RANKS, bench_aggregation, summary
 
     kinds = _list(ranks, str, RANKS)
     wanted = _list(rule, str, sorted({name for kind in kinds for name in OF_RANKS[kind]})) if rule else []
     console = Console(stderr=as_json)
     runs: list[dict[str, Any]] = []
-    asked = (kinds, wanted, _list(seeds, int), _list(epsilon, float), rounds)
-    for found in bench_aggregation(*asked, equal_bytes=equal_bytes, settings=settings or (), keep=keep):
+    asked = (_list(data, str, DATA), kinds, wanted, _list(seeds, int), _list(epsilon, float), rounds)
+    for found in bench_aggregation(*asked, equal_bytes=equal_bytes, full=full, settings=settings or (), keep=keep):
         runs.append(found)
         console.print(
-            f"{found['ranks']} ranks, {found['rule']}, ε {found['epsilon']:g}, seed {found['seed']}: accuracy {found['accuracy']:.4f}, "
-            f"{found['rounds']} rounds, {found['uplink_bytes'] / 1e6:.2f} MB up, {found['seconds']:.0f} s",
+            f"{found['data']}, {found['ranks']} ranks, {found['rule']}, ε {found['epsilon']:g}, seed {found['seed']}: "
+            f"accuracy {found['accuracy']:.4f}, {found['rounds']} rounds, {found['uplink_bytes'] / 1e6:.2f} MB up, "
+            f"{found['seconds']:.0f} s",
             highlight=False,
         )
     if as_json:
         typer.echo(json.dumps({"runs": runs, "means": summary(runs)}, indent=2))
         return
-    table = Table(title="R8, test split, mean over seeds")
-    for column in ("ranks, rule", "ε", "rounds", "MB up", "down", "accuracy", "validation"):
-        table.add_column(column, justify="left" if column == "ranks, rule" else "right")
+    table = Table(title="Test split, mean over seeds")
+    for column in ("data, ranks, rule", "ε", "rounds", "MB up", "down", "accuracy", "validation"):
+        table.add_column(column, justify="left" if column.startswith("data") else "right")
     for row in summary(runs):
         sizes = (f"{row['uplink_bytes'] / 1e6:.2f}", f"{row['downlink_bytes'] / 1e6:.2f}")
         scores = (f"{row['accuracy']:.4f}", f"{row['validation']:.4f}")
-        table.add_row(f"{row['ranks']}, {row['rule']}", f"{row['epsilon']:g}", f"{row['rounds']:.0f}", *sizes, *scores)
+        table.add_row(f"{row['data']}, {row['ranks']}, {row['rule']}", f"{row['epsilon']:g}", f"{row['rounds']:.0f}", *sizes, *scores)
     console.print(table)
 
 

@@ -14,10 +14,12 @@ from lichen.client import trainer as trainer_module
 from lichen.client.app import trainer_of
 from lichen.client.gate import Gate
 from lichen.client.jobs import Job, Private
+from lichen.client.memory import is_out_of_memory
 from lichen.client.trainer import Trained, Trainer
 from lichen.common import device as device_module
 from lichen.common import tasks
 from lichen.common.model import lean
+from lichen.common.model.quantized import is_quantized
 from lichen.common.plan import parse_plan
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.randomness import Noise, SeededSource, add_noises
@@ -92,6 +94,36 @@ def test_training_moves_the_weights_as_on_the_cpu(make: Make, tiny_rows: Rows, k
         trainer = make(where, model=model, privacy=privacy)
         found.append(trainer.run(jobs(trainer, tiny_rows)[0]))
     alike(found[1], found[0])
+
+
+@pytest.mark.parametrize("privacy", [{"unit": "none"}, PRIVATE], ids=["none", "private"])
+@pytest.mark.parametrize("kind", ["lora", "head"])
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_a_base_in_fewer_bits_trains_as_on_the_cpu(make: Make, tiny_rows: Rows, precision: str, kind: str, privacy: dict[str, Any]) -> None:
+    model = {"base_precision": precision, "adapter": {"kind": kind, "rank": 2}}
+    found = []
+    for where in ("cpu", "cuda"):
+        trainer = make(where, model=model, privacy=privacy)
+        assert is_quantized(trainer.model.network)
+        found.append(trainer.run(jobs(trainer, tiny_rows)[0]))
+    alike(found[1], found[0])
+
+
+@pytest.mark.parametrize("privacy", [{"unit": "none"}, PRIVATE], ids=["none", "private"])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_checkpointing_changes_nothing(make: Make, tiny_rows: Rows, precision: str, privacy: dict[str, Any]) -> None:
+    found = []
+    for on in (False, True):
+        trainer = make("cuda", model={"base_precision": precision}, local={"checkpointing": on}, privacy=privacy)
+        found.append(trainer.run(jobs(trainer, tiny_rows)[0]))
+    alike(found[1], found[0])
+
+
+def test_memory_that_ran_out_is_told_as_such() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2 * free, dtype=torch.uint8, device="cuda")
+    assert is_out_of_memory(caught.value)
 
 
 @pytest.mark.parametrize("compute", ["lean", "plain"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lichen.simulations.benchmarks.aggregation import OF_RANKS, bench_aggregation, plan_of
+from lichen.simulations.benchmarks.aggregation import DATA, OF_RANKS, Asked, bench_aggregation, plan_of
 from lichen.simulations.benchmarks.cli import app
 
 PLAIN = float("inf")
@@ -26,7 +26,7 @@ def small(csv_plan: dict[str, Any]) -> list[str]:
 
 def test_rules_that_send_half_have_twice_the_rounds(small: list[str]) -> None:
     def rounds(kind: str, rule: str, **how: bool) -> int:
-        return plan_of(kind, rule, PLAIN, 40, small, **({"equal_bytes": True} | how)).rounds
+        return plan_of(Asked("r8", kind, rule, PLAIN, full=True, settings=tuple(small)), 40, **({"equal_bytes": True} | how)).rounds
 
     assert rounds("same", "fedavg") == rounds("same", "flora") == rounds("same", "fedex") == 40
     # of each factor 32 × 4 a layer, and a head of 99
@@ -39,7 +39,7 @@ def test_rules_that_send_half_have_twice_the_rounds(small: list[str]) -> None:
 
 
 def test_it_runs_each_rule_and_sums_up(small: list[str]) -> None:
-    found = list(bench_aggregation(["mixed"], ["zero-padding", "nested"], [0], [PLAIN], 2, settings=small))
+    found = list(bench_aggregation(["r8"], ["mixed"], ["zero-padding", "nested"], [0], [PLAIN], 2, settings=small))
     assert [row["rule"] for row in found] == ["nested", "zero-padding"]
     nested, padded = found
     assert (nested["rounds"], padded["rounds"]) == (4, 2)
@@ -57,13 +57,17 @@ def test_the_command_tells_means_as_json(small: list[str], tmp_path: Path) -> No
     (mean,) = told["means"]
     assert (mean["rule"], mean["seeds"], mean["rounds"]) == ("rolora", 2, 1)
     assert mean["least"] <= mean["accuracy"] <= mean["most"]
-    assert (tmp_path / "same-rolora-inf-1" / "result.json").exists()
+    assert (tmp_path / "r8-same-rolora-inf-1" / "result.json").exists()
 
 
-def test_every_rule_that_it_runs_by_default_has_a_sound_plan() -> None:
+@pytest.mark.parametrize("data", DATA)
+def test_every_rule_that_it_runs_by_default_has_a_sound_plan(data: str) -> None:
     for kind, rules in OF_RANKS.items():
         for rule in rules:
             for epsilon in (PLAIN, 8.0):
-                plan = plan_of(kind, rule, epsilon, None, [], equal_bytes=False)
+                plan = plan_of(Asked(data, kind, rule, epsilon), None, equal_bytes=False)
                 assert plan.simulation.ranks == ((2, 4, 8, 16) if kind == "mixed" and rule != "fedavg-at-16" else ())
-                assert plan.model.adapter.alpha / plan.model.adapter.rank == (1.0 if plan.private else 2.0)
+                adapter = plan.model.adapter
+                assert adapter.alpha / adapter.rank == (1.0 if plan.private else 2.0)
+                assert adapter.last_layers == (None if plan.private else 2)
+                assert plan.evaluation.test_fraction == (0.15 if data == "airlines" else 0)
