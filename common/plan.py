@@ -82,7 +82,8 @@ class Adapter(Section):
     targets: tuple[str, ...] = ()
     """Names of the linear modules that get an adapter; empty: query and value projections, found by architecture."""
     last_layers: int | None = Field(default=None, ge=1)
-    """LoRA on so many of the last layers only; left out: on all. What lies below is the same in every step, and computed once (`lean`)."""
+    """LoRA on so many of the last layers only; left out: on all. What lies below is the same in every step, and computed once (`lean`). Not
+    with `targets: [all-linear]`."""
     dropout: Number = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
 
@@ -542,6 +543,11 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
         refuse(
             f"model.base_precision: {plan.model.base_precision} keeps a frozen base, but adapter kind full trains every weight",
             "Nearest valid: model.base_precision: float32, or model.adapter.kind: lora.",
+        )
+    if plan.model.adapter.targets == ("all-linear",) and plan.model.adapter.last_layers is not None:
+        refuse(
+            "model.adapter.last_layers with targets: [all-linear]: layers are picked among modules that are named",
+            "Name the linear modules in model.adapter.targets, or leave last_layers out.",
         )
     if plan.local.checkpointing and plan.private and not plan.central and plan.privacy.gradients == "hooks":
         refuse(

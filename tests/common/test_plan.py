@@ -195,6 +195,7 @@ def test_missing_keys_are_named() -> None:
         ({"local": {"epochs": 1}, "privacy__unit": "example"}, "must not depend on true sizes"),
         ({"privacy": {"unit": "entity", "unit_field": "patient"}, "evaluation__federated_every": 1}, "an entity on both sides"),
         ({"privacy__audit": {"canaries": 5}}, "there is no claim to test"),
+        ({"model__adapter": {"targets": ["all-linear"], "last_layers": 1}}, "among modules that are named"),
         ({"model__base_precision": "int8", "model__adapter": {"kind": "full"}}, "trains every weight"),
         ({"local__checkpointing": True, "privacy": {"unit": "example", "gradients": "hooks"}}, "runs layers twice"),
         ({"cohort": {"assign": ["rank"]}}, "adds updates of one rank only"),

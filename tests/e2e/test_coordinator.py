@@ -31,6 +31,7 @@ from lichen.client.connection import Connection, Credentials, Status
 from lichen.client.data import add_source
 from lichen.client.enrolment import Identity, join
 from lichen.client.fetch import fetch_model
+from lichen.client.ledger import Ledger
 from lichen.client.mailbox import Mailbox
 from lichen.common.channel.refusal import explain
 from lichen.common.channel.spool import Spool
@@ -409,6 +410,34 @@ def test_an_operator_on_another_machine(service: Service, agents: dict[str, Agen
     lichen("operator", "revoke", "ann", *here, code=Code.NODE_UNKNOWN)
     lichen("nodes", *ann, code=Code.CERTIFICATE_REVOKED)
     assert "ann\trevoked" in lichen("operator", "list", *here)
+
+
+def test_under_client_level_privacy_the_noise_is_secret_and_each_node_pays_once(
+    service: Service, agents: dict[str, Agent], tiny_plan: dict[str, Any]
+) -> None:
+    """Of nodes that opted in: the count of who took part is the operator's alone."""
+    central = {"unit": "client", "noise": "central", "epsilon": 6.0, "delta": 1e-5, "clip": 0.5, "adaptive_clip": {}}
+    policies = [agent.home / "policy.yaml" for agent in agents.values()]
+    before = [policy.read_text() for policy in policies]
+    for policy, text in zip(policies, before, strict=True):
+        policy.write_text(text + "privacy: {require: [client]}\n")
+    run = service.submit(tiny_plan | {"cohort": {"size": 2, "population": 2, "deadline_s": 60}, "privacy": central})  # both in each round
+    service.until(run, "finished")
+    for policy, text in zip(policies, before, strict=True):
+        policy.write_text(text)
+    result = read_result(service.home / "runs" / run)
+    assert (result.engine, result.privacy.noise) == ("deployed", "secret")
+    assert result.privacy.central is not None
+    assert result.privacy.central.releases == 2
+    assert 5.9 < result.privacy.central.epsilon <= 6.0
+    assert [told.participants for told in result.rounds] == [None, None]
+    lines = (service.home / "runs" / run / "operator.jsonl").read_text().splitlines()
+    assert [json.loads(line)["participants"] for line in lines] == [2, 2]
+    for agent in agents.values():
+        with Ledger(agent.home) as ledger:
+            assert [(entry.unit, entry.segment.steps) for entry in ledger.entries()] == [("client", 2)]
+        told = subprocess.run([*LICHEN, "client", "ledger", "--home", str(agent.home)], capture_output=True, text=True, check=True)
+        assert "promised by the coordinator" in told.stdout
 
 
 def test_a_killed_coordinator_finishes_the_same_round(tmp_path: Path, tiny_rows: Rows, tiny_plan: dict[str, Any]) -> None:
