@@ -25,7 +25,8 @@ from lichen.coordinator.assigning import Assigner
 from lichen.coordinator.buffered import BufferedStrategy
 from lichen.coordinator.report import write_report
 from lichen.coordinator.run_directory import RunDirectory, versions
-from lichen.coordinator.strategy import FederatedStrategy, privacy_of
+from lichen.coordinator.strategy import FederatedStrategy
+from lichen.coordinator.telling import privacy_of
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import Round
-from lichen.coordinator.strategy import Counted, FederatedStrategy
+from lichen.coordinator.replies import Counted, note_failure
+from lichen.coordinator.strategy import FederatedStrategy
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Message
@@ -96,7 +97,7 @@ class BufferedStrategy(FederatedStrategy):
             self._grid = asynchronous
             self._under_way = dict(self._found(asynchronous))
             if not self._under_way:
-                self._wait_for_nodes(number, grid)
+                self._cohorts.wait_for_nodes(number, grid)
         arrays = self._arrays()
         asynchronous.let_go(self._settled, self._downlink.needed(self.state))  # the checkpoint with what came of them is on the disk
         self._settled = []
@@ -159,7 +160,7 @@ class BufferedStrategy(FederatedStrategy):
 
     def _able(self, nodes: list[int]) -> list[int]:
         """Those that have privacy budget, and trainings that the plan's noise is calibrated for."""
-        nodes = self._with_budget(records.TRAIN, nodes)
+        nodes = self._cohorts.with_budget(records.TRAIN, nodes, self.state)
         return [node for node in nodes if self.state.trained.get(self._name(node), 0) < self.plan.rounds] if self.plan.private else nodes
 
     def _give_work(self, number: int, arrays: ArrayRecord, grid: Grid) -> list[int]:
@@ -172,8 +173,8 @@ class BufferedStrategy(FederatedStrategy):
         generator = random.Random(f"{self.plan.seed}|free|{given}")  # noqa: S311 - who is asked is no secret here
         for node in generator.sample(free, max(0, min(len(free), room))):
             client = self._name(node)
-            assignment = self._assignment(records.TRAIN, number, self.state.trained.get(client, 0) + 1)
-            message = self._message(assignment, records.TRAIN, arrays, node, grid)
+            assignment = self._messages.assignment(records.TRAIN, number, self.state, self.state.trained.get(client, 0) + 1)
+            message = self._messages.to_node(assignment, records.TRAIN, node, arrays, grid, self._told, self.state)
             self._under_way[message.metadata.message_id] = _UnderWay(client, message, assignment)
             grid.push_messages([message])
         return connected
@@ -181,16 +182,15 @@ class BufferedStrategy(FederatedStrategy):
     def _take(self, number: int, reply: Message) -> Counted | None:
         """An update for the buffer, or None, where the client failed."""
         one = self._settle(reply.metadata.reply_to_message_id)
-        self._arrived(reply, one.message)
+        self._messages.arrived(reply, one.message, self.state)
         try:
-            report = self._read(records.TrainReport, reply)
+            report = self._replies.read(records.TrainReport, reply)
             if report.round != one.assignment.round:
                 raise LichenError(Code.FRAME_INVALID, f"a report of step {report.round} on training for step {one.assignment.round}")
-            counts = self._counts(report, number - one.assignment.round)  # first: it charges
-            counted = Counted(report, reply, self._rank(report), counts)
-            self._update(counted)  # what cannot be opened is no update for the buffer
+            counted = self._replies.count(report, reply, self.state, number - one.assignment.round)
+            self._updates.open(counted, self.state.model)  # what cannot be opened is no update for the buffer
         except LichenError as error:
-            self._failed(one.client, error.code, error.what)
+            note_failure(self._told, one.client, error.code, error.what)
             self._failed_nodes.add(one.message.metadata.dst_node_id)
             return None
         return counted
@@ -209,4 +209,4 @@ class BufferedStrategy(FederatedStrategy):
             grid.cancel(old)
         for message_id in old:
             one = self._settle(message_id)
-            self._failed(one.client, None, f"more than {MOST_STALE} steps behind: called off")
+            note_failure(self._told, one.client, None, f"more than {MOST_STALE} steps behind: called off")

@@ -63,8 +63,8 @@ class BlockwisePayload(Payload):
 
     def values(self, part: int) -> torch.Tensor:
         """One piece's values."""
-        scales, packed = (np.frombuffer(buffer, kind) for buffer, kind in zip(self._piece(part), ("<f4", np.uint8), strict=True))
-        values = self._codec.lookup(packed)
+        piece = self._piece(part)
+        scales, values = np.frombuffer(piece[0], "<f4"), self._codec.lookup(np.frombuffer(piece[1], np.uint8))
         whole = len(values) // BLOCK
         values[: whole * BLOCK].reshape(whole, BLOCK)[...] *= scales[:whole, None]
         values[whole * BLOCK :] *= scales[-1]

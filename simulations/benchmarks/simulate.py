@@ -163,7 +163,7 @@ def _prepare(plan: Plan, private: Plan, train: Sequence[Row], folder: Path) -> S
     from lichen.common.privacy.randomness import SeededSource
     from lichen.common.privacy.schedule import planned_steps
     from lichen.common.tasks import workbench
-    from lichen.coordinator.strategy import draw_cohort
+    from lichen.coordinator.cohort import draw_cohort
     from lichen.simulations.partition import partition
 
     start = workbench(plan).start

@@ -741,7 +741,7 @@ def test_what_a_round_spends_is_computed_beside_it(
         asked.setdefault(threading.current_thread().name, []).append(sum(segment.steps for segment in history))
         return epsilon(history, delta)
 
-    monkeypatch.setattr("lichen.coordinator.strategy.epsilon", noted)
+    monkeypatch.setattr("lichen.coordinator.telling.epsilon", noted)
     plan = plan_of(rounds=3, privacy=PRIVATE)
     steps = planned_steps(plan, DECLARED).steps
     Federation(tmp_path / "all", plan, grid=Apart).run()

@@ -1,0 +1,132 @@
+"""The messages of a round: each node's bears its assignment and the model, and its answer is waited for until the deadline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from flwr.app import ArrayRecord, Message, RecordDict
+
+from lichen.common import records
+from lichen.common.errors import Code
+from lichen.coordinator.replies import note_failure
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+    from lichen.common.plan import Plan
+    from lichen.common.result import Round
+    from lichen.coordinator.cohort import Cohorts
+    from lichen.coordinator.downlink import Downlink
+    from lichen.coordinator.run_directory import ServerState
+    from lichen.coordinator.updates import Updates
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class CallsOff(Protocol):
+    """A grid that can stop waiting before all have answered."""
+
+    def until_enough(self, messages: Iterable[Message], timeout: float, enough: Callable[[Message], bool]) -> list[Message]:
+        """Send messages; the replies in the order of arrival, up to the one with which ``enough`` is true. The others are withdrawn."""
+        ...
+
+
+class Messages:
+    """Those of one run.
+
+    Args:
+        plan: the run's.
+        name: of a node, by its id.
+        downlink: the model's way to the nodes.
+        cohorts: is told who has no privacy budget left.
+        updates: tells which answers are enough.
+        assign: what one node is asked otherwise than the plan says, by its id and the payload's bytes (`Assigner.of`).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        name: Callable[[int], str],
+        downlink: Downlink,
+        cohorts: Cohorts,
+        updates: Updates,
+        assign: Callable[[int, int], dict[str, Any]] | None,
+    ) -> None:
+        self._plan, self._name, self._assign = plan, name, assign
+        self._downlink, self._cohorts, self._updates = downlink, cohorts, updates
+
+    def to_nodes(
+        self, kind: str, nodes: Iterable[int], arrays: ArrayRecord, grid: Grid, told: Round, state: ServerState
+    ) -> Iterator[Message]:
+        """One message for each node, of the round that ``told`` is the line of."""
+        assignment = self.assignment(kind, told.round, state)
+        for node in nodes:
+            yield self.to_node(assignment, kind, node, arrays, grid, told, state)
+
+    def assignment(self, kind: str, round: int, state: ServerState, training: int | None = None) -> records.Assignment:
+        """What the plan asks of every node in a round.
+
+        Args:
+            kind: of message.
+            round: from 1.
+            state: its clip is the round's.
+            training: the number of the client's training, where it is not the round's.
+        """
+        plan = self._plan
+        return records.Assignment(
+            plan=plan.canonical_json(),
+            plan_sha256=plan.sha256(),
+            round=round,
+            clip=(state.clip or plan.privacy.clip) if plan.central else None,
+            training=training,
+            seconds=plan.cohort.deadline_s if kind == records.TRAIN and plan.local.partial else None,
+        )
+
+    def to_node(
+        self, assignment: records.Assignment, kind: str, node: int, arrays: ArrayRecord, grid: Grid, told: Round, state: ServerState
+    ) -> Message:
+        """The message for one node; the bytes that it will fetch are added to the round's line."""
+        content = RecordDict({"payload": arrays})
+        records.put_chain(content, state.chain)
+        fetched = self._downlink.bytes_for(self._name(node), content, state)
+        own = self._assign(node, fetched) if self._assign else {}
+        content["assignment"] = records.to_config(assignment.model_copy(update=own))
+        told.downlink_bytes = (told.downlink_bytes or 0) + fetched
+        return grid.create_message(content, kind, node, str(assignment.number))
+
+    def ask(
+        self, messages: list[Message], timeout: float, grid: Grid, told: Round, state: ServerState, wanted: int | None = None
+    ) -> list[Message]:
+        """The answers until the deadline, or until ``wanted`` of them bear usable updates, where the grid can call the others off."""
+        usable = 0
+
+        def enough(reply: Message) -> bool:
+            nonlocal usable
+            usable += self._updates.is_usable(reply, told.round, state.model)
+            return usable == wanted
+
+        if wanted is not None and len(messages) > wanted and isinstance(grid, CallsOff):
+            replies = grid.until_enough(messages, timeout, enough)
+        else:
+            replies = list(grid.send_and_receive(messages, timeout=timeout))
+        sent = {message.metadata.dst_node_id: message for message in messages}
+        for reply in replies:
+            self.arrived(reply, sent[reply.metadata.src_node_id], state)
+        late = sent.keys() - {reply.metadata.src_node_id for reply in replies}
+        if usable == wanted and late:
+            told.unneeded = len(late)
+            log.info("round %d: %d updates are there, so %d clients are called off", told.round, usable, len(late))
+            return replies
+        for node in sorted(late):
+            note_failure(told, self._name(node), None, "no answer within the deadline")
+        return replies
+
+    def arrived(self, reply: Message, asked: Message, state: ServerState) -> None:
+        """Note what any answer tells: which model the node has now, and whether it has privacy budget left."""
+        client = self._name(asked.metadata.dst_node_id)
+        self._downlink.arrived(client, state, asked)
+        if reply.has_error() and reply.error.code == Code.PRIVACY_BUDGET:
+            self._cohorts.drop_out(asked.metadata.message_type, client, state)
