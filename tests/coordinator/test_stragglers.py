@@ -10,118 +10,37 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
-from safetensors.torch import load_file
+from flwr.app import Message
 
 from lichen.common import records
-from lichen.common.errors import Code, LichenError
-from lichen.common.model.adapter import State
-from lichen.common.plan import Plan, parse_plan
+from lichen.common.errors import Code
+from lichen.common.plan import Plan
 from lichen.common.privacy.accounting import epsilon
 from lichen.common.privacy.schedule import planned_steps
-from lichen.common.result import Result, Round, read_result
+from lichen.common.result import Result, Round
 from lichen.common.tasks import workbench
 from lichen.coordinator import buffered
-from lichen.coordinator.app import app as server_app
 from lichen.simulations.engine import InProcessGrid
-
-PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.25}
-DECLARED = 32
-SIZES = {"client-0": 10, "client-1": 30, "client-2": 60}
-STEPS = 4
-"""Of each training, as the clients report them."""
-Answer = Callable[[Plan, records.Assignment, Message, str], Message]
-
-
-def update_of(start: State, name: str, number: int) -> State:
-    """An update that follows from the client's name and its training's number."""
-    generator = torch.Generator().manual_seed(1000 * number + sum(name.encode()))
-    return {key: 0.01 * torch.randn(tensor.shape, generator=generator) for key, tensor in sorted(start.items())}
-
-
-def report_of(plan: Plan, assignment: records.Assignment, name: str) -> dict[str, Any]:
-    about: dict[str, Any] = {"format": 1, "client": name, "round": assignment.round}
-    if not plan.private:
-        return about | {"steps": STEPS, "examples": SIZES[name], "train_loss": 0.5}
-    noise, rate, steps = planned_steps(plan, DECLARED)
-    return about | {"steps": steps, "declared_size": DECLARED, "noise_multiplier": noise, "sample_rate": rate}
-
-
-def answer(message: Message, report: dict[str, Any], update: State) -> Message:
-    content = RecordDict({"report": ConfigRecord(report)})
-    records.put_tensors(content, update, None)
-    return records.reply(message, content)
-
-
-def honest(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
-    start = records.get_tensors(message.content, None)
-    return answer(message, report_of(plan, assignment, name), update_of(start, name, assignment.number))
-
-
-def failing(code: Code) -> Answer:
-    return lambda plan, assignment, message, name: records.error_reply(message, int(code))
-
-
-class Federation:
-    """Three clients on a grid in one process."""
-
-    def __init__(self, root: Path, plan: Plan, actors: dict[str, Answer], grid: type[InProcessGrid]) -> None:
-        self.out, self.plan = root, plan
-        self.asked: list[str] = []
-        app = ClientApp()
-
-        @app.train()
-        def act(message: Message, context: Context) -> Message:
-            name = str(context.node_config["name"])
-            self.asked.append(name)
-            assignment = records.from_config(records.Assignment, message.content.config_records["assignment"])
-            return actors.get(name, honest)(plan, assignment, message, name)
-
-        self.grid = grid(app, [root / "simulation" / name for name in SIZES], 7)
-
-    def run(self) -> Result:
-        config = {"plan": self.plan.canonical_json(), "directory": str(self.out), "engine": "inprocess"}
-        server_app(self.grid, Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=config))
-        return read_result(self.out)
-
-    def fails(self, code: Code) -> None:
-        with pytest.raises(LichenError) as caught:
-            self.run()
-        assert caught.value.code is code, str(caught.value)
-
-    def model(self) -> State:
-        return dict(load_file(self.out / "model" / "adapter_model.safetensors"))
+from scripted_clients import (
+    DECLARED,
+    PRIVATE,
+    SIZES,
+    STEPS,
+    Federation,
+    answer,
+    close,
+    expected,
+    failing,
+    honest,
+    plan_from,
+    report_of,
+    update_of,
+)
 
 
 @pytest.fixture
 def plan_of(tiny_plan: dict[str, Any]) -> Callable[..., Plan]:
-    def make(**changes: Any) -> Plan:
-        as_they_are = {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}}
-        document = tiny_plan | {"cohort": {"size": 3, "minimum": 1}, "rounds": 1, "transfer": as_they_are}
-        for key, value in changes.items():
-            old = document.get(key)
-            document[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-        return parse_plan(document)
-
-    return make
-
-
-def expected(plan: Plan, rounds: int, clients: Iterable[str]) -> State:
-    """The model after rounds of weighted means of what those clients send, in 64-bit floats."""
-    start, names = workbench(plan)[2], list(clients)
-    model = {name: tensor.double() for name, tensor in start.items()}
-    for round in range(1, rounds + 1):
-        for client in names:
-            for name, tensor in update_of(start, client, round).items():
-                model[name] += SIZES[client] / sum(SIZES[other] for other in names) * tensor.double()
-    return model
-
-
-def close(left: State, right: State) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(left[name].double(), right[name].double(), rtol=1e-5, atol=1e-6)
+    return lambda **changes: plan_from(tiny_plan, {"size": 3, "minimum": 1}, changes)
 
 
 def uneven(*speeds: float) -> type[InProcessGrid]:
@@ -365,7 +284,7 @@ def test_who_has_nothing_left_is_not_asked_again(tmp_path: Path, plan_of: Callab
     plan = buffered_plan(plan_of, rounds=4, privacy=PRIVATE)
     federation = Federation(tmp_path, plan, {"client-1": failing(Code.PRIVACY_BUDGET)}, uneven(1.0))
     result = federation.run()
-    assert federation.asked.count("client-1") == 1
+    assert [name for *_, name in federation.asked].count("client-1") == 1
     assert result.status == "finished"
 
 
