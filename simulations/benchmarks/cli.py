@@ -329,13 +329,14 @@ def fleet(
     accuracy: Annotated[float, typer.Option(min=0.0, max=1.0, help="On the validation split, to be reached.")] = 0.96,
     modes: Annotated[str, typer.Option(help="deadline, oversample, buffered; commas between them.")] = "deadline,oversample,buffered",
     plan: Annotated[str, typer.Option(help="A scenario, or a plan file whose simulation has four clients.")] = "r8-no-privacy",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, for all modes; may be repeated.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time to an accuracy where one agent of four is at a quarter of the speed. Example: lichen bench fleet --modes buffered."""
     from lichen.simulations.benchmarks.fleet import MODES, bench_fleet
 
     found = []
-    for row in bench_fleet(rounds, accuracy, _list(modes, str, MODES), plan):
+    for row in bench_fleet(rounds, accuracy, _list(modes, str, MODES), plan, settings or []):
         found.append(row)
         if not as_json:
             reached = f"never reached (best {row['best']})" if row["seconds"] is None else f"after {row['seconds']:.1f} s"

@@ -28,7 +28,9 @@ BUFFER = 3
 MODES = ("synchronous", "deadline", "oversample", "buffered")
 
 
-def bench_fleet(rounds: int, accuracy: float, modes: Sequence[str], plan: str = "r8-no-privacy") -> Iterator[dict[str, Any]]:
+def bench_fleet(
+    rounds: int, accuracy: float, modes: Sequence[str], plan: str = "r8-no-privacy", settings: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Run a plan with a coordinator and four agents as processes of their own, over mutual TLS, once for each mode.
 
     All modes make as many updates; scores come every other round, so that scoring holds nobody up.
@@ -38,6 +40,7 @@ def bench_fleet(rounds: int, accuracy: float, modes: Sequence[str], plan: str = 
         accuracy: on the validation split, to be reached.
         modes: of `MODES`; plain synchronous rounds, which the others are held against, always run first.
         plan: a scenario, or a plan file with a simulation section of four clients.
+        settings: of the plan, ``key.path=value``, for all modes; a mode's own come after them.
 
     Yields:
         For each mode its ``rounds`` and ``round_s`` (median), ``seconds`` until the accuracy was reached (None: never), the
@@ -49,7 +52,7 @@ def bench_fleet(rounds: int, accuracy: float, modes: Sequence[str], plan: str = 
     """
     plain: dict[str, Any] | None = None
     for mode in ("synchronous", *(mode for mode in MODES[1:] if mode in modes)):
-        row = _row(mode, _run(plan, _settings(mode, rounds, plain)), accuracy)
+        row = _row(mode, _run(plan, [*settings, *_settings(mode, rounds, plain)]), accuracy)
         if plain is None:
             plain = row
         elif row["seconds"] is not None and plain["seconds"]:
