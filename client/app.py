@@ -30,7 +30,7 @@ from lichen.client.policy import enforce, load_policy
 from lichen.client.probe import tokens_per_s
 from lichen.client.residual import load_residual, save_residual
 from lichen.common import records
-from lichen.common.aggregation import cut, rank_of
+from lichen.common.aggregation import cut, properties, rank_of
 from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.codec.feedback import corrected, lost
 from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
@@ -237,7 +237,7 @@ def _model(node: Node, plan: Plan, message: Message) -> State:
 
 def _cut(node: Node, plan: Plan, assignment: records.Assignment, model: State) -> State:
     """The model, as far as this node's rank has it."""
-    return cut(model, _rank(node, plan, assignment)) if plan.model.adapter.kind == "lora" else model
+    return cut(model, _rank(node, plan, assignment), hold=properties(plan).holds_rest)
 
 
 def _rank(node: Node, plan: Plan, assignment: records.Assignment) -> int:

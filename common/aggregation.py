@@ -1,8 +1,8 @@
 """What each aggregation rule needs, and what follows from it at both ends: the tensors that a client trains in a round, and sends.
 
 ΔW = s B A (Hu et al. 2021), with A (r, k) and B (d, r). A state holds both factors of each adapted layer, the head and, where a rule
-changes the base, what was merged into it so far. A client of a smaller rank works on A's first rows and B's first columns; α / r is
-the plan's whatever the rank, so that s is one number.
+changes the base, what was merged into it so far. A client of a smaller rank trains A's first rows and B's first columns, and either has no
+others or holds them as they are; α / r is the plan's whatever the rank, so that s is one number.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from lichen.common.model.adapter import State
     from lichen.common.plan import Plan
 
-A, B, MERGED = "lora_A", "lora_B", "merged"
-"""The parts of a tensor's name that tell which it is."""
+A, B, MERGED, HELD_A, HELD_B = "lora_A", "lora_B", "merged", "held_A", "held_B"
+"""The parts of a tensor's name that tell which it is. What is held are the rows and columns of A and B that a client does not train."""
+_PARTS = {A, B, MERGED, HELD_A, HELD_B}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Properties:
     """Whether the coordinator must see each update; else their sum by rank is enough, as secure aggregation gives it."""
     mixed_ranks: bool = False
     """Whether clients may have different ranks."""
+    holds_rest: bool = False
+    """Whether a client of a smaller rank computes with the columns that it does not train: else its model is another than the others'."""
     changes_base: bool = False
     """Whether it adds to the frozen weights: the state then holds what was added, and travels with it."""
 
@@ -45,7 +48,7 @@ RULES: Mapping[str, Properties] = {
     "fedavg": Properties(lora=False),
     "ffa": Properties(phases=(frozenset({B}),)),
     "rolora": Properties(phases=_ONE_FACTOR),
-    "nested": Properties(phases=_ONE_FACTOR, mixed_ranks=True),
+    "nested": Properties(phases=_ONE_FACTOR, mixed_ranks=True, holds_rest=True),
     "flora": Properties(single_updates=True, mixed_ranks=True, changes_base=True),
     "fedex": Properties(single_updates=True, changes_base=True),
     "zero-padding": Properties(mixed_ranks=True),
@@ -59,19 +62,19 @@ def properties(plan: Plan) -> Properties:
 
 
 def is_trained(name: str, phase: frozenset[str]) -> bool:
-    """Whether a tensor of the state is trained in such a phase: factors of the phase, and all that is neither a factor nor merged."""
+    """Whether a tensor of the state is trained in such a phase: factors of the phase, and all that has no such part."""
     part = part_of(name)
     return part is None or part in phase
 
 
 def part_of(name: str) -> str | None:
-    """`A`, `B` or `MERGED`; None for a tensor of the head, or of a model without LoRA."""
-    return next((part for part in name.split(".") if part in {A, B, MERGED}), None)
+    """`A`, `B`, `MERGED`, `HELD_A` or `HELD_B`; None for a tensor of the head, or of a model without LoRA."""
+    return next((part for part in name.split(".") if part in _PARTS), None)
 
 
 def beside(name: str, part: str) -> str:
     """The name of another part of the same layer."""
-    return ".".join(part if word in {A, B, MERGED} else word for word in name.split("."))
+    return ".".join(part if word in _PARTS else word for word in name.split("."))
 
 
 def phase_of(plan: Plan, round: int) -> frozenset[str]:
@@ -87,8 +90,13 @@ def rank_of(plan: Plan, client: str, *, simulated: bool) -> int:
     return ranks[int(number) % len(ranks)] if simulated and ranks and number.isdecimal() else plan.model.adapter.rank
 
 
-def cut(state: Mapping[str, torch.Tensor], rank: int) -> State:
+def cut(state: Mapping[str, torch.Tensor], rank: int, *, hold: bool = False) -> State:
     """A state as a client of such a rank has it: the first rows of each A, the first columns of each B (views).
+
+    Args:
+        state: of a larger rank, or the same.
+        rank: r.
+        hold: keep the other rows and columns, if there are any, as what is held.
 
     Raises:
         LichenError: STATE_MISMATCH, if a factor has fewer.
@@ -100,6 +108,8 @@ def cut(state: Mapping[str, torch.Tensor], rank: int) -> State:
         if tensor.dim() != 2 or tensor.shape[0 if part == A else 1] < rank:
             raise LichenError(Code.STATE_MISMATCH, f"{name!r} is {tuple(tensor.shape)}, too small for rank {rank}")
         found[name] = tensor[:rank] if part == A else tensor[:, :rank]
+        if hold and tensor.shape[0 if part == A else 1] > rank:
+            found[beside(name, HELD_A if part == A else HELD_B)] = tensor[rank:] if part == A else tensor[:, rank:]
     return found
 
 
@@ -107,4 +117,4 @@ def update_like(plan: Plan, round: int, rank: int, state: Mapping[str, torch.Ten
     """Tensors of the names, shapes and types that a client's update has in a round (from 1), for a codec's layout and for checks."""
     phase = phase_of(plan, round)
     trained = {name: tensor for name, tensor in state.items() if is_trained(name, phase)}
-    return cut(trained, rank) if plan.model.adapter.kind == "lora" else trained
+    return cut(trained, rank)  # without LoRA there is nothing to cut

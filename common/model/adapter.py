@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lichen.common.aggregation import MERGED, A, B, beside, is_trained, part_of, properties
+from lichen.common.aggregation import HELD_A, HELD_B, MERGED, A, B, beside, is_trained, part_of, properties
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import HEADS
+from lichen.common.model.held import can_hold, hold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from lichen.common.plan import Plan
 
 State = dict[str, torch.Tensor]
-"""Trainable tensors by name, in the order of the model's parameters; after them, where the rule has it, what was merged into the base."""
+"""Trainable tensors by name, in the order of the model's parameters; after them, where the rule has it, what was merged into the base, or
+what a client of a smaller rank holds."""
 
 TARGETS = {"distilbert": ("q_lin", "v_lin")}
 """Query and value projections of architectures that PEFT has no table entry for."""
@@ -62,6 +64,10 @@ class TunedModel:
     """By name the frozen weights that rounds add to; most aggregation rules have none."""
     rank: int = 0
     """LoRA's r as the plan has it, the largest that a state can be loaded at; 0 without LoRA."""
+    holding: dict[str, nn.Module] = field(default_factory=dict)
+    """By the name of its A the base of each adapted layer, where a state of a smaller rank says what the other columns are."""
+    scaling: float = 1.0
+    """s = α / r."""
 
     @property
     def device(self) -> torch.device:
@@ -100,8 +106,15 @@ class TunedModel:
                 # of another rank: the parameter itself stays, which layers and hooks know
                 parameter.grad, parameter.data = None, parameter.data.new_empty(state[name].shape)
             parameter.copy_(state[name])
+        self._add_fixed(state)
+
+    def _add_fixed(self, state: Mapping[str, torch.Tensor]) -> None:
+        """What a state adds to the base and is not trained."""
         for name, merging in self.merging.items():
             merging.set(state[name])
+        for name, base in self.holding.items():
+            a, b = (state.get(beside(name, part)) for part in (HELD_A, HELD_B))
+            hold(base, None if a is None or b is None else (a.to(self.device), (self.scaling * b).to(self.device)))
 
     def _rank_of(self, state: Mapping[str, torch.Tensor]) -> int:
         """The rank of a state's first factor, within the model's."""
@@ -121,6 +134,11 @@ class TunedModel:
         for name, merging in self.merging.items():
             shape = list(merging.start.shape)
             like[name] = torch.empty(shape[::-1] if merging.transposed else shape, dtype=merging.start.dtype, device="meta")
+        for name in self.holding if rank < self.rank else ():
+            for part, held, axis in ((A, HELD_A, 0), (B, HELD_B, 1)):
+                shape = list(like[beside(name, part)].shape)
+                shape[axis] = self.rank - rank
+                like[beside(name, held)] = like[name].new_empty(shape)
         return like
 
     @torch.no_grad()
@@ -136,8 +154,7 @@ class TunedModel:
         check_state(state, self._like(self._rank_of(state)))
         for name, parameter in self.trainable.items():
             parameter.data = state[name]
-        for name, merging in self.merging.items():
-            merging.set(state[name])
+        self._add_fixed(state)
 
 
 def check_state(state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
@@ -205,7 +222,12 @@ def attach(base: PreTrainedModel, plan: Plan, task_type: str) -> TunedModel:
     head = frozenset(name for name in trainable if any(part in HEADS for part in name.split(".")))
     if adapter.kind != "lora":
         return TunedModel(network, trainable, head)
-    return TunedModel(network, trainable, head, _merging(network) if properties(plan).changes_base else {}, adapter.rank)
+    needs = properties(plan)
+    merging = _merging(network) if needs.changes_base else {}
+    holding = {_public_name(name): base for name, base in _adapted(network)} if needs.holds_rest else {}
+    for layer in holding.values():
+        can_hold(layer)
+    return TunedModel(network, trainable, head, merging, adapter.rank, holding, adapter.alpha / adapter.rank)
 
 
 def _attach_lora(base: PreTrainedModel, plan: Plan, task_type: str) -> nn.Module:
@@ -270,14 +292,19 @@ def _merging(network: nn.Module) -> dict[str, Merging]:
     """The frozen weights under LoRA's layers, by the names of what is merged into them."""
     from transformers.pytorch_utils import Conv1D
 
-    found = {}
-    for name, _ in network.named_parameters():
-        if part_of(name) == A:
-            base: Any = network.get_submodule(name.split(f".{A}.")[0]).get_base_layer()  # type: ignore[operator]
-            found[beside(_public_name(name), MERGED)] = Merging(
-                base.weight, base.weight.detach().to("cpu", copy=True), isinstance(base, Conv1D)
-            )
-    return found
+    return {
+        beside(_public_name(name), MERGED): Merging(base.weight, base.weight.detach().to("cpu", copy=True), isinstance(base, Conv1D))
+        for name, base in _adapted(network)
+    }
+
+
+def _adapted(network: nn.Module) -> list[tuple[str, Any]]:
+    """The frozen layers under LoRA, each with the name of its A."""
+    return [
+        (name, network.get_submodule(name.split(f".{A}.")[0]).get_base_layer())  # type: ignore[operator]
+        for name, _ in network.named_parameters()
+        if part_of(name) == A
+    ]
 
 
 def _public_name(name: str) -> str:

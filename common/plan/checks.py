@@ -113,12 +113,6 @@ def _check_rule(plan: Plan, refuse: Callable[[str, str], None]) -> None:
         refuse(f"simulation.ranks with aggregation.rule: {rule}, which takes one rank", f"Leave it out, or choose a rule of {mixed}.")
     if ranks and max(ranks) != rank:
         refuse(f"the largest of simulation.ranks is {max(ranks)}, model.adapter.rank {rank}", f"Set model.adapter.rank: {max(ranks)}.")
-    if rule == "nested" and plan.private and ranks and 4 * ranks.count(rank) < len(ranks):
-        refuse(
-            f"aggregation.rule: nested with privacy, and fewer than a quarter of simulation.ranks are {rank}: the last columns would be "
-            "noise of few clients",
-            "Give the largest rank to at least a quarter.",
-        )
     if needs.changes_base and (plan.model.base_precision != "float32" or "precision" in plan.cohort.assign):
         refuse(
             f"aggregation.rule: {rule} adds to the base's weights each round, and a base in fewer bits takes no additions",
@@ -135,7 +129,7 @@ def _check_rule(plan: Plan, refuse: Callable[[str, str], None]) -> None:
             "Set aggregation.optimizer: fedavg and learning_rate: 1, or choose aggregation.rule: fedavg.",
         )
     if plan.central and (needs.single_updates or needs.mixed_ranks):
-        why = "needs each update, and only their noised sum" if needs.single_updates else "counts who trained each column, which is secret"
+        why = "needs each update, and only their noised sum" if needs.single_updates else "is for several ranks, which is not built"
         refuse(
             f"aggregation.rule: {rule} {why}{' leaves a round' if needs.single_updates else ''} under privacy.unit: client",
             "Nearest valid: aggregation.rule: rolora.",

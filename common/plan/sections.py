@@ -264,11 +264,12 @@ class Aggregation(Section):
     """What the coordinator does with the updates."""
 
     rule: Literal["fedavg", "ffa", "rolora", "nested", "flora", "fedex", "zero-padding"] = "fedavg"
-    """`fedavg`: the weighted mean (McMahan et al. 2017); by true size without privacy, by declared size with it, `unit: client` flat. The
-    others are for LoRA. `ffa`: A is fixed, B alone is trained (Sun et al. 2024). `rolora`: one factor a round, B first (Chen et al.
-    2024). `nested`: the same for clients of several ranks, of which each trains its first columns. `flora`: what all have learned is
-    merged into the base exactly, and adapters start afresh each round (Wang et al. 2024). `fedex`: `fedavg`, and what it leaves out is
-    merged into the base (Singhal et al. 2024). `zero-padding`: `fedavg` for several ranks; only to compare with."""
+    """`fedavg`: the weighted mean (McMahan et al. 2017); by true size without privacy, by declared size with it, `unit: client` flat.
+    The others are for LoRA. `ffa`: A is fixed, B alone is trained (Sun et al. 2024). `rolora`: one factor a round, B first (Chen et
+    al. 2024). `nested`: the same for clients of several ranks, of which each trains its first columns and holds the others.
+    `flora`: what all have learned is merged into the base exactly, and adapters start afresh each round (Wang et al. 2024).
+    `fedex`: `fedavg`, and what it leaves out is merged into the base (Singhal et al. 2024). `zero-padding`: `fedavg` for several
+    ranks; only to compare with."""
     secure: Literal[False] = False
     """Secure aggregation."""
     optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"

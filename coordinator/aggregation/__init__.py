@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from lichen.coordinator.aggregation.mean import Mean
 from lichen.coordinator.aggregation.merged import FedEx, Flora
-from lichen.coordinator.aggregation.nested import Nested, ZeroPadding
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State
@@ -18,8 +17,8 @@ RULES: Mapping[str, type[Rule]] = {
     "fedavg": Mean,
     "ffa": Mean,
     "rolora": Mean,
-    "nested": Nested,
-    "zero-padding": ZeroPadding,
+    "nested": Mean,
+    "zero-padding": Mean,
     "flora": Flora,
     "fedex": FedEx,
 }

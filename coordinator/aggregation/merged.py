@@ -57,8 +57,6 @@ class _Products(Rule):
 
     def _mean(self) -> State:
         """Of the products, by the names of what is merged, and of the rest, in 64 bits."""
-        if not self.finite():
-            raise LichenError(Code.STATE_MISMATCH, "an update holds values that are not finite")
         if self._weight <= 0:
             raise LichenError(Code.ROUND_FAILED, "no client returned a usable update")
         return {name: total / self._weight for name, total in self._sum.items()}
@@ -74,7 +72,7 @@ class _Products(Rule):
         return {beside(a, MERGED): self._scaling * now[beside(a, B)] @ now[a] for a in now if part_of(a) == A}
 
     def _typed(self, change: State) -> State:
-        """The change in the model's types, which a product of large values may leave."""
+        """The change in the model's types, which a product of large values may leave. Raises STATE_MISMATCH, if a value is not finite."""
         found = {name: tensor.to(self.model[name].dtype) for name, tensor in change.items()}
         check_finite(found)
         return found

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lichen.common.aggregation import update_like
 from lichen.common.codec.layout import Layout
-from lichen.coordinator.aggregation.fedavg import FedAvg
 
 if TYPE_CHECKING:
     import torch
@@ -67,40 +65,3 @@ class Rule(ABC):
     def restart(self) -> State:
         """What is added to other tensors of the model, past the server optimizer, so that the next round starts afresh."""
         return {}
-
-
-class Summed(NamedTuple):
-    """The updates of all clients of one rank."""
-
-    mean: State
-    """Weighted."""
-    weight: float
-    """In all."""
-
-
-class SumRule(Rule):
-    """A rule that needs nothing of the updates but their sum, for each rank."""
-
-    def __init__(self, plan: Plan, round: int, model: State) -> None:
-        super().__init__(plan, round, model)
-        self._sums: dict[int, FedAvg] = {}
-
-    def add(self, update: Payload, weight: float, rank: int) -> None:
-        """Add one client's update."""
-        if rank not in self._sums:
-            self._sums[rank] = FedAvg(self.layout(rank).dtype)
-        self._sums[rank].add(update, weight)
-
-    def finite(self) -> bool:
-        """Whether every value so far is finite."""
-        return all(total.finite() for total in self._sums.values())
-
-    def change(self) -> State:
-        """What `combined` makes of the sums."""
-        sums = self._sums or {self.plan.model.adapter.rank: FedAvg()}
-        self.room = next(iter(sums.values())).mean()
-        return self.combined({rank: Summed(self.layout(rank).split(total.mean()), total.weight) for rank, total in sorted(sums.items())})
-
-    @abstractmethod
-    def combined(self, sums: Mapping[int, Summed]) -> State:
-        """The change of the model, from the mean of each rank."""

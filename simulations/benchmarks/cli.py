@@ -339,7 +339,7 @@ def fleet(
     for row in bench_fleet(rounds, accuracy, _list(modes, str, MODES), plan, settings or []):
         found.append(row)
         if not as_json:
-            reached = f"never reached (best {row['best']})" if row["seconds"] is None else f"after {row['seconds']:.1f} s"
+            reached = f"never reached (best {row['best']:.4f})" if row["seconds"] is None else f"after {row['seconds']:.1f} s"
             over = "" if row["ratio"] is None else f", {row['ratio']:.3f} of plain synchronous (at most {row['target']:g})"
             typer.echo(
                 f"{row['mode']}: {accuracy:g} {reached}{over}; {row['rounds']} rounds of {row['round_s']:.2f} s, {row['updates']} updates, "

@@ -22,9 +22,10 @@ TARGET = 0.6
 """At most this share of plain synchronous rounds' time."""
 USED = 0.75
 """Share of the machine's cores that the workers get together: the rest is for scoring, and for the agents themselves."""
-DEADLINE = 0.35
-"""Of a plain synchronous round, which takes as long as the slow agent."""
-BUFFER = 3
+DEADLINE = 0.5
+"""Of a plain synchronous round, which takes as long as the slow agent. The fast ones must have time to load the model in the first one."""
+FASTEST = 3
+"""Updates of a round of first come, and of a buffered step."""
 MODES = ("synchronous", "deadline", "oversample", "buffered")
 
 
@@ -33,7 +34,8 @@ def bench_fleet(
 ) -> Iterator[dict[str, Any]]:
     """Run a plan with a coordinator and four agents as processes of their own, over mutual TLS, once for each mode.
 
-    All modes make as many updates; scores come every other round, so that scoring holds nobody up.
+    All modes do about as much work: the others than plain rounds, which leave out the slow agent's updates or some of their steps, have
+    more rounds. Scores come every other round, so that scoring holds nobody up.
 
     Args:
         rounds: of the synchronous modes.
@@ -61,13 +63,14 @@ def bench_fleet(
 
 
 def _settings(mode: str, rounds: int, plain: dict[str, Any] | None) -> list[str]:
-    base = ["evaluation.every=2", "aggregation.average_last=1", f"rounds={rounds}"]
+    count = rounds if mode == "synchronous" else -(-rounds * len(SPEEDS) // FASTEST)
+    base = ["evaluation.every=2", "aggregation.average_last=1", f"rounds={count}"]
     round_s = plain["round_s"] if plain else 0.0
     own: dict[str, list[str]] = {
         "synchronous": [],
         "deadline": ["cohort.minimum=1", "local.partial=true", f"cohort.deadline_s={DEADLINE * round_s:.2f}"],
-        "oversample": ["cohort.size=3", "cohort.minimum=3", "cohort.oversample=1.3"],
-        "buffered": ["cohort.mode=buffered", f"cohort.buffer={BUFFER}", "cohort.minimum=1", f"rounds={-(-rounds * 4 // BUFFER)}"],
+        "oversample": [f"cohort.size={FASTEST}", f"cohort.minimum={FASTEST}", "cohort.oversample=1.3"],
+        "buffered": ["cohort.mode=buffered", f"cohort.buffer={FASTEST}", "cohort.minimum=1"],
     }
     return base + own[mode]
 

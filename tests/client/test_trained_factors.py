@@ -43,7 +43,8 @@ def off_start(trainer: Trainer, rank: int = 4) -> dict[str, torch.Tensor]:
     """A state in which no factor is zero."""
     generator = torch.Generator().manual_seed(3)
     start = workbench(trainer.plan).start
-    return cut({name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in start.items()}, rank)
+    whole = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in start.items()}
+    return cut(whole, rank, hold=properties(trainer.plan).holds_rest)
 
 
 def encoded(trainer: Trainer, rows: list[dict[str, Any]]) -> Any:

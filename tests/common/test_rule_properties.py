@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lichen.common.aggregation import MERGED, A, B, beside, cut, part_of, phase_of, properties, rank_of, update_like
+from lichen.common.aggregation import MERGED, RULES, A, B, beside, cut, part_of, phase_of, properties, rank_of, update_like
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel
 from lichen.common.model.export import load_saved, save_model
 from lichen.common.plan import Plan, load_plan, parse_plan
+from lichen.common.privacy.single_backward.fused import fuse_lora
 from lichen.common.privacy.statement import Statement
 from lichen.common.tasks import make_task
 
@@ -59,7 +61,7 @@ def test_an_update_has_the_tensors_that_are_trained(plan_of: Any, rule: str, rou
     model = make_task(plan).build()
     state = model.state()
     rank = 3 if properties(plan).mixed_ranks else 4
-    model.load(cut(state, rank))
+    model.load(cut(state, rank, hold=properties(plan).holds_rest))
     model.train_only(phase_of(plan, round))
     found = {name: parameter.shape for name, parameter in model.active.items()}
     assert {name: tensor.shape for name, tensor in update_like(plan, round, rank, state).items()} == found
@@ -92,6 +94,44 @@ def test_a_model_takes_the_rank_of_its_state_and_computes_as_one_of_that_rank(pl
     assert torch.equal(logits(state), whole), "it grows again"
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_what_is_held_computes_as_the_whole_model_and_is_not_trained(
+    plan_of: Any, tiny_models: Callable[[str], Path], kind: str, precision: str
+) -> None:
+    plan = plan_of("nested", model={"base": str(tiny_models(kind)), "base_precision": precision}, privacy={"unit": "example"})
+    task = make_task(plan)
+    model = task.build()
+    generator = torch.Generator().manual_seed(0)
+    state = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in model.state().items()}
+    batch = task.collate(task.made_up(3), range(3))
+
+    def passed(state: dict[str, torch.Tensor], within: Any = nullcontext) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.load(state)
+        model.network.zero_grad()
+        with within():
+            losses = task.losses(model.network, batch)
+            torch.autograd.backward(losses.sum())
+        return losses.detach(), {name: parameter.grad.clone() for name, parameter in model.trainable.items() if parameter.grad is not None}
+
+    losses, gradients = passed(state)
+    low = cut(state, 1, hold=True)
+    assert not torch.allclose(losses, passed(low | {name: 0 * low[name] for name in low if "held" in name})[0])
+    sums = fuse_lora(model.network)  # the nodes that private training uses as well
+    for within in (nullcontext, sums.use):
+        found, of_low = passed(low, within)
+        torch.testing.assert_close(found, losses, rtol=1e-4, atol=1e-5)
+        for name, gradient in of_low.items():
+            part = part_of(name)
+            expected = gradients[name][:1] if part == A else gradients[name][:, :1] if part == B else gradients[name]
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(passed(state)[0], losses, rtol=1e-4, atol=1e-5)  # at the whole rank it holds nothing
+    for wrong in (cut(state, 1), state | {name: tensor for name, tensor in low.items() if "held" in name}):
+        with pytest.raises(LichenError) as caught:
+            model.load(wrong)
+        assert caught.value.code is Code.STATE_MISMATCH
+
+
 def test_a_state_of_a_larger_rank_or_of_two_is_refused(plan_of: Any) -> None:
     model = make_task(plan_of("flora")).build()
     state = model.state()
@@ -101,9 +141,11 @@ def test_a_state_of_a_larger_rank_or_of_two_is_refused(plan_of: Any) -> None:
         with pytest.raises(LichenError) as caught:
             model.load(wrong)
         assert caught.value.code is Code.STATE_MISMATCH
-    with pytest.raises(LichenError) as caught:
-        cut(state, 5)
-    assert caught.value.code is Code.STATE_MISMATCH
+    flat = {name: tensor.flatten() if B in name else tensor for name, tensor in state.items()}
+    for unfit, rank in ((state, 5), (flat, 2)):
+        with pytest.raises(LichenError) as caught:
+            cut(unfit, rank)
+        assert caught.value.code is Code.STATE_MISMATCH
 
 
 def test_the_fixed_factor_has_orthonormal_rows_that_follow_from_the_seed(plan_of: Any) -> None:
@@ -133,18 +175,17 @@ def test_more_rows_than_a_layer_is_wide_can_not_be_orthonormal(plan_of: Any) -> 
 @pytest.mark.parametrize(
     ("rule", "changes", "reason"),
     [
-        ("rolora", {"model": {"adapter": {"kind": "head"}}}, "is for LoRA"),
+        *((rule, {"model": {"adapter": {"kind": "head"}}}, "is for LoRA") for rule in RULES if rule != "fedavg"),
         ("rolora", {"model": {"adapter": {"kind": "full"}}}, "is for LoRA"),
         ("fedavg", {"simulation": {"ranks": [2, 4]}}, "takes one rank"),
         ("fedex", {"simulation": {"ranks": [2, 4]}}, "takes one rank"),
         ("flora", {"simulation": {"ranks": [2, 3]}}, "the largest of simulation.ranks is 3, model.adapter.rank 4"),
-        ("nested", {"simulation": {"ranks": [1, 1, 1, 1, 4]}, "privacy": {"unit": "example"}}, "fewer than a quarter"),
         ("fedex", {"aggregation": {"learning_rate": 0.5}}, "exact only"),
         ("fedex", {"aggregation": {"optimizer": "fedadam"}}, "exact only"),
         ("flora", CENTRAL, "needs each update"),
         ("fedex", CENTRAL, "needs each update"),
-        ("nested", CENTRAL, "who trained each column, which is secret"),
-        ("zero-padding", CENTRAL, "who trained each column, which is secret"),
+        ("nested", CENTRAL, "is for several ranks"),
+        ("zero-padding", CENTRAL, "is for several ranks"),
     ],
 )
 def test_what_a_rule_can_not_go_with_is_refused(plan_of: Any, rule: str, changes: dict[str, Any], reason: str) -> None:
@@ -160,8 +201,7 @@ def test_what_a_rule_can_not_go_with_is_refused(plan_of: Any, rule: str, changes
     [
         ("ffa", CENTRAL),
         ("rolora", CENTRAL),
-        ("nested", {"simulation": {"ranks": [1, 2, 3, 4]}, "privacy": {"unit": "example"}}),
-        ("nested", {"simulation": {"ranks": [1, 1, 1, 1, 4]}}),
+        ("nested", {"simulation": {"ranks": [1, 1, 1, 1, 4]}, "privacy": {"unit": "example"}}),
         ("flora", {"local": {"prefix_cache": "float32"}}),
         ("fedex", {"local": {"prefix_cache": "float16"}}),
         ("flora", {"aggregation": {"optimizer": "fedadam"}, "privacy": {"unit": "example"}}),

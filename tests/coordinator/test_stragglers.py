@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 from lichen.common import records
 from lichen.common.errors import Code
@@ -213,7 +213,8 @@ def test_its_model_is_the_sum_of_scaled_updates(tmp_path: Path, plan_of: Callabl
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lichen.coordinator.app.BufferedStrategy", Noting)
-        federation, _, watching = run_buffered(tmp_path, plan)
+        federation, result, watching = run_buffered(tmp_path, plan)
+    assert [told.staleness for told in result.rounds] == [sum(one[1] for one in buffer) / len(buffer) for buffer in used]
     start = workbench(plan)[2]
     model = {name: tensor.double() for name, tensor in start.items()}
     trained = Counter[str]()
@@ -270,6 +271,11 @@ def test_what_is_too_stale_is_called_off(tmp_path: Path, plan_of: Callable[..., 
     assert [round for client, _, round in watching.asked if client == "client-2"] == [1, 4, 7]
 
 
+def test_an_update_of_twenty_steps_ago_is_waited_for_and_no_older_one(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    _, result, _ = run_buffered(tmp_path, buffered_plan(plan_of, rounds=23), uneven(1.0, 1.0, 0.001))
+    assert [told.round for told in result.rounds if told.errors] == [22]
+
+
 def test_under_privacy_nobody_trains_more_often_than_the_noise_is_for(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = buffered_plan(plan_of, rounds=3, privacy=PRIVATE, cohort={"buffer": 3})
     _, result, watching = run_buffered(tmp_path, plan, uneven(1.0, 1.0, 0.02))
@@ -286,6 +292,96 @@ def test_who_has_nothing_left_is_not_asked_again(tmp_path: Path, plan_of: Callab
     result = federation.run()
     assert [name for *_, name in federation.asked].count("client-1") == 1
     assert result.status == "finished"
+
+
+def test_updates_are_added_by_client_whoever_was_first(
+    tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: list[list[str]] = []
+
+    class Noting(buffered.BufferedStrategy):
+        def _apply(self, round: int, counted: Any) -> None:
+            applied.append([one.report.client for one in counted])
+            super()._apply(round, counted)
+
+    monkeypatch.setattr("lichen.coordinator.app.BufferedStrategy", Noting)
+    run_buffered(tmp_path, buffered_plan(plan_of, rounds=2, cohort={"buffer": 3}), uneven(0.9, 1.1, 1.0))
+    assert applied == [sorted(SIZES)] * 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda plan, assignment, name, update: (report_of(plan, assignment, name) | {"round": assignment.round + 1}, update),
+        lambda plan, assignment, name, update: (report_of(plan, assignment, name), {key: value[:1] for key, value in update.items()}),
+    ],
+    ids=["a report of another step", "an update of another shape"],
+)
+def test_what_cannot_be_used_takes_no_place_in_the_buffer(tmp_path: Path, plan_of: Callable[..., Plan], wrong: Any) -> None:
+    def act(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
+        update = update_of(records.get_tensors(message.content, None), name, assignment.number)
+        return answer(message, *wrong(plan, assignment, name, update))
+
+    result = Federation(tmp_path, buffered_plan(plan_of, rounds=3), {"client-0": act}, uneven(1.0)).run()
+    assert [told.participants for told in result.rounds] == [2] * 3
+    assert all(told.errors.keys() == {"client-0"} and told.errors["client-0"] for told in result.rounds)
+
+
+def leaving(here: Callable[[int], list[int]], *speeds: float) -> type[InProcessGrid]:
+    """The grid, where the clients of these numbers are connected, by how often it was asked."""
+
+    class Leaving(uneven(*speeds)):  # type: ignore[misc]
+        looked = 0
+
+        def get_node_ids(self) -> list[int]:
+            self.looked += 1
+            every: list[int] = super().get_node_ids()
+            return [every[number] for number in here(self.looked)]
+
+    return Leaving
+
+
+def test_one_client_that_is_left_fills_the_buffer_alone(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    grid = leaving(lambda looked: [0, 1, 2] if looked < 3 else [1], 1.0)
+    _, result, _ = run_buffered(tmp_path, buffered_plan(plan_of, rounds=3), grid)
+    assert [told.participants for told in result.rounds] == [2] * 3
+
+
+def test_under_privacy_who_is_away_for_a_moment_is_waited_for(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = buffered_plan(plan_of, rounds=2, privacy=PRIVATE, cohort={"buffer": 3, "minimum": 2})
+    grid = leaving(lambda looked: [0] if 3 <= looked < 8 else [0, 1, 2], 1.0)
+    _, result, _ = run_buffered(tmp_path, plan, grid)
+    assert all((told.participants or 0) >= 2 for told in result.rounds)
+
+
+def test_who_left_while_busy_takes_no_place(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = buffered_plan(plan_of, rounds=4, cohort={"size": 1, "buffer": 1})
+    asked: list[str] = []
+
+    def act(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
+        asked.append(name)
+        return honest(plan, assignment, message, name)
+
+    # whoever is asked first has left before it answers
+    grid = leaving(lambda looked: [0, 1, 2] if not asked else [n for n in range(3) if f"client-{n}" != asked[0]], 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "_seconds", lambda self, reply: 1e6 if len(asked) == 1 else 1.0)
+        result = Federation(tmp_path, plan, dict.fromkeys(SIZES, act), grid).run()
+    assert result.status == "finished"
+    assert asked[0] not in asked[1:]
+    assert len(asked) >= 5
+
+
+def test_the_last_step_calls_off_what_is_under_way(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    class Noting(SLOW):  # type: ignore[misc, valid-type]
+        def cancel(self, message_ids: Iterable[str]) -> list[str]:
+            withdrawn: list[str] = super().cancel(message_ids)
+            self.withdrawn = withdrawn
+            return withdrawn
+
+    federation, result, _ = run_buffered(tmp_path, buffered_plan(plan_of, rounds=2), Noting)
+    assert result.status == "finished"
+    assert len(federation.grid.withdrawn) == 1, "the slow client's"
 
 
 class Outbox(InProcessGrid):
@@ -320,6 +416,37 @@ class Outbox(InProcessGrid):
 
     def unreleased(self) -> list[Message]:
         return list(self.kept.values())
+
+
+def test_what_a_checkpoint_has_is_not_used_again_and_let_go_of(
+    tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the checkpoint and the outbox's tidying."""
+
+    class Killed(Outbox):
+        def let_go(self, message_ids: Iterable[str], keep: Iterable[str]) -> None:
+            if message_ids:
+                raise KeyboardInterrupt
+            super().let_go(message_ids, keep)
+
+    monkeypatch.setattr(Outbox, "kept", {})
+    monkeypatch.setattr(Outbox, "answers", {})
+    plan = buffered_plan(plan_of, privacy=PRIVATE, rounds=4)
+    watching = Watching()
+    with pytest.raises(KeyboardInterrupt):
+        Federation(tmp_path, plan, dict.fromkeys(SIZES, watching), Killed).run()
+    settled = set(Outbox.answers)
+    assert settled
+    federation = Federation(tmp_path, plan, dict.fromkeys(SIZES, watching), Outbox)
+    # a message of another kind is not its own
+    other = federation.grid.create_message(RecordDict(), records.EVALUATE, 2, "1")
+    Outbox.kept[other.metadata.message_id] = other
+    result = federation.run()
+    assert [told.round for told in result.rounds] == [1, 2, 3, 4]
+    steps = planned_steps(plan, DECLARED).steps
+    assert sum(client.steps // steps for client in result.privacy.clients.values()) == sum(told.participants or 0 for told in result.rounds)
+    assert not settled & Outbox.kept.keys()
+    assert other.metadata.message_id in Outbox.kept
 
 
 @pytest.mark.parametrize("killed_at", range(2, 12))

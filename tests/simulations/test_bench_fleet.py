@@ -75,13 +75,15 @@ def test_the_time_is_that_of_the_rounds_until_the_accuracy() -> None:
     assert fleet._row("buffered", run, 0.98)["seconds"] is None
 
 
-def test_each_modes_plan_is_sound_and_makes_as_many_updates() -> None:
+def test_each_modes_plan_is_sound_and_does_as_much_work() -> None:
     plain = {"round_s": 20.0}
     plans = {mode: load_plan(find_plan("r8-no-privacy"), fleet._settings(mode, 12, plain)) for mode in fleet.MODES}
     assert plans["deadline"].cohort.deadline_s == 20 * fleet.DEADLINE
     assert plans["oversample"].cohort.asked == 4
-    updates = plans["buffered"].rounds * plans["buffered"].cohort.step_updates
-    assert updates == plans["synchronous"].rounds * plans["synchronous"].cohort.size
+    updates = plans["synchronous"].rounds * plans["synchronous"].cohort.size
+    assert updates == plans["buffered"].rounds * plans["buffered"].cohort.step_updates
+    assert updates == plans["oversample"].rounds * plans["oversample"].cohort.size
+    assert plans["deadline"].rounds == 16
 
 
 @pytest.mark.long
@@ -96,9 +98,9 @@ def test_every_mode_runs_with_real_agents_and_tells_its_time(
     file.write_text(yaml.safe_dump(plan), encoding="utf-8")
     rows = {row["mode"]: row for row in fleet.bench_fleet(2, 0.0, fleet.MODES, str(file))}
     assert list(rows) == list(fleet.MODES)
-    assert {row["rounds"] for mode, row in rows.items() if mode != "buffered"} == {2}
+    assert {mode: row["rounds"] for mode, row in rows.items()} == {mode: 2 if mode == "synchronous" else 3 for mode in fleet.MODES}
     assert rows["synchronous"]["updates"] == 8
-    assert (rows["oversample"]["updates"], rows["oversample"]["unneeded"]) == (6, 2)
-    assert (rows["buffered"]["rounds"], rows["buffered"]["updates"], rows["buffered"]["failed"]) == (3, 9, 0)
+    assert (rows["oversample"]["updates"], rows["oversample"]["unneeded"]) == (9, 3)
+    assert (rows["buffered"]["updates"], rows["buffered"]["failed"]) == (9, 0)
     assert rows["synchronous"]["ratio"] is None
     assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["target"] == 0.6 for mode, row in rows.items() if mode != "synchronous")

@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from lichen.common.model.held import add_held, add_held_gradient
 from lichen.common.model.linear import linear, times_weight
 from lichen.common.model.quantized import passing_weight
 from lichen.common.privacy.single_backward.records import dot
@@ -67,7 +68,7 @@ class LoraNode(torch.autograd.Function):
     ) -> torch.Tensor:
         """Input (B, …, d), output (B, …, p). ``dropped`` is what the adapter sees, None where that is ``x``."""
         down, up = a.detach(), b.detach()
-        y = linear(x, passing_weight(base), base.bias, transposed)
+        y = add_held(base, x, linear(x, passing_weight(base), base.bias, transposed))
         low = F.linear(x if dropped is None else dropped, down)
         low = low.mul_(scaling)
         if low.dtype == y.dtype == up.dtype:
@@ -90,7 +91,7 @@ class LoraNode(torch.autograd.Function):
         back = times_weight(gradients, up, False).mul_(ctx.scaling)
         gx = gd = None
         if ctx.needs_input_grad[0]:
-            gx = times_weight(g, passing_weight(ctx.base), ctx.transposed).contiguous()
+            gx = add_held_gradient(ctx.base, g, times_weight(g, passing_weight(ctx.base), ctx.transposed)).contiguous()
             if dropped is None:
                 if gx.dtype == back.dtype == down.dtype:
                     gx.view(-1, gx.shape[-1]).addmm_(back.view(-1, back.shape[-1]), down)
