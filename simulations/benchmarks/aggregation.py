@@ -71,7 +71,7 @@ def bench_aggregation(
             asked = Asked(name, kind, rule, epsilon, full, (f"seed={seed}", *settings))
             plan = plan_of(asked, rounds, equal_bytes=equal_bytes)
             with TemporaryDirectory() as temporary:
-                result = run(plan, (keep or Path(temporary)) / f"{name}-{kind}-{rule}-{epsilon:g}-{seed}", "inprocess")
+                result = run(plan, (keep or Path(temporary)) / f"{name}-{kind}-{rule}-{epsilon:g}-{seed}", "inprocess", workers=None)
             spent = result.privacy.max_epsilon
             if spent is not None and spent > epsilon:
                 raise LichenError(Code.CHECK_FAILED, f"ε = {spent} was spent, {epsilon:g} was the limit", where=f"{rule}, seed {seed}")

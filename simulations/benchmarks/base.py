@@ -155,7 +155,7 @@ def bench_base_r8(
             plan = load_plan(find_plan(scenario), [f"seed={seed}", f"model.base_precision={precision}", *own, *settings])
             with TemporaryDirectory(prefix="lichen-bench-") as temporary:
                 out = (keep or Path(temporary)) / f"{precision}-{seed}"
-                result = run(plan, out, "inprocess")
+                result = run(plan, out, "inprocess", workers=None)
                 found = {over: right_answers(plan.at_precision(over), out) for over in dict.fromkeys(("float32", precision))}
             for over, items in found.items():
                 right.setdefault((precision, over), []).append(items)

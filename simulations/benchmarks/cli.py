@@ -409,7 +409,7 @@ def rules(
     ranks: Annotated[str, typer.Option(help="same, mixed; commas between them.")] = "same,mixed",
     rule: Annotated[str, typer.Option(help="Those to run, commas between them; left out, all that are meant for such ranks.")] = "",
     seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0,1,2",
-    epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf,8",
+    epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "8",
     rounds: Annotated[int | None, typer.Option(min=1, help="Of fedavg; left out, the scenario's.")] = None,
     equal_bytes: Annotated[
         bool, typer.Option("--equal-bytes/--equal-rounds", help="Rules that send half a round have twice the rounds, or as many.")

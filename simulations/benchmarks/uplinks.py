@@ -64,7 +64,7 @@ def bench_uplinks(
                 plan = load_plan(find_plan(scenario), [f"seed={seed}", f"aggregation.rule={rule}", *_transfer(codec), *settings])
                 with TemporaryDirectory(prefix="lichen-bench-") as temporary:
                     out = (keep or Path(temporary)) / f"{rule}-{codec}-{seed}"
-                    result = run(plan, out, "inprocess")
+                    result = run(plan, out, "inprocess", workers=None)
                     right.setdefault((rule, codec), []).append(right_answers(plan, out))
                 row = {"rule": rule, "codec": codec, "seed": seed, "accuracy": (result.final or {})["accuracy"]}
                 row |= {"up_bits": result.transfer.bits_per_parameter, **_to_target(result)}
