@@ -42,8 +42,8 @@ _RENEWAL_EVERY = 3600.0
 _DECISION_EVERY = 0.5
 _HELD = 0.9  # share of the deadline that a message waits for a person: an answer after the deadline would tell nobody anything
 _MORE_MEMORY = "Raise memory_mb in policy.yaml (or --memory), or ask for shorter texts or a smaller adapter."
-_LOADING = 3.0  # deadlines more, after which a worker that should have stopped by itself is taken to hang
-_WORK = {records.TRAIN: "training", records.EVALUATE: "evaluating"}
+_LOADING = 3.0  # deadlines more, for a worker that may still be loading its model, and then is ready for later rounds
+_WORK: dict[str, State] = {records.PREPARE: "preparing", records.TRAIN: "training", records.EVALUATE: "evaluating"}
 
 
 class Agent:
@@ -150,17 +150,22 @@ class Agent:
         await asyncio.to_thread(self._locks.hold_data)
         if plan.private:
             await asyncio.to_thread(self._witness.check)
-        work = _WORK[message.metadata.message_type]
+        kind = message.metadata.message_type
+        work = _WORK[kind]
         log.info("%s, round %d of %s", work, assignment.round, plan.name)
         self._status.change(state=work)
         limits, until = self._limits.tightened(policy), began + plan.cohort.deadline_s
         self._hardware.limits = limits
-        if message.metadata.message_type == records.TRAIN:
+        longer = _LOADING * plan.cohort.deadline_s
+        if kind == records.PREPARE:  # the round does not wait for it
+            until += longer
+        if kind != records.EVALUATE:
             await self._measure(message, plan, assignment, policy, until)
+        if kind == records.TRAIN:
             self._keep_to_time(message, plan, assignment, until)
+            if plan.local.partial:  # it ends in time by itself
+                until += longer
         records.spend_time(message, loop.time() - began)
-        if plan.local.partial:  # it ends in time by itself; one that still loads its model gets to keep it for later rounds
-            until += _LOADING * plan.cohort.deadline_s
         return await self._have_done(message, plan, assignment, limits, until)
 
     async def _have_done(self, message: Message, plan: Plan, assignment: records.Assignment, limits: Limits, until: float) -> Message:
@@ -317,7 +322,7 @@ def _probe(message: Message) -> Message:
         message_id=metadata.message_id,
         src_node_id=metadata.src_node_id,
         dst_node_id=metadata.dst_node_id,
-        message_type=records.QUERY,
+        message_type=records.PROBE,
         group_id=metadata.group_id,
     )
 

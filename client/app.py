@@ -87,7 +87,13 @@ def evaluate(message: Message, context: Context) -> Message:
     return _serve_alone(message, context, _evaluate)
 
 
-@app.query()  # type: ignore[untyped-decorator]
+@app.query("prepare")  # type: ignore[untyped-decorator]
+def prepare(message: Message, context: Context) -> Message:
+    """Load the plan's model and the node's rows, so that no round's time goes for it; the reply holds nothing."""
+    return _serve_alone(message, context, _prepare)
+
+
+@app.query("probe")  # type: ignore[untyped-decorator]
 def probe(message: Message, context: Context) -> Message:
     """Time the plan's training on made-up text; the reply holds a `ProbeReport`."""
     return _serve_alone(message, context, _probe)
@@ -355,6 +361,13 @@ def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving
         report = records.EvaluateReport(client=node.name, round=round, counts=counts, noise_multiplier=segment.noise_multiplier)
     records.check_release(report, private=plan.private)
     return RecordDict({"report": records.to_config(report)})
+
+
+def _prepare(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:
+    yield from ()  # it asks for no training
+    own = own_plan(plan, asked.assignment, node.rows)
+    _rows(node, own, "train", trainer_of(own))
+    return RecordDict()
 
 
 def _probe(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:

@@ -17,7 +17,7 @@ STATUS = "status.json"
 CLOCK_OFF = 60.0  # seconds beyond which a clock is wrong, and its owner told
 PAUSED = "paused"
 
-State = Literal["stopped", "connecting", "idle", "paused", "waiting", "training", "evaluating"]
+State = Literal["stopped", "connecting", "idle", "paused", "waiting", "preparing", "training", "evaluating"]
 
 
 @dataclass(frozen=True)

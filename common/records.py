@@ -39,7 +39,10 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _REFERENCE_BYTES = _DIGEST_BYTES + 8
 MOST = 2**40
 """More rows than a node can hold: a larger count is a mistake or an attack."""
-TRAIN, EVALUATE, QUERY = "train", "evaluate", "query"
+TRAIN, EVALUATE = "train", "evaluate"
+PREPARE = "query.prepare"
+"""To load what a plan needs; an agent's own question to its worker, how fast it trains, is `PROBE`."""
+PROBE = "query.probe"
 
 
 class Rule(Enum):

@@ -131,7 +131,9 @@ def main(grid: Grid, context: Context) -> None:
         profiles = getattr(grid, "profile_of", None)  # other grids carry none
         assign = Assigner(plan, own.model, profiles, grid.name_of).of if profiles else None
         kind = BufferedStrategy if plan.cohort.mode == "buffered" else FederatedStrategy
-        strategy = kind(plan, directory, result, own, spool, getattr(grid, "name_of", None), beside=beside, assign=assign)
+        strategy = kind(
+            plan, directory, result, own, spool, getattr(grid, "name_of", None), beside=beside, assign=assign, prepare=bool(profiles)
+        )
         content = RecordDict()
         records.put_tensors(content, own.start, spool)
         strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -58,6 +59,28 @@ class Messages:
         self._plan, self._name, self._assign = plan, name, assign
         self._downlink, self._cohorts, self._updates = downlink, cohorts, updates
 
+    def prepare(self, nodes: Iterable[int], round: int, timeout: float, grid: Grid, state: ServerState, wanted: int | None = None) -> None:
+        """Have nodes load what the plan needs, and tell how fast they are, before a round's time counts; who fails is asked all the same.
+
+        Args:
+            nodes: whom the round will ask.
+            round: that one.
+            timeout: seconds, after which the round begins without the others.
+            grid: the way there.
+            state: before the round.
+            wanted: so many that are ready are enough, where the grid can call the others off.
+        """
+        assignment = self.assignment(records.PREPARE, round, state)
+        messages = []
+        for node in nodes:
+            own = self._assign(node, 0) if self._assign else {}
+            content = RecordDict({"assignment": records.to_config(assignment.model_copy(update=own))})
+            messages.append(grid.create_message(content, records.PREPARE, node, str(round)))
+        began = time.monotonic()
+        replies, _ = _answers(messages, timeout, grid, lambda reply: not reply.has_error(), wanted)
+        ready = sum(not reply.has_error() for reply in replies)
+        log.info("round %d: %d of %d nodes are ready, after %.1f s", round, ready, len(messages), time.monotonic() - began)
+
     def to_nodes(
         self, kind: str, nodes: Iterable[int], arrays: ArrayRecord, grid: Grid, told: Round, state: ServerState
     ) -> Iterator[Message]:
@@ -101,24 +124,14 @@ class Messages:
         self, messages: list[Message], timeout: float, grid: Grid, told: Round, state: ServerState, wanted: int | None = None
     ) -> list[Message]:
         """The answers until the deadline, or until ``wanted`` of them bear usable updates, where the grid can call the others off."""
-        usable = 0
-
-        def enough(reply: Message) -> bool:
-            nonlocal usable
-            usable += self._updates.is_usable(reply, told.round, state.model)
-            return usable == wanted
-
-        if wanted is not None and len(messages) > wanted and isinstance(grid, CallsOff):
-            replies = grid.until_enough(messages, timeout, enough)
-        else:
-            replies = list(grid.send_and_receive(messages, timeout=timeout))
+        replies, enough = _answers(messages, timeout, grid, lambda reply: self._updates.is_usable(reply, told.round, state.model), wanted)
         sent = {message.metadata.dst_node_id: message for message in messages}
         for reply in replies:
             self.arrived(reply, sent[reply.metadata.src_node_id], state)
         late = sent.keys() - {reply.metadata.src_node_id for reply in replies}
-        if usable == wanted and late:
+        if enough and late:
             told.unneeded = len(late)
-            log.info("round %d: %d updates are there, so %d clients are called off", told.round, usable, len(late))
+            log.info("round %d: %d updates are there, so %d clients are called off", told.round, wanted, len(late))
             return replies
         for node in sorted(late):
             note_failure(told, self._name(node), None, "no answer within the deadline")
@@ -130,3 +143,19 @@ class Messages:
         self._downlink.arrived(client, state, asked)
         if reply.has_error() and reply.error.code == Code.PRIVACY_BUDGET:
             self._cohorts.drop_out(asked.metadata.message_type, client, state)
+
+
+def _answers(
+    messages: list[Message], timeout: float, grid: Grid, counts: Callable[[Message], bool], wanted: int | None
+) -> tuple[list[Message], bool]:
+    """The replies until the deadline, and whether ``wanted`` of them counted; then, where the grid can, the others were called off."""
+    if wanted is None or len(messages) <= wanted or not isinstance(grid, CallsOff):
+        return list(grid.send_and_receive(messages, timeout=timeout)), False
+    found = 0
+
+    def enough(reply: Message) -> bool:
+        nonlocal found
+        found += counts(reply)
+        return found == wanted
+
+    return grid.until_enough(messages, timeout, enough), found == wanted

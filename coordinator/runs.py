@@ -36,7 +36,8 @@ class RunGrid(GrpcGrid):
         """Push messages and return their replies up to the one with which ``enough`` is true; other nodes are told not to begin."""
         pushed = list(messages)
         ids = self.push_messages(pushed)
-        self._let_go({message.metadata.group_id for message in pushed})
+        if any(offered_refs(message) for message in pushed):  # others don't tell which models are still needed
+            self._let_go({message.metadata.group_id for message in pushed})
         replies = []
         for reply in self.replies(ids, timeout):
             replies.append(reply)

@@ -50,6 +50,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         beside: whether a model is scored in a thread of its own while the next round runs. Only sound where no client trains in this
             process, on the evaluator's model.
         assign: what one node is asked otherwise than the plan says, by its id and the payload's bytes (`Assigner.of`).
+        prepare: whether nodes load what the plan needs before the first round's time counts: they are machines of their own.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         *,
         beside: bool = False,
         assign: Callable[[int, int], dict[str, Any]] | None = None,
+        prepare: bool = False,
     ) -> None:
         self.plan = plan
         self.directory = directory
@@ -70,6 +72,9 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.state: ServerState
         self._told: Round
         self._used: list[int] = []
+        self._unprepared = prepare
+        # a Poisson cohort is never cut short, however many were drawn
+        self._enough = plan.cohort.size if plan.cohort.oversample > 1 else None
         self._evaluator = evaluator
         self._spool = spool
         self._name: Callable[[int], str] = name_of or str
@@ -143,9 +148,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         began = time.monotonic()
         self._told = Round(round=number, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
         messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
-        # a Poisson cohort is never cut short, however many were drawn
-        wanted = self.plan.cohort.size if self.plan.cohort.oversample > 1 else None
-        self.aggregate_train(number, self._messages.ask(messages, timeout, grid, self._told, self.state, wanted))
+        self.aggregate_train(number, self._messages.ask(messages, timeout, grid, self._told, self.state, self._enough))
         self._add_to_average(number, num_rounds)
         every = self.plan.evaluation.federated_every
         # only then, since to write a model takes the disk's time
@@ -173,7 +176,14 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         if nodes is None:
             nodes = self._cohorts.choose(server_round, grid, self.state)
             self.directory.save_cohort(server_round, nodes)
+            self._prepare(server_round, nodes, grid)
         return self._messages.to_nodes(records.TRAIN, nodes, arrays, grid, self._told, self.state)
+
+    def _prepare(self, number: int, nodes: Iterable[int], grid: Grid) -> None:
+        """Before the first round that is begun since the start: later ones find most nodes ready, and wait for nobody who is not."""
+        if self._unprepared:
+            self._messages.prepare(nodes, number, self.plan.cohort.deadline_s, grid, self.state, self._enough)
+        self._unprepared = False
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the usable updates, and step the model.

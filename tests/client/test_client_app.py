@@ -240,13 +240,34 @@ def test_an_assignment_that_the_plan_does_not_permit_is_refused_before_it_is_cha
     assert not (home / "ledger.sqlite").exists()
 
 
-# --- the probe, and memory --------------------------------------------------------------------------------------------------------
+# --- getting ready, the probe, and memory -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_who_gets_ready_has_model_and_rows_for_the_first_round_and_tells_nothing(
+    home: Path, plan_of: Callable[..., Plan], private: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "policy.yaml").write_text("unnoised_updates_to_coordinator: allow\n")
+    assert not [*leaves(ask(home, plan_of(private), kind=records.PREPARE))]
+    for name in ("load", "make_task"):
+        monkeypatch.setattr(client_app if name == "load" else tasks, name, None)
+    assert report_of(ask(home, plan_of(private)))["round"] == 1, "nothing is read or built again"
+    if private:
+        with Ledger(home) as ledger:
+            assert [entry.run for entry in ledger.entries()] == ["7"], "the training alone was charged"
+
+
+def test_who_can_not_get_ready_says_why_by_its_number(tmp_path: Path, home: Path, plan_of: Callable[..., Plan]) -> None:
+    (tmp_path / "empty").mkdir()
+    bare_number(ask(tmp_path / "empty", plan_of(), kind=records.PREPARE), Code.DATA_NOT_FOUND)
+    (home / "policy.yaml").write_text("privacy: {max_epsilon: .1}\n")
+    bare_number(ask(home, plan_of(), kind=records.PREPARE), Code.POLICY_REFUSED)
 
 
 @pytest.mark.parametrize("private", [False, True])
 def test_the_probe_tells_a_rounded_speed_and_reads_no_row(tmp_path: Path, plan_of: Callable[..., Plan], private: bool) -> None:
     (tmp_path / "policy.yaml").write_text("unnoised_updates_to_coordinator: allow\n")  # a home without data
-    reply = ask(tmp_path, plan_of(private), kind=records.QUERY)
+    reply = ask(tmp_path, plan_of(private), kind=records.PROBE)
     assert set(leaves(reply)) == {("report", "format"), ("report", "tokens_per_s")}
     assert report_of(reply)["tokens_per_s"] == rounded(report_of(reply)["tokens_per_s"])
     assert not (tmp_path / "ledger.sqlite").exists(), "nothing is charged"
@@ -254,7 +275,7 @@ def test_the_probe_tells_a_rounded_speed_and_reads_no_row(tmp_path: Path, plan_o
 
 def test_an_owner_can_keep_the_speed_in(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     (tmp_path / "policy.yaml").write_text("profile: false\n")
-    bare_number(ask(tmp_path, plan_of(), kind=records.QUERY), Code.POLICY_REFUSED)
+    bare_number(ask(tmp_path, plan_of(), kind=records.PROBE), Code.POLICY_REFUSED)
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,9 @@ async def test_one_process_serves_rounds_and_prints_nothing_into_the_protocol(
             report = records.from_config(records.TrainReport, message.content.config_records["report"])
             assert (report.client, report.round, report.declared_size) == ("clinic-a", number, 32)
             assert records.get_update(message.content, home / "spool", uplink_codec(private_plan.transfer.uplink), start).count
-        probed = await ask(worker, assign(home, private_plan, 2, kind=records.QUERY))
+        probed = await ask(worker, assign(home, private_plan, 2, kind=records.PROBE))
         assert records.from_config(records.ProbeReport, probed.content.config_records["report"]).tokens_per_s > 0
-        unknown = await ask(worker, assign(home, private_plan, 3, kind=f"{records.QUERY}.other"))
+        unknown = await ask(worker, assign(home, private_plan, 3, kind="query.other"))
         assert unknown.error.code == Code.INTERNAL
         assert not unknown.error.reason
         assert worker.pid == pid

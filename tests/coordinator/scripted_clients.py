@@ -55,6 +55,8 @@ def answer(message: Message, report: dict[str, Any], update: State | None) -> Me
 
 
 def honest(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
+    if message.metadata.message_type == records.PREPARE:
+        return records.reply(message, RecordDict())
     if message.metadata.message_type == records.EVALUATE:
         about: dict[str, Any] = {"format": 1, "client": name, "round": assignment.round, "counts": [4.0, 1.0, 0.0] * CLASSES}
         about |= {"noise_multiplier": planned_evaluation(plan).noise_multiplier} if plan.private else {"loss_sum": 9.0}
@@ -85,6 +87,7 @@ class Federation:
 
         app.train()(act)
         app.evaluate()(act)
+        app.query("prepare")(act)
         self.grid = grid(app, [root / "simulation" / name for name in SIZES], 7)
 
     def run(self) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 import time
@@ -501,6 +502,35 @@ def test_a_late_node_is_left_out_and_not_waited_for_a_second_time(tmp_path: Path
     assert (told.participants, told.failed, told.errors) == (2, 1, {WRONG: None})
     assert [name for kind, _, name in federation.asked if kind == "evaluate"] == ["client-1", "client-2"]
     close(federation.model(), expected(plan, 1, SIZES.keys() - {WRONG}))
+
+
+class Machines(InProcessGrid):
+    """Its clients are machines of their own, which may tell what they can do."""
+
+    def profile_of(self, node: int) -> None:
+        return None
+
+
+def test_machines_get_ready_before_the_first_round_and_who_can_not_is_asked_all_the_same(
+    tmp_path: Path, plan_of: Callable[..., Plan]
+) -> None:
+    def unready(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
+        act = failing(Code.MODEL_NOT_FOUND) if message.metadata.message_type == records.PREPARE else honest
+        return act(plan, assignment, message, name)
+
+    federation = Federation(tmp_path, plan_of(rounds=2), {WRONG: unready}, grid=Machines)
+    assert [(told.participants, told.errors) for told in federation.run().rounds] == [(3, {}), (3, {})]
+    kinds = [(kind, number) for kind, number, _ in federation.asked]
+    assert kinds == [(records.PREPARE, 1)] * 3 + [(records.TRAIN, 1)] * 3 + [(records.TRAIN, 2)] * 3
+
+
+def test_a_first_round_that_takes_the_first_to_come_does_not_wait_until_all_are_ready(
+    tmp_path: Path, plan_of: Callable[..., Plan], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    federation = Federation(tmp_path, plan_of(cohort={"size": 2, "oversample": 1.5}), grid=Machines)
+    assert federation.run().rounds[0].participants == 2
+    assert "round 1: 2 of 3 nodes are ready" in caplog.text
 
 
 # --- federated evaluation ---

@@ -37,6 +37,7 @@ from lichen.common.channel.refusal import explain
 from lichen.common.channel.spool import Spool
 from lichen.common.cli import main
 from lichen.common.errors import Code, LichenError
+from lichen.common.records import PREPARE
 from lichen.common.result import read_result
 from lichen.coordinator.admin import make_request
 from lichen.coordinator.home import Home
@@ -114,12 +115,14 @@ class Agent:
         mailbox.close()
 
     def _handle(self, message: Message) -> Message:
-        while self.hold.is_set() or message.metadata.group_id == self.hold_round:
+        works = message.metadata.message_type != PREPARE
+        while works and (self.hold.is_set() or message.metadata.group_id == self.hold_round):
             self.held.set()
             time.sleep(0.01)
         config: dict[str, Any] = {"home": str(self.home), "name": self.identity.name, "spool": str(self.spool.directory)}
         context = Context(message.metadata.run_id, message.metadata.dst_node_id, config, RecordDict(), {})
-        self.trained[key(message)] += 1
+        if works:
+            self.trained[key(message)] += 1
         with TRAINING:
             return client_app(message, context)
 

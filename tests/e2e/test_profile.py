@@ -131,8 +131,10 @@ def test_the_profile_arrives_and_a_slow_node_is_asked_for_the_steps_that_it_has_
     tokens = plan["local"]["batch_size"] * plan["task"]["max_length"]
     assert f"node is asked {{'steps': {int(SHARE * DEADLINE * SLOW / tokens)}}}" in world.log("coordinator")
 
-    # another training: its speed is known to the node alone before the first answer, so it lowers the steps itself
+    # another training: its speed is told while the node gets ready, before its steps are chosen
     assert world.run(other).rounds[0].participants == 1
+    tokens = 4 * plan["task"]["max_length"]
+    assert f"node is asked {{'steps': {int(SHARE * DEADLINE * SLOW / tokens)}}}" in world.log("coordinator")
     assert world.log("node").count("probing") == 1, "once for a training whose speed was not known"
 
     policy = world.folder / "node" / "policy.yaml"
