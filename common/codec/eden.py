@@ -21,7 +21,7 @@ from lichen.common.codec import levels
 from lichen.common.codec.codec import LARGEST, SMALLEST, Array, Codec, Payload, check_scales
 from lichen.common.codec.layout import Flat, Floats, check_range, room
 from lichen.common.codec.packing import Bytes, Lookup, pack
-from lichen.common.codec.rotation import BLOCK, GROUP, SIDE, hadamard, hadamard_of, signs, sums
+from lichen.common.codec.rotation import BLOCK, GROUP, SIDE, hadamard, hadamard_of, hadamard_of_integers, signs, sums
 
 
 class Eden(Codec):
@@ -37,7 +37,7 @@ class Eden(Codec):
         self.bits = self._set_parameter(bits, 1, 8)
         self._codes = levels.cells(bits)
         self._levels = levels.levels(bits)[self._codes]
-        self.lookup = Lookup(levels.levels(bits), bits)
+        self.lookup = Lookup(levels.levels(bits) * levels.GRID, bits)
 
     def group_length(self, width: int, size: int = BLOCK) -> int:
         """Bytes of so many blocks of a size."""
@@ -70,10 +70,13 @@ class Eden(Codec):
             norms = np.sqrt(sums(np.square(rotated, dtype=np.float64), width))
             check_range(norms.max() / root, LARGEST)
         used = norms > SMALLEST * root
-        gains = np.divide(root, norms, out=np.zeros(width), where=used).astype(np.float32)
-        normal = (rotated.reshape(SIDE, -1) * np.tile(gains, len(rotated) // SIDE // width)).reshape(-1)
-        cells = (normal * levels.CELLS_PER_UNIT + levels.MIDDLE).astype(np.intp)
-        along = sums(normal * self._levels.take(cells, mode="clip"), width)
+        gains = np.divide(root, norms, out=np.zeros(width), where=used)
+        of_cells = np.tile((gains * levels.CELLS_PER_UNIT).astype(np.float32), len(rotated) // SIDE // width)
+        places = rotated.reshape(SIDE, -1) * of_cells
+        places += levels.MIDDLE
+        cells = places.reshape(-1).astype(np.intp)
+        rotated *= self._levels.take(cells, mode="clip")
+        along = sums(rotated, width) * gains
         yield np.divide(norms, along, out=np.zeros(width), where=used).astype("<f4")
         yield pack(self._codes.take(cells, mode="clip"), self.bits)
 
@@ -99,13 +102,13 @@ class EdenPayload(Payload):
     def values(self, part: int) -> torch.Tensor:
         """One group's values, by rows."""
         if part == self._groups:
-            ends = (hadamard_of(self._codec.lookup(packed) * (scale / root)) for scale, packed, root in self._tail())
+            ends = (hadamard_of(self._codec.lookup(packed)) * (scale / (root * levels.GRID)) for scale, packed, root in self._tail())
             return torch.from_numpy(np.concatenate([values * self._signs[: len(values)] for values in ends]))
         scales, packed = self._group(part)
         values = self._codec.lookup(packed)
-        values.reshape(SIDE, -1)[...] *= np.tile(scales / SIDE, SIDE)
-        values = hadamard(values, room(len(values)))
+        values = hadamard_of_integers(values, room(len(values)))
         values *= self._signs[: len(values)]
+        values.reshape(SIDE, -1)[...] *= np.tile(scales / (SIDE * levels.GRID), SIDE)
         return torch.from_numpy(values)
 
     def places(self, flat: torch.Tensor, part: int) -> list[torch.Tensor]:

@@ -77,7 +77,9 @@ class Flat:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.layout = Layout.of(tensors)
         self.count = self.layout.count
-        self._tensors = [tensors[name].detach().cpu().reshape(-1) for name, _, _ in self.layout.tensors]
+        flat = (tensors[name].detach().cpu().reshape(-1) for name, _, _ in self.layout.tensors)
+        # those of 32 bits as arrays, whose pieces cost less to take; the others become such piece by piece
+        self._tensors = [tensor.numpy() if tensor.dtype == torch.float32 else tensor for tensor in flat]
 
     def read(self, start: int, into: Floats) -> None:
         """Fill ``into`` with the values from ``start`` on, and with zeros beyond the end."""
@@ -85,7 +87,7 @@ class Flat:
         while done < len(into) and number < len(self._tensors):
             begin = start + done - self.layout.starts[number]
             piece = self._tensors[number][begin : begin + len(into) - done]
-            into[done : done + len(piece)] = piece.to(torch.float32).numpy()
+            into[done : done + len(piece)] = piece if isinstance(piece, np.ndarray) else piece.to(torch.float32).numpy()
             done += len(piece)
             number += 1
         into[done:] = 0

@@ -21,6 +21,11 @@ def _masks(lane: int, width: int) -> tuple[np.uint64, np.uint64]:
 
 def pack(codes: Bytes, bits: int) -> Bytes:
     """Pack codes below 2^bits (shape (8m), contiguous) into bytes (shape (m·bits))."""
+    while bits < 8 and 8 % bits == 0:  # whole codes in a byte: two bytes become one
+        pairs = codes.view("<u2")
+        codes, bits = (pairs | pairs >> np.uint16(8 - bits)).astype(np.uint8), 2 * bits
+    if bits == 8:
+        return codes
     words = codes.view("<u8")
     for lane in _LANES:
         width = bits * lane // 8

@@ -1,6 +1,7 @@
 """A rotation after which the values of a block look normally distributed: random signs, then a Hadamard transform.
 
-Every sum is an addition of two arrays, in an order that is written here: unlike a matrix product, the same bits on every machine.
+The sums are the same bits on every machine: additions of two arrays, in an order that is written here, or of integers that are so small
+that they are exact in any order, and a matrix product may add them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import torch
 
 from lichen.common.codec.layout import Floats, room
 
@@ -48,6 +50,25 @@ def hadamard(values: Floats, spare: Floats) -> Floats:
     return spare
 
 
+def hadamard_of_integers(values: Floats, spare: Floats) -> Floats:
+    """`hadamard` of integers whose magnitudes add up to less than 2^24 in each block: the same, in half the time.
+
+    Args:
+        values: as there; they are overwritten.
+        spare: as large.
+
+    Returns:
+        ``spare``, with the result.
+    """
+    width = len(values) // BLOCK
+    here, there = torch.from_numpy(values), torch.from_numpy(spare)
+    rows, other = here.view(SIDE, -1), there.view(SIDE, -1)
+    torch.mm(_MATRIX, rows, out=other)
+    here.view(SIDE, SIDE, width).copy_(there.view(SIDE, SIDE, width).transpose(0, 1))
+    torch.mm(_MATRIX, rows, out=other)
+    return spare
+
+
 def _over_rows(values: Floats, spare: Floats) -> None:
     for stride in (32, 16, 8, 4, 2, 1):  # six steps: the result is in ``values`` again
         source, target = values.reshape(32 // stride, 2, -1), spare.reshape(32 // stride, 2, -1)
@@ -72,3 +93,6 @@ def sums(terms: Floats, width: int) -> Floats:
         half = len(terms) // 2
         terms = terms[:half] + terms[half:]
     return terms
+
+
+_MATRIX = torch.from_numpy(np.stack([hadamard_of(row) for row in np.eye(SIDE, dtype=np.float32)]))

@@ -73,4 +73,6 @@ class FedAvg:
                 self._finite = False
                 return
             for mean, values in placed(first, self._mean, part, total):
-                torch.mul(values.add_(mean, alpha=before) if before else values, 1 / self.weight, out=mean)
+                if before:
+                    values.add_(mean.to(torch.float64), alpha=before)
+                mean.copy_(values.mul_(1 / self.weight))

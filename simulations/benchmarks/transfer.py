@@ -128,4 +128,4 @@ def _add(payload: Payload, total: torch.Tensor) -> None:
     """As the coordinator adds."""
     for part, values in sums([(payload, 1.0)]):
         for view, piece in placed(payload, total, part, values):
-            view.copy_(piece.add_(view))
+            view.copy_(piece.add_(view.to(torch.float64)))

@@ -260,6 +260,20 @@ def test_the_rotation_is_a_hadamard_matrix() -> None:
         assert (place == 0) == (found == 1).all()
 
 
+@pytest.mark.parametrize("width", [1, 3, 32])
+def test_a_matrix_product_of_levels_is_the_same_rotation_to_the_bit(width: int) -> None:
+    """Also of codes that no encoder writes: all the largest, or all but some."""
+    outermost = max(float(levels.levels(bits)[-1]) for bits in range(1, 9)) * levels.GRID
+    assert outermost.is_integer()
+    assert outermost * rotation.BLOCK < 2**24, "every sum is exact in 32-bit floats"
+    generator = np.random.default_rng(width)
+    drawn = (levels.levels(4) * levels.GRID)[generator.integers(0, 16, rotation.BLOCK * width)]
+    largest = np.full(rotation.BLOCK * width, outermost, np.float32)
+    for values in (drawn, largest, np.where(drawn > 0, largest, -largest)):
+        expected = rotation.hadamard(values.copy(), np.empty_like(values))
+        assert np.array_equal(rotation.hadamard_of_integers(values.copy(), np.empty_like(values)), expected)
+
+
 def test_signs_are_fair_and_another_seeds_are_others() -> None:
     one, other = (rotation.signs(seed, 32) for seed in (1, 2**64 - 1))
     assert (np.abs(one) == 1).all()
@@ -286,7 +300,7 @@ def test_the_levels_are_lloyds_and_max(bits: int) -> None:
     found = levels.levels(bits).astype(np.float64)
     borders = np.concatenate([[-np.inf], (found[1:] + found[:-1]) / 2, [np.inf]])
     means = -np.diff(norm.pdf(borders)) / np.diff(norm.cdf(borders))
-    assert np.abs(found - means).max() < 5e-4, "each level is the mean of what is nearest to it"
+    assert np.abs(found - means).max() < 0.6 / levels.GRID, "each level is the mean of what is nearest to it"
     places = np.arange(-6, 6, 1 / 4096)
     cells = levels.cells(bits)[np.floor(places * levels.CELLS_PER_UNIT).astype(int) + levels.MIDDLE]
     nearest = np.abs(places[:, None] - found).min(1)
@@ -333,10 +347,10 @@ def expected_of(weighted: list[tuple[Payload, float]], layout: Layout) -> torch.
 # --- it repeats ----------------------------------------------------------------------------------------------------------------
 
 PINNED = {
-    "eden-1": "27715c87647c8e7c",
-    "eden-3": "0f891b391d5ce506",
-    "eden-4": "b5ef3bb69d256356",
-    "eden-8": "d4c169381c7ff735",
+    "eden-1": "3b67015aa048741f",
+    "eden-3": "2299e2e53682d19d",
+    "eden-4": "ae29c3a84c1bad25",
+    "eden-8": "a20aec09b3c0b700",
     "blockwise-8": "db610a1e74631f32",
     "blockwise-4": "f60187ec8f98c03c",
     "topk": "575d469a06afbcbc",
