@@ -50,7 +50,10 @@ class Payload(ABC):
 
     @abstractmethod
     def values(self, part: int) -> torch.Tensor:
-        """One part's values, in 32-bit floats (one dimension), in the order of `places`; there may be more than these take."""
+        """One part's values, in 32-bit floats (one dimension), in the order of `places`; there may be more than these take.
+
+        They may lie where the next call in this thread, of any payload, puts its own.
+        """
 
     def places(self, flat: torch.Tensor, part: int) -> list[torch.Tensor]:
         """Where a part's values lie in a flat vector (shape (count)): views of it."""
@@ -77,17 +80,19 @@ def sums(weighted: Sequence[tuple[Payload, float]]) -> Iterator[tuple[int, torch
     """The weighted sum of payloads of one codec and count, a part at a time, in 64 bits; each value is summed in the order given.
 
     Yields:
-        The part's number, and its sum, in the order of `Payload.places`; it may be overwritten.
+        The part's number, and its sum, in the order of `Payload.places`; it may be overwritten, and the next part is summed in its place.
     """
-    for part in range(weighted[0][0].parts):
-        total: torch.Tensor | None = None
-        for payload, weight in weighted:
-            # copied first: a sum of two types takes twice the time
-            values = payload.values(part).to(torch.float64, copy=True)
-            # with weights that count rows, a product is exact in 64 bits: not even a fused multiply-add makes a difference
-            total = values.mul_(weight) if total is None else total.add_(values, alpha=weight)
-        if total is not None:
-            yield part, total
+    total = torch.empty(0, dtype=torch.float64)
+    (first, own), *others = weighted
+    for part in range(first.parts):
+        values = first.values(part)
+        if len(values) != len(total):
+            total = torch.empty(len(values), dtype=torch.float64)  # for many parts: a new one would be new pages, for each
+        # with weights that count rows, a product is exact in 64 bits: not even a fused multiply-add makes a difference
+        total.copy_(values).mul_(own)
+        for payload, weight in others:
+            total.add_(payload.values(part), alpha=weight)
+        yield part, total
 
 
 class Codec(ABC):

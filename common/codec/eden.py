@@ -19,7 +19,7 @@ import torch
 
 from lichen.common.codec import levels
 from lichen.common.codec.codec import LARGEST, SMALLEST, Array, Codec, Payload, check_scales
-from lichen.common.codec.layout import Flat, Floats, check_range, room
+from lichen.common.codec.layout import Flat, Floats, check_range, room, scratch
 from lichen.common.codec.packing import Bytes, Lookup, pack
 from lichen.common.codec.rotation import BLOCK, GROUP, SIDE, hadamard, hadamard_of, hadamard_of_integers, signs, sums
 
@@ -105,8 +105,8 @@ class EdenPayload(Payload):
             ends = (hadamard_of(self._codec.lookup(packed)) * (scale / (root * levels.GRID)) for scale, packed, root in self._tail())
             return torch.from_numpy(np.concatenate([values * self._signs[: len(values)] for values in ends]))
         scales, packed = self._group(part)
-        values = self._codec.lookup(packed)
-        values = hadamard_of_integers(values, room(len(values)))
+        codes, spare = scratch(len(scales) * BLOCK)
+        values = hadamard_of_integers(self._codec.lookup(packed, codes), spare)
         values *= self._signs[: len(values)]
         values.reshape(SIDE, -1)[...] *= np.tile(scales / (SIDE * levels.GRID), SIDE)
         return torch.from_numpy(values)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import threading
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,20 @@ Floats = NDArray[np.float32]
 def room(*shape: int) -> Floats:
     """An array of any content that begins at a cache line, as torch's do: with numpy's, a Hadamard transform took a third longer."""
     return torch.empty(shape).numpy()
+
+
+class _Scratch(threading.local):
+    pair = room(2, 0)
+
+
+_scratch = _Scratch()
+
+
+def scratch(count: int) -> tuple[Floats, Floats]:
+    """Two arrays that this thread gets again with each call: new ones would be new pages, whose first use takes as long as the work."""
+    if _scratch.pair.shape[1] < count:
+        _scratch.pair = room(2, count)
+    return _scratch.pair[0, :count], _scratch.pair[1, :count]
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,9 @@ class Lookup:
         shifts = bits * np.arange(8 // bits if self._whole else 2)
         self._table = levels[(np.arange(1 << bits * len(shifts))[:, None] >> shifts) & ((1 << bits) - 1)]
 
-    def __call__(self, packed: Bytes) -> Floats:
+    def __call__(self, packed: Bytes, into: Floats | None = None) -> Floats:
         """Shape (8m) from packed bytes (shape (m·bits))."""
-        found = room(8 * len(packed) // self._bits)
+        found = room(8 * len(packed) // self._bits) if into is None else into
         codes = packed if self._whole else unpack(packed, self._bits, 16)
         self._table.take(codes, axis=0, out=found.reshape(len(codes), -1), mode="clip")  # none is out of range; other modes copy
         return found

@@ -191,6 +191,15 @@ def test_only_models_of_32_bit_floats_are_made(run: Run, node: Path) -> None:
     assert caught.value.code is Code.MODEL_BEHIND
 
 
+def test_a_chain_in_a_plan_that_sends_models_whole_is_not_used(run: Run, node: Path) -> None:
+    message = run.round()
+    step = records.chain_of(message)[0]
+    give(run, node, step.before, step.added.digest)
+    with pytest.raises(LichenError) as caught:
+        bring_up(node, message, None)
+    assert caught.value.code is Code.MODEL_BEHIND
+
+
 def test_where_models_travel_whole_there_is_no_chain(tmp_path: Path) -> None:
     run = Run(tmp_path / "whole", codec=None)
     message = run.round()
@@ -246,3 +255,46 @@ def test_a_chain_that_lichen_does_not_make_is_refused(run: Run, node: Path, befo
     with pytest.raises(LichenError) as caught:
         steps_from(node, other)
     assert caught.value.code is Code.FRAME_INVALID
+
+
+def test_of_a_chain_with_gaps_what_follows_the_last_one_is_kept(run: Run) -> None:
+    for _ in range(5):
+        run.round()
+    links = list(run.state.chain)
+    for gap in (0, 2):
+        (run.spool / links[gap].added.digest).unlink()
+    run.downlink.arrays(run.state)
+    assert run.state.chain == links[3:]
+
+
+def test_a_model_that_is_no_longer_in_the_spool_is_put_there_again(run: Run) -> None:
+    message = run.round()
+    (run.spool / model_of(message)).unlink()
+    assert model_of(run.message()) == model_of(message)
+    assert (run.spool / model_of(message)).exists()
+
+
+def test_what_later_messages_will_name_is_needed_until_the_run_is_over(run: Run) -> None:
+    for _ in range(2):
+        message = run.round()
+    others = {model_of(earlier) for earlier in run.messages[:-1]}
+    assert run.downlink.needed(run.state) == {path.name for path in run.spool.iterdir()} - others
+    assert len(run.downlink.needed(run.state)) == 3, "two steps and a model"
+    run.downlink.close(run.state)
+    assert {path.name for path in run.spool.iterdir()} == others
+    assert not (run.spool / model_of(message)).exists()
+
+
+def test_where_there_is_room_no_second_model_is_made() -> None:
+    """Of the step's own values, too, which the coordinator sums in that room; other room is left alone."""
+    codec, step = CODECS["blockwise"](), draw(1, 0.01)
+    state = ServerState(0, draw(0), {}, {})
+    expected = Downlink(codec, None).add(step, state)
+    room = torch.cat([step[name].reshape(-1) for name in sorted(step)])
+    own = {name: room[start : start + step[name].numel()].view(step[name].shape) for name, start in (("a.bias", 0), ("b.weight", 5000))}
+    other = torch.zeros(COUNT - 1)
+    for place in (other, room):
+        found = Downlink(codec, None).add(dict(own), state, place)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not other.any()
+    assert found["a.bias"].data_ptr() == room.data_ptr()
