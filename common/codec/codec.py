@@ -89,7 +89,9 @@ def sums(weighted: Sequence[tuple[Payload, float]]) -> Iterator[tuple[int, torch
         if len(values) != len(total):
             total = torch.empty(len(values), dtype=torch.float64)  # for many parts: a new one would be new pages, for each
         # with weights that count rows, a product is exact in 64 bits: not even a fused multiply-add makes a difference
-        total.copy_(values).mul_(own)
+        total.copy_(values)
+        if own != 1:
+            total.mul_(own)
         for payload, weight in others:
             total.add_(payload.values(part), alpha=weight)
         yield part, total
