@@ -110,6 +110,18 @@ class Federation:
         return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
 
+class Broken(InProcessGrid):
+    """Raises when the second round is asked for."""
+
+    error: BaseException
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        asked = list(messages)
+        if asked[0].metadata.group_id == "2":
+            raise self.error
+        return list(super().send_and_receive(asked))
+
+
 def plan_from(document: dict[str, Any], cohort: dict[str, Any], changes: dict[str, Any]) -> Plan:
     """A plan of one round, whose tensors travel as they are; changes go into its sections."""
     as_they_are = {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}}

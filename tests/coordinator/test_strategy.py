@@ -1,11 +1,8 @@
-"""The round over a real grid in one process: honest, hostile and late clients, what the result tells, and what follows a crash."""
+"""The round over a real grid in one process: honest and hostile clients, what the result tells, and what follows a crash."""
 
 from __future__ import annotations
 
 import json
-import logging
-import math
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.clientapp import ClientApp
 
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
@@ -22,15 +18,13 @@ from lichen.common.model.adapter import State
 from lichen.common.plan import Plan
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import planned_evaluation, planned_steps
-from lichen.common.result import Metrics, Result, read_result, schema
-from lichen.coordinator.app import OwnData
-from lichen.coordinator.run_directory import RunDirectory
-from lichen.simulations.engine import InProcessGrid
+from lichen.common.result import read_result, schema
 from scripted_clients import (
     DECLARED,
     PRIVATE,
     SIZES,
     Answer,
+    Broken,
     Federation,
     answer,
     close,
@@ -424,115 +418,6 @@ def test_a_failed_round_can_be_done_again_by_the_same_clients(tmp_path: Path, pl
     close(mended.model(), expected(plan, 2, SIZES))
 
 
-# --- the cohort ---
-
-
-def trained(federation: Federation) -> list[list[str]]:
-    rounds = sorted({round for _, round, _ in federation.asked})
-    return [[name for kind, number, name in federation.asked if (kind, number) == ("train", round)] for round in rounds]
-
-
-def test_the_cohort_follows_from_the_seed_and_changes_with_the_round(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    def cohorts(where: str, seed: int) -> list[list[str]]:
-        federation = Federation(tmp_path / where, plan_of(rounds=8, seed=seed, cohort={"size": 2, "minimum": 1}))
-        federation.run()
-        return trained(federation)
-
-    first = cohorts("a", 1)
-    assert first == cohorts("b", 1)
-    assert first != cohorts("c", 2)
-    assert all(len(names) == 2 for names in first)
-    assert len({tuple(names) for names in first}) > 1
-
-
-class Shuffled(InProcessGrid):
-    """The same clients under other ids, as nodes have in a deployment."""
-
-    def __init__(self, client_app: ClientApp, homes: list[Path], run_id: int) -> None:
-        super().__init__(client_app, list(reversed(homes)), run_id)
-
-
-def test_the_cohort_is_drawn_by_name_not_by_id(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    plan = plan_of(rounds=6, cohort={"size": 1, "minimum": 1})
-    plain, other = Federation(tmp_path / "a", plan), Federation(tmp_path / "b", plan, grid=Shuffled)
-    plain.run(), other.run()
-    assert trained(plain) == trained(other)
-
-
-def test_the_cohort_of_a_round_that_was_begun_is_asked_again(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    plan = plan_of(rounds=2, cohort={"size": 1, "minimum": 1})
-    drawn = Federation(tmp_path / "a", plan)
-    drawn.run()
-    began = Federation(tmp_path / "b", plan)
-    other = next(name for name in SIZES if name not in trained(drawn)[0])
-    node = next(node for node in began.grid.get_node_ids() if began.grid.name_of(node) == other)
-    (tmp_path / "b" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "b" / "checkpoints" / "cohort.json").write_text(json.dumps({"round": 1, "nodes": [node]}))
-    began.run()
-    assert trained(began) == [[other], trained(drawn)[1]]
-
-
-def test_too_few_nodes_are_waited_for_and_then_told(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    federation = Federation(tmp_path, plan_of(cohort={"size": 5, "minimum": 4, "deadline_s": 0.4}))
-    began = time.monotonic()
-    result = federation.fails(Code.COHORT_TOO_SMALL)
-    assert 0.4 <= time.monotonic() - began < 30
-    assert "3 nodes are connected, cohort.minimum is 4" in (result.error or "")
-    assert federation.asked == []
-
-
-def test_fewer_nodes_than_wished_but_enough_go_on(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    result = Federation(tmp_path, plan_of(cohort={"size": 5, "minimum": 3, "deadline_s": 0.2})).run()
-    assert result.rounds[0].participants == 3
-
-
-class Late(InProcessGrid):
-    """Its first client never answers in time."""
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        assert timeout == 0.3
-        return [reply for reply in super().send_and_receive(messages) if self.name_of(reply.metadata.src_node_id) != WRONG]
-
-
-@pytest.mark.parametrize("private", [False, True])
-def test_a_late_node_is_left_out_and_not_waited_for_a_second_time(tmp_path: Path, plan_of: Callable[..., Plan], private: bool) -> None:
-    plan = plan_of(evaluation={"federated_every": 1}, **({"privacy": PRIVATE} if private else {}))
-    federation = Federation(tmp_path, plan, grid=Late)
-    (told,) = federation.run().rounds
-    assert (told.participants, told.failed, told.errors) == (2, 1, {WRONG: None})
-    assert [name for kind, _, name in federation.asked if kind == "evaluate"] == ["client-1", "client-2"]
-    close(federation.model(), expected(plan, 1, SIZES.keys() - {WRONG}))
-
-
-class Machines(InProcessGrid):
-    """Its clients are machines of their own, which may tell what they can do."""
-
-    def profile_of(self, node: int) -> None:
-        return None
-
-
-def test_machines_get_ready_before_the_first_round_and_who_can_not_is_asked_all_the_same(
-    tmp_path: Path, plan_of: Callable[..., Plan]
-) -> None:
-    def unready(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
-        act = failing(Code.MODEL_NOT_FOUND) if message.metadata.message_type == records.PREPARE else honest
-        return act(plan, assignment, message, name)
-
-    federation = Federation(tmp_path, plan_of(rounds=2), {WRONG: unready}, grid=Machines)
-    assert [(told.participants, told.errors) for told in federation.run().rounds] == [(3, {}), (3, {})]
-    kinds = [(kind, number) for kind, number, _ in federation.asked]
-    assert kinds == [(records.PREPARE, 1)] * 3 + [(records.TRAIN, 1)] * 3 + [(records.TRAIN, 2)] * 3
-
-
-def test_a_first_round_that_takes_the_first_to_come_does_not_wait_until_all_are_ready(
-    tmp_path: Path, plan_of: Callable[..., Plan], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    federation = Federation(tmp_path, plan_of(cohort={"size": 2, "oversample": 1.5}), grid=Machines)
-    assert federation.run().rounds[0].participants == 2
-    assert "round 1: 2 of 3 nodes are ready" in caplog.text
-
-
 # --- federated evaluation ---
 
 
@@ -603,182 +488,6 @@ def test_a_private_evaluation_without_the_plans_noise_is_refused(tmp_path: Path,
     assert "holdout" not in result.privacy.clients[WRONG].segments
 
 
-# --- scores, beside the next round ---
-
-
-class Apart(InProcessGrid):
-    """Its clients do without the coordinator's model, as those in other processes do."""
-
-    works_here = False  # type: ignore[assignment]
-
-
-Score = Callable[[int, State], Metrics | None]
-
-
-@pytest.fixture
-def scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Score], None]:
-    """Score models by a function of how many were scored before, and the model."""
-
-    def use(score: Score) -> None:
-        done: list[int] = []
-
-        def validation(self: OwnData, state: State) -> Metrics | None:
-            done.append(1)
-            return score(len(done), state)
-
-        monkeypatch.setattr(OwnData, "validation", validation)
-        monkeypatch.setattr(OwnData, "has_validation", True)
-
-    return use
-
-
-def size_of(state: State) -> Metrics:
-    """A score that tells models apart, to the last bit and in any order of their tensors."""
-    return {"accuracy": math.fsum(value**2 for tensor in state.values() for value in tensor.flatten().tolist())}
-
-
-def untimed(result: Result) -> dict[str, Any]:
-    """All but what no two runs have in common."""
-    found = result.model_dump()
-    for told in [found, *found["rounds"]]:
-        told["seconds"] = None
-    return found
-
-
-SCORED: dict[str, Any] = {"rounds": 4, "privacy": PRIVATE, "evaluation": {"federated_every": 2}}
-
-
-@pytest.mark.parametrize("every", [1, 3])
-def test_scores_made_beside_the_rounds_are_those_made_between_them(
-    tmp_path: Path, plan_of: Callable[..., Plan], scoring: Callable[[Score], None], every: int
-) -> None:
-    scoring(lambda _, state: size_of(state))
-    plan = plan_of(**SCORED | {"evaluation": {"federated_every": 2, "every": every}})
-    between = Federation(tmp_path / "between", plan).run()
-    beside = Federation(tmp_path / "beside", plan, grid=Apart).run()
-    assert untimed(between) == untimed(beside)
-    assert [told.validation is None for told in beside.rounds] == [every > 1, every > 1, False, False]
-    lines = [json.loads(line) for line in (tmp_path / "beside" / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [json.loads(told.model_dump_json()) for told in beside.rounds]
-
-
-def test_what_a_round_spends_is_computed_beside_it(
-    tmp_path: Path, plan_of: Callable[..., Plan], scoring: Callable[[Score], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between two rounds an accountant would hold the next up."""
-    scoring(lambda _, state: size_of(state))
-    asked: dict[str, list[int]] = {}
-
-    def noted(history: list[Segment], delta: float) -> float:
-        asked.setdefault(threading.current_thread().name, []).append(sum(segment.steps for segment in history))
-        return epsilon(history, delta)
-
-    monkeypatch.setattr("lichen.coordinator.telling.epsilon", noted)
-    plan = plan_of(rounds=3, privacy=PRIVATE)
-    steps = planned_steps(plan, DECLARED).steps
-    Federation(tmp_path / "all", plan, grid=Apart).run()
-    assert asked.pop("scoring") == [2 * steps] * len(SIZES) + [3 * steps] * len(SIZES)
-    for few, grid in (("two of three", Apart), ("not beside", InProcessGrid)):
-        changes = {"cohort": {"size": 2, "minimum": 2, "deadline_s": 30}} if grid is Apart else {}
-        Federation(tmp_path / few, plan_of(rounds=3, privacy=PRIVATE, seed=2, **changes), grid=grid).run()
-    assert asked.pop("scoring") == [2 * steps] * 2, "as long as only two are known"
-    assert asked.keys() == {threading.current_thread().name}
-
-
-class Watched(Apart):
-    """Says when a round is asked for."""
-
-    begun: dict[str, threading.Event]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        asked = list(messages)
-        self.begun[asked[0].metadata.group_id].set()
-        return list(super().send_and_receive(asked))
-
-
-def test_the_next_round_begins_before_the_score_is_there_and_lines_are_told_in_order(
-    tmp_path: Path, plan_of: Callable[..., Plan], scoring: Callable[[Score], None]
-) -> None:
-    federation = Federation(tmp_path, plan_of(rounds=3), grid=Watched)
-    federation.grid.begun = begun = {str(number): threading.Event() for number in (1, 2, 3)}  # type: ignore[attr-defined]
-    told: list[int] = []
-
-    def score(number: int, state: State) -> Metrics:
-        if number < 3:
-            assert begun[str(number + 1)].wait(20)
-        if number == 1:
-            time.sleep(0.5)  # longer than the second round
-            assert not begun["3"].is_set(), "no more than one model waits for its score"
-        told.append(len(RunDirectory(tmp_path, federation.plan).load_rounds(3)))
-        return size_of(state)
-
-    scoring(score)
-    result = federation.run()
-    assert told[:3] == [0, 1, 2]
-    assert [line.round for line in result.rounds] == [1, 2, 3]
-    assert all(line.validation for line in result.rounds)
-    assert (result.rounds[0].seconds or 0) < 0.5, "a round's seconds are without its score"
-
-
-@pytest.mark.parametrize("grid", [InProcessGrid, Apart])
-@pytest.mark.parametrize("fails", [1, 2, 4])
-def test_a_crash_between_checkpoint_and_score_loses_neither(
-    tmp_path: Path, plan_of: Callable[..., Plan], scoring: Callable[[Score], None], grid: type[InProcessGrid], fails: int
-) -> None:
-    plan = plan_of(**SCORED)
-    scoring(lambda _, state: size_of(state))
-    whole = Federation(tmp_path / "whole", plan).run()
-
-    def score(number: int, state: State) -> Metrics:
-        if number == fails:
-            raise MemoryError("killed")
-        return size_of(state)
-
-    scoring(score)
-    federation = Federation(tmp_path / "killed", plan, grid=grid)
-    with pytest.raises(MemoryError, match="killed"):
-        federation.run()
-    left = read_result(federation.out)
-    assert (left.status, left.error) == ("failed", "MemoryError: killed")
-    assert [told.round for told in left.rounds] == list(range(1, fails))
-    asked = len(federation.asked)
-    assert untimed(federation.run()) == untimed(whole)
-    assert all(round > fails for _, round, _ in federation.asked[asked:]), "what was done is not done again"
-
-
-def test_a_score_that_fails_is_not_hidden_by_a_round_that_fails_and_the_other_way_round(
-    tmp_path: Path, plan_of: Callable[..., Plan], scoring: Callable[[Score], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    def score(number: int, state: State) -> Metrics:
-        raise ValueError("no score")
-
-    class Both(Apart, Broken):
-        error = LichenError(Code.RUN_STOPPED, "by the operator")
-
-    scoring(score)
-    result = Federation(tmp_path, plan_of(rounds=3), grid=Both).fails(Code.RUN_STOPPED)
-    assert (result.status, result.rounds) == ("stopped", [])
-    assert "no score" in caplog.text
-
-
-def test_what_was_spent_stays_told_if_a_run_fails_before_its_last_round_is_scored(
-    tmp_path: Path, plan_of: Callable[..., Plan], scoring: Callable[[Score], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("boom")
-
-    scoring(lambda number, state: size_of(state) if number == 1 else fail())
-    federation = Federation(tmp_path, plan_of(rounds=2, privacy=PRIVATE), grid=Apart)
-    with pytest.raises(RuntimeError):
-        federation.run()
-    spent = epsilon([planned_steps(federation.plan, DECLARED)] * 2, 1e-3)
-    assert read_result(tmp_path).privacy.max_epsilon == spent
-    monkeypatch.setattr(OwnData, "__init__", fail)
-    with pytest.raises(RuntimeError):
-        federation.run()
-    assert (read_result(tmp_path).privacy.max_epsilon, len(read_result(tmp_path).rounds)) == (spent, 1)
-
-
 # --- the end of a run, and what comes after an interruption ---
 
 
@@ -788,18 +497,6 @@ def test_the_final_model_is_the_mean_of_the_last_rounds(tmp_path: Path, plan_of:
     federation.run()
     models = [expected(plan, rounds, SIZES) for rounds in (2, 3, 4)]
     close(federation.model(), {name: sum(model[name] for model in models) / 3 for name in models[0]})
-
-
-class Broken(InProcessGrid):
-    """Raises when the second round is asked for."""
-
-    error: BaseException
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        asked = list(messages)
-        if asked[0].metadata.group_id == "2":
-            raise self.error
-        return list(super().send_and_receive(asked))
 
 
 ENDS = [
