@@ -406,7 +406,7 @@ def r8(
 @app.command()
 def rules(
     data: Annotated[str, typer.Option(help="r8, airlines; commas between them.")] = "r8",
-    ranks: Annotated[str, typer.Option(help="same, mixed; commas between them.")] = "same,mixed",
+    ranks: Annotated[str, typer.Option(help="same, mixed; commas between them.")] = "mixed",
     rule: Annotated[str, typer.Option(help="Those to run, commas between them; left out, all that are meant for such ranks.")] = "",
     seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0,1,2",
     epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "8",
