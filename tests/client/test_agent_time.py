@@ -77,10 +77,13 @@ def lowered(home: Path, plan: Plan) -> int | None:
 
 
 @pytest.mark.parametrize("plan", [{"unit": "none"}], indirect=True)
-@pytest.mark.parametrize(("kind", "deadlines"), [(PREPARE, 4), (TRAIN, 1), (EVALUATE, 1)])
-def test_no_round_waits_for_who_gets_ready_so_a_slow_one_may_take_longer(
-    tmp_path: Path, plan: Plan, kind: str, deadlines: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "partial", "deadlines"), [(PREPARE, False, 4), (TRAIN, False, 1), (EVALUATE, False, 1), (TRAIN, True, 4), (EVALUATE, True, 1)]
+)
+def test_who_gets_ready_or_ends_in_time_by_itself_may_load_for_longer_than_a_deadline(
+    tmp_path: Path, plan: Plan, kind: str, partial: bool, deadlines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plan = plan.model_copy(update={"local": plan.local.model_copy(update={"partial": partial})})
     (tmp_path / "policy.yaml").write_text("unnoised_updates_to_coordinator: allow\nprofile: false\n")
     given: list[float] = []
 
