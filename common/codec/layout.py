@@ -36,7 +36,7 @@ _scratch = _Scratch()
 
 
 def scratch(count: int) -> tuple[Floats, Floats]:
-    """Two arrays that this thread gets again with each call: new ones would be new pages, whose first use takes as long as the work."""
+    """Two arrays that this thread gets again with each call: new ones would be new pages, whose first use costs time."""
     if _scratch.pair.shape[1] < count:
         _scratch.pair = room(2, count)
     return _scratch.pair[0, :count], _scratch.pair[1, :count]
