@@ -49,7 +49,7 @@ RULES: Mapping[str, Properties] = {
     "ffa": Properties(phases=(frozenset({B}),)),
     "rolora": Properties(phases=_ONE_FACTOR),
     "nested": Properties(phases=_ONE_FACTOR, mixed_ranks=True, holds_rest=True),
-    "flora": Properties(single_updates=True, mixed_ranks=True, changes_base=True),
+    "flora": Properties(single_updates=True, mixed_ranks=True, holds_rest=True, changes_base=True),
     "fedex": Properties(single_updates=True, changes_base=True),
     "zero-padding": Properties(mixed_ranks=True),
 }

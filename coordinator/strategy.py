@@ -17,6 +17,7 @@ from lichen.common.codec.registry import downlink_codec
 from lichen.common.errors import Code, LichenError, name_of
 from lichen.common.result import Result, Round
 from lichen.coordinator.aggregation.central_dp import CentralDP
+from lichen.coordinator.aggregation.merged import folded
 from lichen.coordinator.aggregation.normalised import factor
 from lichen.coordinator.cohort import Cohorts
 from lichen.coordinator.downlink import Downlink
@@ -239,13 +240,13 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         """Move the model; ``room`` may be overwritten."""
         state = self.state
         step, state.velocity, state.squares = server_step(change, state.velocity, state.squares, self.plan.aggregation)
-        state.model = self._downlink.add(step | restart, state, room)
+        whole = step | {name: step[name] + tensor if name in step else tensor for name, tensor in restart.items()}
+        state.model = self._downlink.add(whole, state, room)
 
     def _add_to_average(self, number: int, num_rounds: int) -> None:
         if number > num_rounds - self.plan.aggregation.average_last:
-            self.state.average = {
-                name: self.state.average[name] + tensor if self.state.average else tensor for name, tensor in self.state.model.items()
-            }
+            model, sums = folded(self.plan, self.state.model), self.state.average
+            self.state.average = {name: sums[name] + tensor if sums else tensor for name, tensor in model.items()}
 
     def _arrays(self) -> ArrayRecord:
         return self._downlink.arrays(self.state)

@@ -267,7 +267,7 @@ class Aggregation(Section):
     """`fedavg`: the weighted mean (McMahan et al. 2017); by true size without privacy, by declared size with it, `unit: client` flat.
     The others are for LoRA. `ffa`: A is fixed, B alone is trained (Sun et al. 2024). `rolora`: one factor a round, B first (Chen et
     al. 2024). `nested`: the same for clients of several ranks, of which each trains its first columns and holds the others.
-    `flora`: what all have learned is merged into the base exactly, and adapters start afresh each round (Wang et al. 2024).
+    `flora`: what all have learned is kept exactly, in the adapter what it can hold, in the base the rest (after Wang et al. 2024).
     `fedex`: `fedavg`, and what it leaves out is merged into the base (Singhal et al. 2024). `zero-padding`: `fedavg` for several
     ranks; only to compare with."""
     secure: Literal[False] = False

@@ -63,5 +63,5 @@ class Rule(ABC):
         """
 
     def restart(self) -> State:
-        """What is added to other tensors of the model, past the server optimizer, so that the next round starts afresh."""
+        """What is added as well, past the server optimizer: the next round starts elsewhere by it, from the same model."""
         return {}

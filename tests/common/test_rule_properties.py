@@ -71,7 +71,7 @@ def test_an_update_has_the_tensors_that_are_trained(plan_of: Any, rule: str, rou
 
 
 def test_a_model_takes_the_rank_of_its_state_and_computes_as_one_of_that_rank(plan_of: Any) -> None:
-    plan = plan_of("flora")
+    plan = plan_of("zero-padding")
     model = make_task(plan).build()
     generator = torch.Generator().manual_seed(0)
     state = {name: tensor + torch.randn(tensor.shape, generator=generator) for name, tensor in model.state().items()}

@@ -17,9 +17,11 @@ from lichen.common.codec.plain import Tensors
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
 from lichen.common.plan import Aggregation, Plan, parse_plan
+from lichen.common.plan.sections import Privacy
 from lichen.common.tasks import make_task
 from lichen.coordinator.aggregation import RULES, make_rule
 from lichen.coordinator.aggregation.mean import Mean
+from lichen.coordinator.aggregation.merged import folded
 from lichen.coordinator.downlink import Downlink
 from lichen.coordinator.optimizers import server_step
 from lichen.coordinator.run_directory import ServerState
@@ -71,9 +73,8 @@ def _setting(rule: str, base: str) -> Setting:
     model = make_task(plan).build()
     generator = torch.Generator().manual_seed(0)
     state = {name: tensor.double() for name, tensor in model.state().items()}
-    for name, tensor in state.items():
-        if not (rule == "flora" and part_of(name) == B):  # which starts at zero in each round
-            tensor.add_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+    for tensor in state.values():
+        tensor.add_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
     fixed = {
         name.replace(".default", ""): parameter.detach().double()
         for name, parameter in model.network.named_parameters()
@@ -113,8 +114,9 @@ def stepped(setting: Setting, round: int, found: Sequence[Client]) -> State:
     for client in found:
         rule.add(Tensors(client.update), client.weight, client.rank)
     step = server_step(rule.change(), {}, {}, setting.plan.aggregation).step
-    assert not step.keys() & rule.restart().keys()
-    return Downlink(None, None).add(step | rule.restart(), ServerState(round, setting.state, {}, {}))
+    for name, tensor in rule.restart().items():
+        step[name] = step[name] + tensor if name in step else tensor
+    return Downlink(None, None).add(step, ServerState(round, setting.state, {}, {}))
 
 
 def effects(setting: Setting, state: State) -> State:
@@ -313,20 +315,42 @@ def test_of_identical_clients_fedex_is_fedavg(setting_of: Callable[[str], Settin
 
 @few
 @given(found=clients(mixed=True))
-def test_flora_merges_the_product_of_the_stacks_and_starts_afresh(
+def test_flora_keeps_the_product_of_the_stacks_and_starts_at_its_best_approximation(
     setting_of: Callable[[str], Setting], found: tuple[int, list[tuple[int, float, int]]]
 ) -> None:
     setting, (round, each) = setting_of("flora"), found
     them = drawn(setting, round, each)
     total, scaling = sum(client.weight for client in them), setting.plan.model.adapter.alpha / RANK
-    trained = [of_client(setting, client) for client in them]
+    whole = [of_client(setting, client) for client in them]
     after = stepped(setting, round, them)
     for name, merged in setting.state.items():
         if part_of(name) == MERGED:
-            up = torch.cat([client.weight / total * scaling * own[beside(name, B)] for client, own in zip(them, trained, strict=True)], 1)
-            down = torch.cat([own[beside(name, A)] for own in trained])
-            assert float((after[name] - merged - up @ down).abs().max()) < CLOSE
-            assert not after[beside(name, B)].any()
+            up = torch.cat([client.weight / total * scaling * own[beside(name, B)] for client, own in zip(them, whole, strict=True)], 1)
+            learned = merged + up @ torch.cat([own[beside(name, A)] for own in whole])
+            a, b = after[beside(name, A)], after[beside(name, B)]
+            torch.testing.assert_close(after[name] + scaling * b @ a, learned)
+            torch.testing.assert_close(a @ a.t(), torch.eye(RANK, dtype=a.dtype) / 3)
+            lengths = b.norm(dim=0)
+            assert (lengths.diff() <= 1e-9).all(), "the largest direction first"
+            left = torch.linalg.svdvals(learned)[RANK:].norm()
+            assert float((learned - scaling * b @ a).norm()) <= 1.01 * float(left) + 1e-9
+    again = stepped(setting, round, them)
+    assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
+
+
+@few
+@given(found=clients(mixed=True))
+def test_under_privacy_flora_merges_all_and_starts_afresh(
+    setting_of: Callable[[str], Setting], found: tuple[int, list[tuple[int, float, int]]]
+) -> None:
+    setting, (round, each) = setting_of("flora"), found
+    setting = setting._replace(plan=setting.plan.model_copy(update={"privacy": Privacy(unit="example")}))
+    them = drawn(setting, round, each)
+    after, expected = stepped(setting, round, them), mean_effects(setting, them)
+    for name, tensor in after.items():
+        if part_of(name) == B:
+            assert not tensor.any()
+            assert float((after[beside(name, MERGED)] - expected[name]).abs().max()) < CLOSE
             a = after[beside(name, A)]
             assert not torch.equal(a, setting.state[beside(name, A)])
             assert 0 < float(a.abs().max()) <= a.shape[1] ** -0.5 + CLOSE
@@ -334,6 +358,30 @@ def test_flora_merges_the_product_of_the_stacks_and_starts_afresh(
     other = setting._replace(plan=setting.plan.model_copy(update={"seed": setting.plan.seed + 1}))
     for again in (stepped(setting, round + 2, them), stepped(other, round, them)):
         assert all(apart({name: after[name]}, {name: again[name]}) > 0 for name in after if part_of(name) == A)
+
+
+def test_where_flora_has_learned_less_than_its_rank_the_rest_of_the_adapter_does_nothing(setting_of: Callable[[str], Setting]) -> None:
+    setting = setting_of("flora")
+    setting = setting._replace(
+        state={name: 0 * tensor if part_of(name) in {B, MERGED} else tensor for name, tensor in setting.state.items()}
+    )
+    one, nothing = update_of(setting, 1, 1, 0), update_of(setting, 1, RANK, 0)
+    for update, rank in (({name: 0 * tensor for name, tensor in nothing.items()}, RANK), (one, 1)):
+        after = stepped(setting, 1, [Client(update, 1.0, rank)])
+        for name, tensor in after.items():
+            if part_of(name) == B:
+                learned = 0 if rank == RANK else 1
+                assert float(tensor[:, learned:].abs().max()) < 1e-9
+                assert bool(tensor[:, :learned].any()) == bool(learned)
+                assert float(after[beside(name, A)].norm(dim=1).min()) > 0.5, "so that B can learn"
+
+
+@pytest.mark.parametrize("rule", sorted(name for name, needs in PROPERTIES.items() if needs.changes_base))
+def test_a_folded_state_computes_the_same_and_its_adapter_does_nothing(setting_of: Callable[[str], Setting], rule: str) -> None:
+    setting = setting_of(rule)
+    found = folded(setting.plan, setting.state)
+    assert apart(effects(setting, found), effects(setting, setting.state)) < CLOSE
+    assert not any(tensor.any() for name, tensor in found.items() if part_of(name) == B)
 
 
 # --- mixed ranks --------------------------------------------------------------------------------------------------------------------
