@@ -34,12 +34,13 @@ from lichen.common.aggregation import cut, properties, rank_of
 from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.codec.feedback import corrected, lost
 from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
+from lichen.common.continual.stream import fields_of, rows_of, stage_of, stage_size, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.hardware import rounded
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.clipping import clipped
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
-from lichen.common.privacy.schedule import planned_central, planned_evaluation, planned_steps
+from lichen.common.privacy.schedule import one_task_each, planned_central, planned_evaluation, planned_steps
 
 if TYPE_CHECKING:
     from lichen.client.trainer import Trained, Trainer
@@ -212,7 +213,7 @@ def _train(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[Re
     trainer = trainer_of(own)
     start = _cut(node, plan, asked.assignment, _model(node, plan, message))
     trainer.model.load(start)  # what does not fit is refused before it is charged
-    rows = _rows(node, own, "train", trainer)
+    rows = _rows(node, own, "train", trainer, asked.round)
     if plan.privacy.audit.canaries:
         rows = _with_canaries(node, plan, str(message.metadata.run_id), trainer, rows)
     if not plan.private:
@@ -273,12 +274,22 @@ def _train_private(
             where=str(node.home / "data.yaml"),
             fix="Add the source again with --declared-size N.",
         )
-    planned = planned_steps(plan, rows.declared_size)
+    stage = stage_of(plan, asked.round)
+    planned = planned_steps(plan, rows.declared_size, stage)
     run, message_id = str(message.metadata.run_id), message.metadata.message_id
     with open_ledger(node.home, own=node.simulated) as ledger:
-        ahead = planned.steps * (plan.rounds - asked.number)
+        reads = rows.segments
+        if one_task_each(plan):
+            reads -= ledger.read_before(run, "train", stage.first)
+            if rows.segments and not reads:
+                raise LichenError(
+                    Code.PRIVACY_BUDGET,
+                    "all rows of this task were read in earlier tasks of the run, for which alone there is noise",
+                    where=f"continual.stream, {stage.task.name if stage.task else ''}",
+                )
+        ahead = planned.steps * ((stage.last if one_task_each(plan) else plan.rounds) - asked.number)
         wanted = planned._replace(steps=capped_steps(planned.steps, asked.assignment))
-        grant = ledger.reserve("train", run, message_id, asked.number, wanted, _limits(node, plan), rows.segments, ahead=ahead)
+        grant = ledger.reserve("train", run, message_id, asked.number, wanted, _limits(node, plan), reads, ahead=ahead)
         segment = grant.segment
         source = _source(node, "train", plan.seed, node.name, asked.number)
         units = rows.readable_units(grant.readable)
@@ -340,7 +351,7 @@ def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving
         raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")
     trainer = trainer_of(own)
     trainer.model.load(_model(node, plan, message))
-    rows = _rows(node, own, "holdout", trainer)
+    rows = _rows(node, own, "holdout", trainer, round)
     if not plan.private:
         scores = trainer.task.score(trainer.model.network, rows.encoded, own.evaluation.batch_size)
         report = records.EvaluateReport(client=node.name, round=round, counts=scores.counts.flatten().tolist(), loss_sum=scores.loss_sum)
@@ -366,7 +377,7 @@ def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving
 def _prepare(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:
     yield from ()  # it asks for no training
     own = own_plan(plan, asked.assignment, node.rows)
-    _rows(node, own, "train", trainer_of(own))
+    _rows(node, own, "train", trainer_of(own), asked.round)
     return RecordDict()
 
 
@@ -399,17 +410,18 @@ class Rows:
         return [unit for unit, own in zip(self.units, self.read_from, strict=True) if own <= readable]
 
 
-def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer) -> Rows:
+def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer, round: int) -> Rows:
+    number = stage_of(plan, round).number
     if not plan.private:
-        return _read_rows(node.home, plan, split, trainer, (stamp(node.home),), False)
+        return _read_rows(node.home, plan, split, trainer, number, (stamp(node.home),), False)
     with open_ledger(node.home, own=node.simulated) as ledger:  # another ledger knows nothing of this one's data segments
         changed = (stamp(node.home), ledger.id)
-    return _read_rows(node.home, plan, split, trainer, changed, node.simulated)
+    return _read_rows(node.home, plan, split, trainer, number, changed, node.simulated)
 
 
 @functools.lru_cache(maxsize=64)
-def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: object, simulated: bool) -> Rows:
-    """Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
+def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, number: int, changed: object, simulated: bool) -> Rows:
+    """Those of a stage, by its number. Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
     entity = plan.privacy.unit_field
     if plan.private and (entity or split == "holdout") and any(source.holdout >= 1 for source in read_manifest(home).sources):
         raise LichenError(
@@ -418,28 +430,34 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, changed: 
             where=str(home / "data.yaml"),
             fix="Add the source again with a share below 1 as --holdout.",
         )
-    data = load(home, split, (*trainer.task.fields, *([entity] if entity else [])), fault=trainer.task.fault if plan.private else None)
+    fields = dict.fromkeys([*trainer.task.fields, *([entity] if entity else []), *fields_of(plan)])
+    data = load(home, split, tuple(fields), fault=trainer.task.fault if plan.private else None)
     columns = {field: data.column(field) for field in data.fields}
+    count, size, stage = len(data), data.declared_size, stages(plan)[number]
+    if stage.task is not None:
+        kept = rows_of(plan, stage.task, columns)
+        if not kept and split == "train" and not plan.private:
+            raise LichenError(Code.DATA_EMPTY, f"no rows of task {stage.task.name}", where=str(home / "data.yaml"))
+        columns = {field: [values[row] for row in kept] for field, values in columns.items()}
+        count, size = len(kept), None if size is None else stage_size(plan, stage, size)
     encoded = trainer.task.encode({field: columns[field] for field in trainer.task.fields})
     owners: dict[object, list[int]] = {}
     # by the name that the ledger knows: a patient who is written in two ways is one, and clipped as one
-    for row, owner in enumerate(map(said, columns[entity]) if entity else range(len(data))):
+    for row, owner in enumerate(map(said, columns[entity]) if entity else range(count)):
         owners.setdefault(owner, []).append(row)
     units = list(owners.values())
     if not plan.private:
-        return Rows(encoded, units, [], data.declared_size)
+        return Rows(encoded, units, [], size)
     # A row is known by what it says: with another label, or another entity's name on it, it is the same row.
     says = [columns[field] for field in trainer.task.fields if field != plan.task.label_field]
     with open_ledger(home, own=simulated) as ledger:
         found = fingerprints(ledger.fingerprint_key, "row", says)
         if entity:
             found += fingerprints(ledger.fingerprint_key, f"entity:{entity}", [list(owners)])
-        of = ledger.assign(split, found)
-    together = {
-        unit: frozenset([*(of[row] for row in rows), *([of[len(data) + unit]] if entity else [])]) for unit, rows in enumerate(units)
-    }
+        of = ledger.assign(split, found, apart=one_task_each(plan))
+    together = {unit: frozenset([*(of[row] for row in rows), *([of[count + unit]] if entity else [])]) for unit, rows in enumerate(units)}
     shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
-    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], data.declared_size)
+    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size)
 
 
 def _with_canaries(node: Node, plan: Plan, run: str, trainer: Trainer, rows: Rows) -> Rows:

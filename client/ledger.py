@@ -95,12 +95,14 @@ class Ledger(Database):
 
     # --- records ---
 
-    def assign(self, split: Split, fingerprints: Sequence[int]) -> list[int]:
+    def assign(self, split: Split, fingerprints: Sequence[int], *, apart: bool = False) -> list[int]:
         """The data segment of each record that was read; those that are new make up a segment, on disk when this returns.
 
         Args:
             split: as which they were read.
             fingerprints: 64-bit ones, under `fingerprint_key`; equal ones are one record.
+            apart: let no segment hold both these and others: where one does, these become a segment of its own, with the same history.
+                For a stream of tasks, of which each reads a part of what an earlier run may have read whole.
 
         Raises:
             LichenError: LEDGER_BROKEN, if there are not as many fingerprints as the log says.
@@ -121,7 +123,32 @@ class Ledger(Database):
                 known.update(dict.fromkeys(new, number))
                 body = {"segment": number, "split": split, "records": len(new), "digest": _digest(new)}
                 self._append(db, {"kind": "segment", **body, "at": time.time()})
+            if apart:
+                known |= self._split_off(db, known)
         return [known[one] for one in fingerprints]
+
+    def _split_off(self, db: sqlite3.Connection, known: Mapping[int, int]) -> dict[int, int]:
+        """Give those of each segment that holds others too a segment of their own; returns what has changed."""
+        by_segment: dict[int, list[int]] = {}
+        for one, number in known.items():
+            by_segment.setdefault(number, []).append(one)
+        changed: dict[int, int] = {}
+        for old, found in sorted(by_segment.items()):
+            if len(found) == self._book.segments[old].records:
+                continue
+            number, own = 1 + len(self._book.segments), sorted(found)
+            db.executemany("UPDATE records SET segment = ? WHERE fingerprint = ?", ((number, one) for one in own))
+            rest = [one for (one,) in db.execute("SELECT fingerprint FROM records WHERE segment = ? ORDER BY fingerprint", (old,))]
+            body = {"segment": number, "of": old, "records": len(own), "digest": _digest(own), "rest": _digest(rest)}
+            self._append(db, {"kind": "split", **body, "at": time.time()})
+            changed |= dict.fromkeys(own, number)
+        return changed
+
+    def read_before(self, run: str, split: Split, round: int) -> frozenset[int]:
+        """The data segments that a run has read in rounds before this one."""
+        self._refresh()
+        own = (entry.charged for entry in self._book.history(run=run) if entry.split == split and entry.round < round)
+        return frozenset[int]().union(*own)
 
     # --- reservations ---
 

@@ -69,7 +69,7 @@ class Grant(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSegment:
-    """Records that were new when they were first read.
+    """Records that were new when they were first read, or a part of such, with all that was charged to it.
 
     Attributes:
         number: from 1.
@@ -131,6 +131,13 @@ class Book:
             case "segment":
                 number = body["segment"]
                 self.segments[number] = DataSegment(number, body["split"], body["records"], body["at"], body["digest"])
+            case "split":
+                number, old = body["segment"], self.segments[body["of"]]
+                self.segments[number] = replace(old, number=number, records=body["records"], digest=body["digest"])
+                self.segments[old.number] = replace(old, records=old.records - body["records"], digest=body["rest"])
+                for sequence, entry in self.entries.items():
+                    if old.number in entry.charged:
+                        self.entries[sequence] = replace(entry, charged=entry.charged | {number})
             case "write-off":
                 self.written_off_at[body.get("home", "")] = logged.sequence  # before homes had names: nobody's, so it is done again
                 for number in body["segments"]:

@@ -16,6 +16,7 @@ from lichen.client.jobs import Job
 from lichen.client.together import Member, Noise, Together
 from lichen.common.aggregation import phase_of, properties
 from lichen.common.batching import clients_at_once, most_at_once, pass_cost
+from lichen.common.continual.stream import labels_until, stage_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.checkpointing import checkpoint_layers
 from lichen.common.model.lean import run_lean
@@ -246,6 +247,7 @@ class Trainer:
         """Load what a round starts from, and let the parameters be trained that it trains."""
         self.model.load(start)
         self.model.train_only(phase_of(self.plan, round))
+        self.task.choose_among(labels_until(self.plan, stage_of(self.plan, round).number))
 
     def _seed_dropout(self, source: RandomSource) -> None:
         """The adapter's dropout draws from torch's own generator: let it follow ``source``, so that what repeats does so whole."""
@@ -255,7 +257,8 @@ class Trainer:
     def _optimizer(self, round: int, trained: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
         """Of the given tensors, by name, as they are when a round begins."""
         local = self.plan.local
-        progress = (round - 1) / self.plan.rounds
+        stage = stage_of(self.plan, round)
+        progress = (round - stage.first) / stage.rounds
         factor = {"none": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[local.learning_rate_decay]
         body = [tensor for name, tensor in trained.items() if name not in self.model.head]
         head = [tensor for name, tensor in trained.items() if name in self.model.head]

@@ -33,6 +33,8 @@ class Round(_Section):
 
     round: int
     """From 1."""
+    task: str | None = None
+    """Of the stream; null without one."""
     participants: int | None
     """Clients whose update was used; null under `unit: client`, as all that tells of the cohort: that is in `operator.jsonl`."""
     failed: int | None
@@ -47,6 +49,8 @@ class Round(_Section):
     """Mean over participants; null under differential privacy."""
     validation: Metrics | None = None
     """Metrics on the coordinator's validation split."""
+    by_task: dict[str, Metrics | None] = Field(default_factory=dict)
+    """The same by task of the stream, after the last round of a task."""
     federated: Metrics | None = None
     """Metrics on the clients' hold-outs, where the plan asks for them; noised under differential privacy."""
     epsilon: float | None = None
@@ -128,6 +132,29 @@ class Transfer(_Section):
     """Uplink, against 32-bit floats."""
 
 
+class Continual(_Section):
+    """How a stream of tasks was learned: R[t][i] is the accuracy on task i after task t (Lopez-Paz and Ranzato 2017)."""
+
+    tasks: list[str]
+    """In the order of the stream."""
+    split: Literal["test", "validation"]
+    """The coordinator's rows that R is of: while the run goes on its validation rows, in the end its test rows if it has any."""
+    matrix: list[list[float | None]]
+    """R, a row for each task that was learned; null where a task has no rows in the split."""
+    start: list[float | None] | None = None
+    """The same of the model before the first round."""
+    acc: float | None = None
+    """Mean over tasks of the last row."""
+    bwt: float | None = None
+    """Backward transfer: mean over earlier tasks of R[T][i] - R[i][i]."""
+    fwt: float | None = None
+    """Forward transfer: mean over later tasks of R[i-1][i] - start[i]."""
+    forgetting: float | None = None
+    """Mean over earlier tasks of their best score before the end, less the last."""
+    held_back: dict[str, str] = Field(default_factory=dict)
+    """By version why it is not what is exported."""
+
+
 class Result(_Section):
     """The document `result.json`."""
 
@@ -148,7 +175,8 @@ class Result(_Section):
     """`split` and its metrics; the test split is scored once, at the end."""
     privacy: Privacy
     transfer: Transfer
-    continual: None = None
+    continual: Continual | None = None
+    """Of a stream of tasks; null without one."""
 
 
 def read_result(directory: Path) -> Result:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from lichen.common import records
+from lichen.common.continual.stream import Stage, fields_of, labels_until, rows_of, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import save_model
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.statement import make_statement
-from lichen.common.result import Metrics, Result, Transfer, read_result
+from lichen.common.result import Continual, Metrics, Result, Transfer, read_result
 from lichen.common.tasks import workbench
 from lichen.coordinator.assigning import Assigner
 from lichen.coordinator.buffered import BufferedStrategy
@@ -27,12 +28,19 @@ from lichen.coordinator.report import write_report
 from lichen.coordinator.run_directory import RunDirectory, versions
 from lichen.coordinator.strategy import FederatedStrategy
 from lichen.coordinator.telling import privacy_of
+from lichen.coordinator.versions import Versions, measured, summary_of
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State
 
 log = logging.getLogger(__name__)
 app = ServerApp()
+
+
+class _Split(NamedTuple):
+    encoded: Any
+    by_task: tuple[list[int], ...]
+    """The numbers of the rows of each task of the stream."""
 
 
 class OwnData:
@@ -49,7 +57,7 @@ class OwnData:
         self.plan = plan
         self._shared = shared
         self.task, self.model, self.start = workbench(plan.at_precision("float32"))
-        self._encoded = {path: self._read(path) for path in (validation, test) if path is not None}
+        self._rows = {path: self._read(path) for path in (validation, test) if path is not None}
         self._validation = validation
         self._test = test
 
@@ -58,13 +66,21 @@ class OwnData:
         """Whether there is a validation split."""
         return self._validation is not None
 
-    def validation(self, state: State) -> Metrics | None:
-        """Metrics on the validation split; None if there is none."""
-        return self._score(state, self._validation)
+    def validation(self, state: State, stage: Stage) -> Metrics | None:
+        """Metrics on the validation split, of a stream on the rows of its tasks until this one; None if there is none."""
+        return self._score(state, self._validation, stage)
+
+    def validation_by_task(self, state: State, stage: Stage | None) -> dict[str, Metrics | None]:
+        """The same on the rows of each task of the stream, after a stage or before the first; empty if there is no split."""
+        return self._score_by_task(state, self._validation, stage)
 
     def test(self, state: State) -> Metrics | None:
         """Metrics on the test split; None if there is none."""
-        return self._score(state, self._test)
+        return self._score(state, self._test, stages(self.plan)[-1])
+
+    def test_by_task(self, state: State, stage: Stage | None) -> dict[str, Metrics | None]:
+        """By task of the stream, as `validation_by_task`."""
+        return self._score_by_task(state, self._test, stage)
 
     def add_counts(self, reports: list[records.EvaluateReport]) -> Metrics | None:
         """Metrics of the clients' hold-outs together."""
@@ -79,24 +95,50 @@ class OwnData:
         else:
             self.model.show(state)
 
-    def _score(self, state: State, split: Path | None) -> Metrics | None:
+    def _score(self, state: State, split: Path | None, stage: Stage) -> Metrics | None:
         if split is None:
             return None
+        rows = self._rows[split]
+        encoded = rows.encoded
+        if stage.task is not None:
+            encoded = encoded.select(sorted(set().union(*rows.by_task[: stage.number + 1])))
         self.show(state)
-        return self.task.score(self.model.network, self._encoded[split], self.plan.evaluation.batch_size).metrics()
+        return self._scored(encoded, stage.number)
 
-    def _read(self, path: Path) -> Any:
+    def _score_by_task(self, state: State, split: Path | None, stage: Stage | None) -> dict[str, Metrics | None]:
+        """The model chooses among the labels of all tasks until the stage, and until the task that is scored."""
+        if split is None:
+            return {}
+        self.show(state)
+        rows, until = self._rows[split], -1 if stage is None else stage.number
+        return {
+            task.name: self._scored(rows.encoded.select(of_task), max(until, number)) if of_task else None
+            for number, (task, of_task) in enumerate(zip(self.plan.continual.stream, rows.by_task, strict=True))
+        }
+
+    def _scored(self, rows: Any, number: int) -> Metrics:
+        self.task.choose_among(labels_until(self.plan, number))
+        return self.task.score(self.model.network, rows, self.plan.evaluation.batch_size).metrics()
+
+    def _read(self, path: Path) -> _Split:
         import pyarrow.parquet as pq
 
-        table = pq.read_table(path)
-        if missing := set(self.task.fields) - set(table.column_names):
+        table, fields = pq.read_table(path), [*self.task.fields, *fields_of(self.plan)]
+        if missing := set(fields) - set(table.column_names):
             raise LichenError(
                 Code.DATA_FIELD,
                 f"no column {sorted(missing)[0]!r}",
                 where=str(path),
                 fix="Map the task's fields to the data's columns, as in fields: {text: BODY, label: TOPIC}.",
             )
-        return self.task.encode({field: table.column(field).to_pylist() for field in self.task.fields})
+        columns = {field: table.column(field).to_pylist() for field in dict.fromkeys(fields)}
+        if not self.plan.continual.stream:
+            return _Split(self.task.encode(columns), ())
+        by_task = [rows_of(self.plan, task, columns) for task in self.plan.continual.stream]
+        kept = sorted(set().union(*by_task))  # what is of no task may bear labels that the plan has not
+        place = {row: number for number, row in enumerate(kept)}
+        encoded = self.task.encode({field: [columns[field][row] for row in kept] for field in self.task.fields})
+        return _Split(encoded, tuple([place[row] for row in rows] for rows in by_task))
 
 
 @app.main()  # type: ignore[untyped-decorator]
@@ -141,9 +183,11 @@ def main(grid: Grid, context: Context) -> None:
         own.show(final)
         statement = make_statement(plan, result.model_copy(update={"status": "finished"}))
         save_model(directory.path / "model", plan, own.model, own.task.tokenizer, statement)
-        for split, found in (("test", own.test(final)), ("validation", own.validation(final))):
+        for split, found in (("test", own.test(final)), ("validation", own.validation(final, stages(plan)[-1]))):
             if found is not None and result.final is None:
                 result.final = {"split": split, **found}
+        if plan.continual.stream:
+            result.continual = _matrix(Versions(directory.path, plan), own) or result.continual
         result.status = "finished"
     except LichenError as error:
         if error.code is not Code.INTERRUPTED:  # an interrupted run goes on later: it is not over
@@ -163,3 +207,15 @@ def main(grid: Grid, context: Context) -> None:
             write_report(directory.path)
         except Exception:
             log.exception("report.html was not written")  # the run stands without it
+
+
+def _matrix(versions: Versions, own: OwnData) -> Continual | None:
+    """R on the test rows, each version scored once; None if there are none."""
+    tasks, every = [task.name for task in own.plan.continual.stream], stages(own.plan)
+    scores = {0: own.test_by_task(own.start, None)}
+    if not scores[0]:
+        return None
+    found = versions.all()
+    scores |= {version.number: own.test_by_task(versions.state(version), every[version.number - 1]) for version in found if version.number}
+    rows = {number: [measured(by_task[task]) for task in tasks] for number, by_task in scores.items()}
+    return summary_of(tasks, "test", rows, {version.name: version.held_back for version in found if version.held_back})

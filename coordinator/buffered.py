@@ -106,7 +106,7 @@ class BufferedStrategy(FederatedStrategy):
         # in an order that repeats, whoever was first
         self._apply(number, sorted(buffer, key=lambda one: (one.report.client, one.message.metadata.reply_to_message_id)))
         self._told.staleness = sum(one.counts.staleness for one in buffer) / len(buffer)
-        self._add_to_average(number, num_rounds)
+        self._add_to_average(number)
         self._told.seconds = round(time.monotonic() - began, 3)
         self.state.round = number
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lichen.common import records
 from lichen.common.aggregation import properties
+from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.schedule import MOST_NOISE, planned_evaluation, planned_steps
@@ -144,7 +145,7 @@ class Replies:
             return float(report.examples)
         if report.declared_size is None:
             raise LichenError(Code.FRAME_INVALID, "the report bears no weight")
-        planned = planned_steps(self._plan, report.declared_size)
+        planned = planned_steps(self._plan, report.declared_size, stage_of(self._plan, report.round))
         told = Segment(report.noise_multiplier or 0.0, report.sample_rate or 0.0, report.steps)
         if not _as_planned(told, planned):
             raise LichenError(Code.FRAME_INVALID, f"the report tells of {told}, the plan of {planned}")

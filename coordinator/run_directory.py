@@ -47,7 +47,9 @@ class ServerState:
     squares: State = field(default_factory=dict)
     """The mean square that an adaptive server optimizer keeps; may be empty."""
     spent: dict[str, list[Segment]] = field(default_factory=dict)
-    """Training steps by client."""
+    """Training steps by client, of the task that is under way."""
+    spent_before: dict[str, dict[str, list[Segment]]] = field(default_factory=dict)
+    """Those of earlier tasks of the stream, by client and the task's name."""
     evaluated: dict[str, list[Segment]] = field(default_factory=dict)
     """Noised hold-out evaluations by client."""
     exhausted: dict[str, list[str]] = field(default_factory=dict)
@@ -180,6 +182,7 @@ class RunDirectory:
             "round": state.round,
             "plan_sha256": self.plan.sha256(),
             "spent": state.spent,
+            "spent_before": state.spent_before,
             "evaluated": state.evaluated,
             "exhausted": state.exhausted,
             "clip": state.clip,
@@ -228,6 +231,7 @@ class RunDirectory:
             about["round"],
             **parts,
             spent=history(about["spent"]),
+            spent_before={name: history(tasks) for name, tasks in about.get("spent_before", {}).items()},
             evaluated=history(about["evaluated"]),
             exhausted=about.get("exhausted", {}),
             clip=about.get("clip"),

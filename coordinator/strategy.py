@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Strategy
 
 from lichen.common import records
 from lichen.common.codec.registry import downlink_codec
+from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code, LichenError, name_of
 from lichen.common.result import Result, Round
 from lichen.coordinator.aggregation.central_dp import CentralDP
@@ -27,6 +28,7 @@ from lichen.coordinator.replies import Counted, Replies, note_failure
 from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
 from lichen.coordinator.telling import Evaluator, Teller
 from lichen.coordinator.updates import Updates
+from lichen.coordinator.versions import Versions
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +140,13 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         return FlowerResult()
 
     def final_model(self) -> State:
-        """The mean of the last rounds' models, as the plan asks."""
+        """The mean of the last rounds' models, as the plan asks; of a stream the newest version that is not held back."""
+        if self.plan.continual.stream:
+            versions = Versions(self.directory.path, self.plan)
+            return versions.state(versions.current())
+        return self._mean_of_last()
+
+    def _mean_of_last(self) -> State:
         count = self.plan.aggregation.average_last
         return {name: tensor / count for name, tensor in self.state.average.items()} if count > 1 else self.state.average
 
@@ -147,17 +155,31 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
     def _round(self, number: int, num_rounds: int, grid: Grid, timeout: float) -> None:
         began = time.monotonic()
-        self._told = Round(round=number, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
+        stage = stage_of(self.plan, number)
+        task = stage.task.name if stage.task else None
+        self._told = Round(round=number, task=task, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
         messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
         self.aggregate_train(number, self._messages.ask(messages, timeout, grid, self._told, self.state, self._enough))
-        self._add_to_average(number, num_rounds)
+        self._add_to_average(number)
         every = self.plan.evaluation.federated_every
         # only then, since to write a model takes the disk's time
         messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid)) if every and not number % every else []
         if messages:
             self.aggregate_evaluate(number, self._messages.ask(messages, timeout, grid, self._told, self.state))
+        if task and number == stage.last:
+            self._end_task(task)
         self._told.seconds = round(time.monotonic() - began, 3)
         self.state.round = number
+
+    def _end_task(self, task: str) -> None:
+        """The next task starts from the mean of this one's last rounds, with budgets of its own: no record is read in both."""
+        state = self.state
+        if self.plan.aggregation.average_last > 1:
+            final = self._mean_of_last()
+            state.model = self._downlink.add({name: final[name] - tensor for name, tensor in state.model.items()}, state)
+        for client, history in state.spent.items():
+            state.spent_before.setdefault(client, {})[task] = history
+        state.average, state.velocity, state.squares, state.spent, state.exhausted = {}, {}, {}, {}, {}
 
     def _save(self) -> None:
         """Write the checkpoint, with the round's line: it is told once its score is there, also after a crash."""
@@ -243,8 +265,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         whole = step | {name: step[name] + tensor if name in step else tensor for name, tensor in restart.items()}
         state.model = self._downlink.add(whole, state, room)
 
-    def _add_to_average(self, number: int, num_rounds: int) -> None:
-        if number > num_rounds - self.plan.aggregation.average_last:
+    def _add_to_average(self, number: int) -> None:
+        if number > stage_of(self.plan, number).last - self.plan.aggregation.average_last:
             model, sums = folded(self.plan, self.state.model), self.state.average
             self.state.average = {name: sums[name] + tensor if sums else tensor for name, tensor in model.items()}
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from lichen.common.aggregation import MERGED, part_of
+from lichen.common.continual.stream import stage_of
 from lichen.common.privacy.accounting import Segment, epsilon
+from lichen.common.privacy.schedule import one_task_each
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
 from lichen.coordinator.scoring import Beside
+from lichen.coordinator.versions import Versions
 
 if TYPE_CHECKING:
     from lichen.common import records
+    from lichen.common.continual.stream import Stage
     from lichen.common.model.adapter import State
     from lichen.common.plan import Plan
     from lichen.coordinator.aggregation.central_dp import CentralDP
@@ -25,8 +29,12 @@ class Evaluator(Protocol):
         """Whether there is a validation split."""
         ...
 
-    def validation(self, state: State) -> Metrics | None:
-        """Metrics on the validation split; None if there is none."""
+    def validation(self, state: State, stage: Stage) -> Metrics | None:
+        """Metrics on the validation split, of a stream on the rows of its tasks until this one; None if there is none."""
+        ...
+
+    def validation_by_task(self, state: State, stage: Stage | None) -> dict[str, Metrics | None]:
+        """The same on the rows of each task of the stream, after a stage or before the first; empty if there is no split."""
         ...
 
     def add_counts(self, reports: list[records.EvaluateReport]) -> Metrics | None:
@@ -56,10 +64,13 @@ class Teller:
         self._plan, self._directory, self._result = plan, directory, result
         self._evaluator, self._central, self._beside = evaluator, central, beside
         self._scoring = Beside(here=not beside)
+        self._versions = Versions(directory.path, plan)
 
     def resume(self, state: ServerState, num_rounds: int) -> None:
         """Tell what was told already, and the round of the checkpoint if a crash came before its score: it is scored now."""
         self._result.rounds = self._directory.load_rounds(state.round)
+        if self._plan.continual.stream and not state.round:
+            self._versions.add_start(self._evaluator.validation_by_task(state.model, None))
         if state.round:
             self.tell_privacy(state)
         waiting = self._directory.load_for_operator(state.round) if self._central else state.told
@@ -127,11 +138,17 @@ class Teller:
             privacy.max_epsilon = max((client.epsilon for client in privacy.clients.values()), default=0.0)
 
     def _is_scored(self, round: int, num_rounds: int) -> bool:
-        return self._evaluator.has_validation and (round % self._plan.evaluation.every == 0 or round == num_rounds)
+        stage = stage_of(self._plan, round)
+        ends = round == num_rounds or (stage.task is not None and round == stage.last)
+        return self._evaluator.has_validation and (round % self._plan.evaluation.every == 0 or ends)
 
     def _score_and_tell(self, told: Round, model: State, seconds: float, *, scored: bool) -> None:
+        stage = stage_of(self._plan, told.round)
         if scored:
-            told.validation = self._evaluator.validation(model)
+            told.validation = self._evaluator.validation(model, stage)
+        if stage.task is not None and told.round == stage.last:
+            told.by_task = self._evaluator.validation_by_task(model, stage)
+            self._versions.add(stage, model, told.by_task, told.epsilon)
         if self._central:
             self._directory.save_for_operator(told)
         self._result.rounds.append(told.without_cohort() if self._central else told)
@@ -140,6 +157,7 @@ class Teller:
     def _sum_up(self, model: State, seconds: float) -> None:
         """Bring `result.json` up to date with its rounds."""
         result = self._result
+        result.continual = self._versions.summary()
         result.seconds = None if self._central else round(seconds, 3)
         result.parameters = sum(tensor.numel() for name, tensor in model.items() if part_of(name) != MERGED)
         if self._central:
@@ -163,10 +181,16 @@ class Teller:
         return [[*history, history[-1]] for history in state.spent.values()]
 
     def _clients(self, state: ServerState) -> dict[str, ClientPrivacy]:
-        delta = self._plan.privacy.delta
+        delta, task = self._plan.privacy.delta, stage_of(self._plan, state.round + 1).task
         found = {}
-        for name, history in sorted(state.spent.items()):
-            segments = {"train": epsilon(history, delta)}
+        for name in sorted({*state.spent, *state.spent_before}):
+            by_task = dict(state.spent_before.get(name, {}))
+            if name in state.spent:
+                by_task[task.name if task else ""] = state.spent[name]
+            history = [segment for own in by_task.values() for segment in own]
+            if not one_task_each(self._plan):
+                by_task = {"": history}
+            segments = {f"train:{task}" if task else "train": epsilon(own, delta) for task, own in by_task.items()}
             if name in state.evaluated:
                 segments["holdout"] = epsilon(state.evaluated[name], delta)
             found[name] = ClientPrivacy(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lichen.common.aggregation import RULES
+from lichen.common.continual.stream import labels_until, rounds_of_tasks
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan.plan import Plan
 
@@ -44,6 +45,7 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "local.checkpointing runs layers twice, and privacy.gradients: hooks would count what they see twice",
             "Nearest valid: privacy.gradients: single-backward, or local.checkpointing: false.",
         )
+    _check_stream(plan, refuse)
     _check_rule(plan, refuse)
     _check_central(plan, refuse)
     _check_assign(plan, refuse)
@@ -67,6 +69,43 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "federated evaluation under unit: entity would read an entity on both sides: hold-outs are drawn by row",
             "Set evaluation.federated_every: 0.",
         )
+
+
+def _check_stream(plan: Plan, refuse: Callable[[str, str], None]) -> None:
+    """What a stream of tasks must be, and what is not built for one."""
+    tasks = plan.continual.stream
+    if not tasks:
+        return
+    for task in tasks:
+        if strangers := sorted(set(task.labels) - set(plan.task.labels)):
+            refuse(f"continual.stream, {task.name}: {strangers} are not among task.labels", "Name labels of task.labels.")
+    if len(labels_until(plan, 0)) < 2:
+        refuse(f"the first task of continual.stream has one label, and so nothing to choose among: {tasks[0].labels}", "Give it two.")
+    given = sum(task.rounds or 0 for task in tasks)
+    left_out = sum(task.rounds is None for task in tasks)
+    if given + left_out > plan.rounds or (not left_out and given != plan.rounds):
+        least = f", and {left_out} leave theirs out" if left_out else ""
+        refuse(
+            f"the tasks of continual.stream have {given} rounds together{least}, and rounds is {plan.rounds}",
+            f"Set rounds: {given + left_out}{' or more' if left_out else ''}.",
+        )
+    if plan.aggregation.average_last > (shortest := min(rounds_of_tasks(plan))):
+        refuse(
+            f"aggregation.average_last ({plan.aggregation.average_last}) is above the rounds of the shortest task ({shortest})",
+            f"Set it to at most {shortest}.",
+        )
+    if plan.cohort.mode == "buffered":
+        refuse(
+            "cohort.mode: buffered with continual.stream: an update may come when another task is learned",
+            "Nearest valid: cohort.mode: synchronous.",
+        )
+    if plan.evaluation.federated_every:
+        refuse(
+            "federated evaluation with continual.stream, which is not built: hold-outs are of all tasks",
+            "Set evaluation.federated_every: 0; the coordinator's own validation rows are scored by task.",
+        )
+    if plan.privacy.audit.canaries:
+        refuse("privacy.audit.canaries with continual.stream: they are of no task", "Set privacy.audit.canaries: 0.")
 
 
 def _check_assign(plan: Plan, refuse: Callable[[str, str], None]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
+from lichen.common.plan.continual import Continual
 from lichen.common.plan.sections import (
     Aggregation,
     Cohort,
@@ -42,6 +43,7 @@ class Plan(Section):
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
     transfer: Transfer = Transfer()
+    continual: Continual = Continual()
     evaluation: Evaluation = Evaluation()
     simulation: Simulation = Simulation()
 

@@ -187,7 +187,7 @@ class Local(Section):
     head_learning_rate: Number | None = Field(default=None, gt=0)
     """Of the head; by default the same."""
     learning_rate_decay: Literal["none", "linear", "cosine"] = "none"
-    """Falls from the full rate in the first round towards zero after the last."""
+    """Falls from the full rate in the first round towards zero after the last, or in each task of a stream."""
     betas: tuple[Number, Number] = (0.9, 0.999)
     """AdamW's; of SGD the first is the momentum."""
     weight_decay: Number = Field(default=0.0, ge=0)

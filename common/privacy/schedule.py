@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lichen.common.continual.stream import Stage, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, noise_multiplier
 
@@ -20,12 +21,15 @@ MOST_NOISE = 4.0
 """Records that would need more than this many times the plan's noise have no budget left worth the name."""
 
 
-def planned_steps(plan: Plan, declared_size: int) -> Segment:
+def planned_steps(plan: Plan, declared_size: int, stage: Stage | None = None) -> Segment:
     """What one round of training costs a client.
+
+    The noise is for all rounds in which a unit may be read (`rounds_of_a_unit`).
 
     Args:
         plan: a private one.
-        declared_size: units that the owner declares.
+        declared_size: units that the owner declares; of a stream's task, its share of them (`stage_size`).
+        stage: of a stream, whose round it is; None: the first, or the only one.
 
     Raises:
         LichenError: PRIVACY_TARGET; PLAN_UNSOUND, if δ is above one in the declared size: it would permit to publish a row.
@@ -39,8 +43,21 @@ def planned_steps(plan: Plan, declared_size: int) -> Segment:
         )
     rate = plan.privacy.sample_rate or min(1.0, plan.local.batch_size / declared_size)
     steps = plan.local.steps or max(1, round((plan.local.epochs or 1) / rate))
-    noise = noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, rate, steps * plan.rounds)
+    noise = noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, rate, steps * rounds_of_a_unit(plan, stage))
     return Segment(noise, rate, steps)
+
+
+def one_task_each(plan: Plan) -> bool:
+    """Whether a unit is read in one task of the stream at most: then tasks compose in parallel, and a unit's ε is that of its task.
+
+    A node sees to it that no record is read in two. An entity, which goes on from task to task, is read in all.
+    """
+    return bool(plan.continual.stream) and plan.privacy.unit == "example"
+
+
+def rounds_of_a_unit(plan: Plan, stage: Stage | None = None) -> int:
+    """In how many rounds a unit may be read: in all, or in those of one task of a stream; ``stage`` as in `planned_steps`."""
+    return (stage or stages(plan)[0]).rounds if one_task_each(plan) else plan.rounds
 
 
 def planned_evaluation(plan: Plan) -> Segment:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lichen.common.channel.rules import RULES
+from lichen.common.privacy.schedule import one_task_each
 from lichen.common.records import CENTRAL_PAYLOAD_RULE, PAYLOAD_RULE, EvaluateReport, Rule, TrainReport
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _bounds(plan: Plan, result: Result) -> dict[str, Bound]:
         return {EVERY: bound}
     failed = {name for told in result.rounds for name in told.errors}
     whole = result.status == "finished" and result.engine != "flower"  # stock Flower may ask twice, and a round under way is not told yet
-    segments = 2 if plan.evaluation.federated_every else 1
+    segments = len(plan.continual.stream) if one_task_each(plan) else 2 if plan.evaluation.federated_every else 1
     gated = Bound(
         epsilon=privacy.epsilon,
         delta=privacy.delta,
@@ -291,7 +292,8 @@ def _assumptions(plan: Plan, *, central: bool) -> Iterator[str]:
         "ε bounds the mechanism on real numbers. Floats are guarded, not proven: sums are noised in 64 bits and rounded to a grid that is "
         "coarse beside a float's own and fine beside the noise (Mironov 2012)."
     )
-    yield f"A client's segments (training rows, held-out rows) are disjoint: one record is in one of them{_segments(plan)}."
+    of = "rows of each task" if one_task_each(plan) else "training rows, held-out rows"
+    yield f"A client's segments ({of}) are disjoint: one record is in one of them{_segments(plan)}."
     yield "This run alone: what earlier or later runs spend on the same rows adds to it, and is kept in the node's ledger."
     yield "Each client's data are its own: who has rows at several clients adds up their ε and δ."
     yield "Labels, their descriptions, the base model and the plan are public, and were not made from these rows."
@@ -300,6 +302,8 @@ def _assumptions(plan: Plan, *, central: bool) -> Iterator[str]:
 
 
 def _segments(plan: Plan) -> str:
+    if one_task_each(plan):
+        return ", since the node reads no record in two tasks of a run, whatever the plan says"
     return ", since rows are held out by a keyed hash of their content" if plan.evaluation.federated_every else ""
 
 

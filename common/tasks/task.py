@@ -100,6 +100,14 @@ class Task(Protocol[E]):
         """A padded batch of the given examples, where the model is."""
         ...
 
+    def choose_among(self, labels: Sequence[str] | None) -> None:
+        """Let the model choose among these of the plan's labels only, in training and in scores, until this is called again.
+
+        Args:
+            labels: the plan's label names; None: all. Tasks without labels take no notice.
+        """
+        ...
+
     def losses(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         """The loss of each example, shape (B,), that depends on that example alone: their sum is what DP clips by part."""
         ...

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from lichen.common.continual.stream import labels_until
 from lichen.common.device import device, sent
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel, attach
@@ -99,9 +100,11 @@ class TextClassification:
         self.plan = plan
         self.fields = (plan.task.text_field, plan.task.label_field)
         self._index = {label: index for index, label in enumerate(plan.task.labels)}
+        self._first = torch.tensor([self._index[label] for label in labels_until(plan, 0)])  # the model may always choose among these
         self._mean = plan.model.head.pooling == "mean"
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._device = torch.device("cpu")
+        self._left_out: torch.Tensor | None = None  # of the classes, shape (C,): those that are not to choose among
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -169,7 +172,7 @@ class TextClassification:
         lengths = [most] * rows if longest else torch.randint(3, min(most, 24) + 1, (rows,), generator=generator).tolist()
         ordinary = sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
         picks = [torch.randint(len(ordinary), (length,), generator=generator).tolist() for length in lengths]
-        labels = torch.randint(len(self.plan.task.labels), (rows,), generator=generator)
+        labels = self._first[torch.randint(len(self._first), (rows,), generator=generator)]
         return EncodedTexts([np.array([ordinary[pick] for pick in row], dtype=np.int32) for row in picks], labels)
 
     def join(self, first: EncodedTexts, second: EncodedTexts) -> EncodedTexts:
@@ -181,6 +184,11 @@ class TextClassification:
         batch = self._pad([data.tokens[index] for index in indices])
         batch["labels"] = data.labels[torch.as_tensor(indices, dtype=torch.int64)]
         return {name: sent(tensor, self._device) for name, tensor in batch.items()}
+
+    def choose_among(self, labels: Sequence[str] | None) -> None:
+        """Which classes take part in the softmax (see `Task.choose_among`)."""
+        out = [label not in labels for label in self.plan.task.labels] if labels is not None else []
+        self._left_out = torch.tensor(out, device=self._device) if any(out) else None
 
     def losses(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         """Cross-entropy of each text, shape (B,). The model's own mean over the batch is never used: it breaks DP's sensitivity."""
@@ -218,7 +226,8 @@ class TextClassification:
         """The class scores of each text, shape (B, C)."""
         mask = batch["attention_mask"]
         logits: torch.Tensor = network(input_ids=batch["input_ids"], attention_mask=mask).logits
-        return _mean_over_tokens(logits, mask) if self._mean else logits
+        logits = _mean_over_tokens(logits, mask) if self._mean else logits
+        return logits if self._left_out is None else logits.masked_fill(self._left_out, -math.inf)
 
     def _tokens(self, texts: list[str]) -> list[np.ndarray]:
         """Of each text, cut at the plan's length. What follows that much of a text is not read, where words are tokenised one by one."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
+from lichen.common.continual.stream import Stage
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
 from lichen.common.plan import Plan
@@ -53,7 +54,7 @@ def scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Score], None]:
     def use(score: Score) -> None:
         done: list[int] = []
 
-        def validation(self: OwnData, state: State) -> Metrics | None:
+        def validation(self: OwnData, state: State, stage: Stage) -> Metrics | None:
             done.append(1)
             return score(len(done), state)
 

@@ -213,7 +213,7 @@ def test_a_crash_before_the_score_tells_the_same_afterwards(
 ) -> None:
     """What the operator alone may see of the round comes from the operator's own file: no checkpoint holds it."""
     monkeypatch.setattr(OwnData, "has_validation", True)
-    monkeypatch.setattr(OwnData, "validation", lambda self, state: {"accuracy": 0.5})
+    monkeypatch.setattr(OwnData, "validation", lambda self, state, stage: {"accuracy": 0.5})
     whole = Federation(tmp_path / "whole", plan_of(), engine="inprocess")
     result = whole.run()
     assert [told.validation for told in result.rounds] == [{"accuracy": 0.5}] * 2

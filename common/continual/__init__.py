@@ -1,0 +1,1 @@
+"""Continual learning: what both ends must agree on."""

@@ -1,0 +1,113 @@
+"""A plan's stream of tasks: which task a round is of, which rows are a task's, and among which labels the model chooses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from lichen.common.plan import Plan
+    from lichen.common.plan.continual import StreamTask
+
+
+class Stage(NamedTuple):
+    """A part of a run: the rounds of one task of the stream, or the whole run where there is no stream."""
+
+    number: int
+    """From 0."""
+    first: int
+    """Its first round."""
+    last: int
+    """Its last round."""
+    task: StreamTask | None
+    """None without a stream."""
+
+    @property
+    def rounds(self) -> int:
+        """How many it has."""
+        return self.last - self.first + 1
+
+
+def stages(plan: Plan) -> tuple[Stage, ...]:
+    """The parts of a run, in order; one, where the plan has no stream."""
+    tasks = plan.continual.stream
+    if not tasks:
+        return (Stage(0, 1, plan.rounds, None),)
+    ends = list(accumulate(rounds_of_tasks(plan)))
+    return tuple(Stage(number, end - length + 1, end, task) for number, (task, end, length) in enumerate(_with_lengths(tasks, ends)))
+
+
+def stage_of(plan: Plan, round: int) -> Stage:
+    """That of a round (from 1); of one after the last, the last."""
+    found = stages(plan)
+    return next((stage for stage in found if round <= stage.last), found[-1])
+
+
+def rounds_of_tasks(plan: Plan) -> list[int]:
+    """Rounds of each task: its own, or an equal share of what the others leave, of which the first tasks have one more if need be."""
+    tasks = plan.continual.stream
+    open_ = [number for number, task in enumerate(tasks) if task.rounds is None]
+    left = plan.rounds - sum(task.rounds or 0 for task in tasks)
+    shares = {number: left // len(open_) + (place < left % len(open_)) for place, number in enumerate(open_)}
+    return [task.rounds or shares[number] for number, task in enumerate(tasks)]
+
+
+def stage_size(plan: Plan, stage: Stage, declared_size: int) -> int:
+    """What stands for a node's number of rows of a stage: the task's public share of the size that the owner declares."""
+    if stage.task is None:
+        return declared_size
+    return max(1, round(declared_size * (stage.task.share or 1 / len(plan.continual.stream))))
+
+
+def fields_of(plan: Plan) -> tuple[str, ...]:
+    """The data fields by which rows are dealt to tasks, besides the label."""
+    return tuple(dict.fromkeys(field for task in plan.continual.stream for field in task.fields))
+
+
+def rows_of(plan: Plan, task: StreamTask, columns: Mapping[str, Sequence[object]]) -> list[int]:
+    """The numbers of the rows that are of a task.
+
+    Args:
+        plan: whose label field it is.
+        task: of its stream.
+        columns: the values of each field that tells (`fields_of`), and of the label where a task names labels.
+
+    Returns:
+        Ascending. A row whose value can't be compared with a window's bounds is not of it.
+    """
+    kept = set(range(len(next(iter(columns.values()), ()))))
+    for field, names in ((plan.task.label_field, task.labels), *task.where.items()):
+        if names:
+            wanted = set(names)
+            kept = {row for row in kept if str(columns[field][row]) in wanted}
+    for field, (first, end) in task.between.items():
+        kept = {row for row in kept if _within(columns[field][row], first, end)}
+    return sorted(kept)
+
+
+def labels_until(plan: Plan, number: int) -> tuple[str, ...]:
+    """The labels among which the model chooses after a task (its number, from 0): those of all tasks so far, in the plan's order.
+
+    All labels, where a task so far names none.
+    """
+    tasks = plan.continual.stream[: number + 1]
+    if not tasks or not all(task.labels for task in tasks):
+        return plan.task.labels
+    seen = {label for task in tasks for label in task.labels}
+    return tuple(label for label in plan.task.labels if label in seen)
+
+
+def _with_lengths(tasks: Sequence[StreamTask], ends: Sequence[int]) -> list[tuple[StreamTask, int, int]]:
+    return [(task, end, end - start) for task, start, end in zip(tasks, [0, *ends], ends, strict=False)]
+
+
+def _within(value: object, first: float | str, end: float | str) -> bool:
+    if isinstance(first, str) or isinstance(end, str):
+        return str(first) <= str(value) < str(end)
+    try:
+        number = float(str(value))
+    except ValueError:
+        return False
+    return math.isfinite(number) and first <= number < end

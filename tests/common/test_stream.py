@@ -1,0 +1,145 @@
+"""A stream of tasks in the plan: rounds, rows, labels, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lichen.common.continual.measures import measures
+from lichen.common.continual.stream import fields_of, labels_until, rounds_of_tasks, rows_of, stage_of, stage_size, stages
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import Plan, parse_plan
+from lichen.common.privacy.schedule import planned_steps, rounds_of_a_unit
+
+LABELS = ["a", "b", "c", "d"]
+DOCUMENT: dict[str, Any] = {"task": {"labels": LABELS}, "model": {"base": "some/model"}, "local": {"steps": 5}}
+
+
+def plan_of(*tasks: dict[str, Any], rounds: int = 6, **sections: Any) -> Plan:
+    stream = [{"name": f"task-{number}"} | task for number, task in enumerate(tasks)]
+    return parse_plan(DOCUMENT | {"rounds": rounds, "continual": {"stream": stream}} | sections)
+
+
+def refusal(*tasks: dict[str, Any], code: Code = Code.PLAN_UNSOUND, **changes: Any) -> str:
+    with pytest.raises(LichenError) as caught:
+        plan_of(*tasks, **changes)
+    assert caught.value.code is code, str(caught.value)
+    assert caught.value.fix
+    return caught.value.what
+
+
+ONE, TWO = {"labels": ["a", "b"]}, {"labels": ["c"]}
+
+
+def test_without_a_stream_a_run_is_one_stage() -> None:
+    plan = parse_plan(DOCUMENT | {"rounds": 6})
+    assert stages(plan) == (stage_of(plan, 3),)
+    assert (stage_of(plan, 6).first, stage_of(plan, 6).last, stage_of(plan, 6).task) == (1, 6, None)
+    assert labels_until(plan, 0) == tuple(LABELS)
+    assert stage_size(plan, stage_of(plan, 1), 64) == 64
+
+
+@given(given_=st.lists(st.none() | st.integers(1, 5), min_size=1, max_size=6), more=st.integers(0, 7))
+def test_the_tasks_share_the_rounds_and_each_round_is_of_one(given_: list[int | None], more: int) -> None:
+    open_ = given_.count(None)
+    rounds = sum(length or 0 for length in given_) + open_ + (more if open_ else 0)
+    plan = plan_of(*({"labels": ["a", "b"]} | ({} if length is None else {"rounds": length}) for length in given_), rounds=rounds)
+    lengths = rounds_of_tasks(plan)
+    assert sum(lengths) == rounds
+    assert all(length in {None, found} for length, found in zip(given_, lengths, strict=True))
+    shared = [found for length, found in zip(given_, lengths, strict=True) if length is None]
+    assert not shared or max(shared) - min(shared) <= 1
+    assert [stage_of(plan, round).number for round in range(1, rounds + 1)] == [
+        number for number, length in enumerate(lengths) for _ in range(length)
+    ]
+    assert [stage.rounds for stage in stages(plan)] == lengths
+
+
+def test_a_row_is_of_a_task_if_it_meets_all_that_is_said() -> None:
+    plan = plan_of(
+        {"labels": ["a", "b"], "where": {"site": ["x", "7"]}},
+        {"between": {"year": [1800, 1850.5]}},
+        {"between": {"day": ["2024-01-01", "2024-07-01"]}, "where": {"site": ["x"]}},
+    )
+    columns = {
+        "label": ["a", "c", "b", "a", "a", "b"],
+        "site": ["x", "x", 7, "y", "x", "x"],
+        "year": [1800, "1850", "1850.5", "none", None, "nan"],
+        "day": ["2024-01-01", "2024-06-30", "2024-06-30", "2023-12-31", "2024-07-01", ""],
+    }
+    assert [rows_of(plan, task, columns) for task in plan.continual.stream] == [[0, 2, 4, 5], [0, 1], [0, 1]]
+    assert fields_of(plan) == ("site", "year", "day")
+
+
+def test_the_model_chooses_among_the_labels_of_the_tasks_so_far_in_the_plans_order() -> None:
+    plan = plan_of({"labels": ["d", "c"]}, {"labels": ["a", "d"]}, {"labels": ["b"]})
+    assert [labels_until(plan, number) for number in range(3)] == [("c", "d"), ("a", "c", "d"), ("a", "b", "c", "d")]
+    by_domain = plan_of({"where": {"site": ["x"]}}, {"labels": ["a"]})
+    assert [labels_until(by_domain, number) for number in range(2)] == [tuple(LABELS)] * 2
+
+
+def test_a_task_has_its_public_share_of_the_declared_size() -> None:
+    plan = plan_of(ONE, {**TWO, "share": 0.25}, rounds=4)
+    assert [stage_size(plan, stage, 1000) for stage in stages(plan)] == [500, 250]
+    assert stage_size(plan, stages(plan)[1], 1) == 1
+
+
+def test_noise_is_for_the_rounds_in_which_a_unit_is_read() -> None:
+    privacy = {"unit": "example", "sample_rate": 0.1}
+    plan = plan_of({**ONE, "rounds": 2}, {**TWO, "rounds": 4}, privacy=privacy)
+    short, long = (planned_steps(plan, 100, stage).noise_multiplier for stage in stages(plan))
+    assert short < long
+    assert long == planned_steps(parse_plan(DOCUMENT | {"rounds": 4, "privacy": privacy}), 100).noise_multiplier
+    entity = plan_of({**ONE, "rounds": 2}, {**TWO, "rounds": 4}, privacy=privacy | {"unit": "entity", "unit_field": "who"})
+    assert [rounds_of_a_unit(entity, stage) for stage in stages(entity)] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "changes", "reason"),
+    [
+        ([{"labels": ["z"]}], {}, "task-0: ['z'] are not among task.labels"),
+        ([TWO, ONE], {}, "nothing to choose among"),
+        ([{**ONE, "rounds": 2}, {**TWO, "rounds": 3}], {}, "have 5 rounds together, and rounds is 6"),
+        ([{**ONE, "rounds": 6}, TWO], {}, "have 6 rounds together, and 1 leave theirs out, and rounds is 6"),
+        ([ONE, TWO], {"aggregation": {"average_last": 4}}, "above the rounds of the shortest task (3)"),
+        ([ONE, TWO], {"cohort": {"mode": "buffered"}}, "when another task is learned"),
+        ([ONE, TWO], {"evaluation": {"federated_every": 1}}, "which is not built"),
+        ([ONE, TWO], {"privacy": {"unit": "example", "audit": {"canaries": 4}}}, "they are of no task"),
+    ],
+)
+def test_a_stream_that_would_not_do_is_refused(tasks: list[dict[str, Any]], changes: dict[str, Any], reason: str) -> None:
+    assert reason in refusal(*tasks, **changes)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "reason"),
+    [
+        ([{}], "needs labels, where or between"),
+        ([{"where": {"site": []}}], "where.site names no value"),
+        ([{"between": {"year": [1, "2"]}}], "a number and a text"),
+        ([{"between": {"year": [2, 2]}}], "2.0 is not before 2.0"),
+        ([{"labels": ["a"], "name": "x y"}], "name"),
+        ([{"labels": ["a"], "name": "x"}, {"labels": ["b"], "name": "x"}], "one name"),
+        ([{"labels": ["a"], "label": ["b"]}], "unknown key"),
+    ],
+)
+def test_a_task_that_is_none_is_told(tasks: list[dict[str, Any]], reason: str) -> None:
+    assert reason in refusal(*tasks, code=Code.PLAN_INVALID)
+
+
+def test_the_measures_are_those_of_the_papers() -> None:
+    matrix = [[0.9, 0.1, None], [0.7, 0.8, 0.2], [0.8, 0.5, 0.6]]
+    found = measures(matrix, [0.3, 0.2, 0.1])
+    assert found.acc == pytest.approx((0.8 + 0.5 + 0.6) / 3)
+    assert found.bwt == pytest.approx((0.8 - 0.9 + 0.5 - 0.8) / 2)
+    assert found.fwt == pytest.approx((0.1 - 0.2 + 0.2 - 0.1) / 2)
+    assert found.forgetting == pytest.approx((0.9 - 0.8 + 0.8 - 0.5) / 2)
+    half = measures(matrix[:2])
+    assert half.fwt is None
+    assert half._replace(fwt=0) == pytest.approx((0.75, -0.2, 0, 0.2))
+    assert measures([]) == measures([], [0.1]) == (None, None, None, None)
+    assert measures([[0.5]], [0.1]) == (0.5, None, None, None)
+    assert measures([[None, 0.5], [0.4, None]], [0.0, None]) == (0.4, None, None, None)

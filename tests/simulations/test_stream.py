@@ -1,0 +1,190 @@
+"""A stream of tasks played in this process on real rows and a real (tiny) model: R, versions, ε by task, and a crash at any point."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lichen.common.aggregation import MERGED, A, B, beside, part_of
+from lichen.common.continual.measures import measures
+from lichen.common.errors import Code, LichenError
+from lichen.common.model.adapter import State
+from lichen.common.plan import Plan, parse_plan
+from lichen.common.result import Result, read_result
+from lichen.coordinator.run_directory import RunDirectory
+from lichen.coordinator.versions import Versions
+from lichen.simulations.simulate import run
+
+STREAM = [{"name": "fields", "labels": ["crop", "metal"]}, {"name": "banks", "labels": ["money"]}]
+EXACT = {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}}
+MEAN = {"average_last": 2, "optimizer": "fedavgm", "momentum": 0.5}
+PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.2}
+
+
+@pytest.fixture
+def plan_of(csv_plan: dict[str, Any]) -> Callable[..., Plan]:
+    def make(stream: list[dict[str, Any]] = STREAM, tolerance: float = 1.0, **changes: Any) -> Plan:
+        continual = {"stream": stream, "tolerance": tolerance}
+        document = csv_plan | {"rounds": 4, "cohort": {"size": 3}, "continual": continual}
+        return parse_plan(document | changes)
+
+    return make
+
+
+def told(result: Result) -> Any:
+    assert result.continual is not None
+    return result.continual
+
+
+def models_of(out: Path, plan: Plan) -> list[State]:
+    versions = Versions(out, plan)
+    return [versions.state(version) for version in versions.all() if version.number]
+
+
+def same(left: State, right: State) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_each_task_is_a_version_and_r_tells_what_was_learned_and_forgotten(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of()
+    result = run(plan, tmp_path, "inprocess")
+    found = told(result)
+    assert (found.tasks, found.split) == (["fields", "banks"], "test")
+    (early, unseen), (late, learned) = found.matrix
+    assert early > 0.8
+    assert unseen < 0.5
+    assert learned > 0.9
+    assert late < early, "nothing keeps the old"
+    assert measures(found.matrix, found.start) == (found.acc, found.bwt, found.fwt, found.forgetting)
+    assert [line.task for line in result.rounds] == ["fields", "fields", "banks", "banks"]
+    assert [sorted(line.by_task) for line in result.rounds] == [[], ["banks", "fields"]] * 2
+    versions = Versions(tmp_path, plan).all()
+    assert [(version.number, version.task, version.round, version.parent) for version in versions] == [
+        (0, "start", 0, None),
+        (1, "fields", 2, 0),
+        (2, "banks", 4, 1),
+    ]
+    assert [version.validation for version in versions[1:]] == [result.rounds[1].by_task, result.rounds[3].by_task]
+    assert same(models_of(tmp_path, plan)[1], load_state(tmp_path, plan))
+    assert read_result(tmp_path).continual == found
+
+
+def load_state(out: Path, plan: Plan) -> State:
+    state = RunDirectory(out, plan).load_state()
+    assert state is not None
+    return state.model
+
+
+def test_domains_of_the_same_labels(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of([{"name": "a", "where": {"site": ["a"]}}, {"name": "b", "where": {"site": ["b"]}}])
+    found = told(run(plan, tmp_path, "inprocess"))
+    assert min(found.matrix[1]) > 0.8
+    assert found.matrix[0][1] > 0.6, "what was learned of one helps with the other"
+    assert found.fwt > 0.2
+
+
+@pytest.mark.parametrize("changes", [{}, {"privacy": PRIVATE}, {"aggregation": MEAN}])
+def test_a_run_that_goes_on_in_mid_task_is_as_one_that_was_not_broken(
+    tmp_path: Path, plan_of: Callable[..., Plan], changes: dict[str, Any]
+) -> None:
+    plan = plan_of(**changes)
+    whole = run(plan, tmp_path, "inprocess")
+    expected = models_of(tmp_path, plan)
+    (tmp_path / "checkpoints" / "round-00004.safetensors").unlink()
+    again = run(plan, tmp_path, "inprocess", resume=True)
+    assert all(map(same, models_of(tmp_path, plan), expected))
+    assert again.continual == whole.continual
+    assert again.privacy.clients == whole.privacy.clients
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_crash_between_a_tasks_end_and_its_version_loses_nothing(
+    tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    plan = plan_of()
+    whole = run(plan, tmp_path / "whole", "inprocess")
+    original = Versions.add
+    calls: list[int] = []
+
+    def add(self: Versions, *given: Any) -> None:
+        calls.append(1)
+        if len(calls) == number:
+            raise LichenError(Code.OUTPUT_UNUSABLE, "the disk is full")
+        original(self, *given)
+
+    monkeypatch.setattr(Versions, "add", add)
+    with pytest.raises(LichenError):
+        run(plan, tmp_path / "broken", "inprocess")
+    again = run(plan, tmp_path / "broken", "inprocess", resume=True)
+    assert again.continual == whole.continual
+    assert all(map(same, models_of(tmp_path / "broken", plan), models_of(tmp_path / "whole", plan)))
+
+
+def test_a_version_that_has_forgotten_too_much_is_held_back(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    strict, lax = plan_of(tolerance=0.05), plan_of(tolerance=1.0)
+    results = [run(plan, tmp_path / str(plan.continual.tolerance), "inprocess") for plan in (strict, lax)]
+    assert told(results[0]).matrix == told(results[1]).matrix
+    assert list(told(results[0]).held_back) == ["2-banks"]
+    assert "accuracy on fields has fallen from" in told(results[0]).held_back["2-banks"]
+    assert told(results[1]).held_back == {}
+    assert Versions(tmp_path / "0.05", strict).current().number == 1
+    assert Versions(tmp_path / "1.0", lax).current().number == 2
+    scores = [result.final["accuracy"] for result in results]  # type: ignore[index]
+    assert scores[0] != scores[1]
+    with pytest.raises(LichenError) as caught:
+        Versions(tmp_path / "nowhere", lax).current()
+    assert caught.value.code is Code.NO_MODEL
+
+
+def test_a_record_pays_for_its_task_and_a_person_in_all_for_the_sum(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    stream = [{**STREAM[0], "rounds": 3}, {**STREAM[1], "rounds": 1}]
+    result = run(plan_of(stream, privacy=PRIVATE), tmp_path, "inprocess")
+    for client in result.privacy.clients.values():
+        assert client.segments.keys() == {"train:fields", "train:banks"}
+        assert client.epsilon == max(client.segments.values()) <= 8.0
+        assert client.epsilon_sum == pytest.approx(sum(client.segments.values()))
+        assert min(client.segments.values()) > 7.0, "each task may spend what a record has"
+    statement = result.privacy.statement
+    assert statement is not None
+    assert any("rows of each task" in line and "no record in two tasks" in line for line in statement.assumptions)
+    entity = run(plan_of(stream, privacy=PRIVATE | {"unit": "entity", "unit_field": "site"}), tmp_path / "entity", "inprocess")
+    assert all(client.segments.keys() == {"train"} and client.epsilon <= 8.0 for client in entity.privacy.clients.values())
+
+
+def test_the_next_task_starts_from_the_mean_of_the_last_rounds(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(aggregation={"average_last": 2}, transfer=EXACT)
+    run(plan, tmp_path, "inprocess")
+    # of the last task: its rounds' models are in the checkpoints before and at its end
+    third, fourth = (load_file(tmp_path / "checkpoints" / f"round-{round:05d}.safetensors") for round in (3, 4))
+    last = models_of(tmp_path, plan)[1]
+    assert all(torch.equal(fourth[f"model/{name}"], tensor) for name, tensor in last.items())
+    assert any(not torch.equal(third[f"model/{name}"], tensor) for name, tensor in last.items())
+    assert not any(key.startswith("average/") for key in fourth), "the sum begins anew"
+
+
+@pytest.mark.parametrize("rule", ["rolora", "flora", "fedex", "nested"])
+def test_every_rule_may_learn_a_stream(tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any], rule: str) -> None:
+    model = csv_plan["model"] | {"adapter": {"kind": "lora", "rank": 2}}
+    plan = plan_of(aggregation={"rule": rule, "average_last": 2}, model=model, transfer=EXACT)
+    found = told(run(plan, tmp_path, "inprocess"))
+    assert found.matrix[1][1] > 0.8
+    for state in models_of(tmp_path, plan):
+        for name, tensor in state.items():
+            if part_of(name) == MERGED:
+                assert not state[beside(name, B)].any()
+                assert tensor.any()
+                assert state[beside(name, A)].any()
+
+
+def test_rows_of_no_task_are_left_out_whatever_their_label(tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any]) -> None:
+    labels = ["crop", "metal"]
+    stream = [{"name": site, "labels": labels, "where": {"site": [site]}} for site in "ab"]
+    found = told(run(plan_of(stream, task=csv_plan["task"] | {"labels": labels}), tmp_path, "inprocess"))
+    assert min(found.matrix[1]) > 0.8
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "finished"
