@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lichen.common.cli import COMMANDS
+from lichen.common.cli import COMMANDS, main
 from lichen.common.hardware import Profile, work_of
 from lichen.common.plan import Plan, load_plan, parse_plan, plan_from_json
 
@@ -45,28 +45,40 @@ def test_new_validate_show_and_schema(tmp_path: Path) -> None:
     assert set(told["properties"]) == set(Plan.model_fields)
 
 
-def test_show_explains_what_a_machine_would_do_and_refuses_what_it_can_not(tmp_path: Path, tiny_plan: dict[str, Any]) -> None:
+def test_show_explains_what_a_machine_would_do_and_refuses_what_it_can_not(
+    tmp_path: Path, tiny_plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def show(*arguments: str) -> tuple[int, str]:  # in this process, since each new one would load torch
+        monkeypatch.setattr(sys, "argv", ["lichen", "plan", "show", "p.yaml", "--for", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out + err
+
+
     large = {**tiny_plan, "local": {"steps": 50, "batch_size": 4096, "max_physical_batch_size": 4096}}
     plan = parse_plan({**large, "cohort": {"size": 2, "deadline_s": 100, "assign": ["steps", "max_physical_batch_size"]}})
     (tmp_path / "p.yaml").write_text(plan.to_yaml())
     profile = Profile(memory_mb=800, threads=2, work=work_of(plan), tokens_per_s=50_000)
     (tmp_path / "node.json").write_text(profile.model_dump_json())
-    told = lichen("plan", "show", "p.yaml", "--for", "node.json", cwd=tmp_path)
-    assert told.returncode == 0, told.stderr
-    assert "cpu, 800 MiB free, 2 threads, 50000 tokens/s" in told.stdout
-    assert "max_physical_batch_size 2048, not 4096" in told.stdout
-    assert "steps 30, not 50" in told.stdout  # of 80 s, 2.6 s each
-    facts = json.loads(lichen("plan", "show", "p.yaml", "--for", "node.json", "--json", cwd=tmp_path).stdout)
+    code, told = show("node.json")
+    assert code == 0, told
+    assert "cpu, 800 MiB free, 2 threads, 50000 tokens/s" in told
+    assert "max_physical_batch_size 2048, not 4096" in told
+    assert "steps 30, not 50" in told  # of 80 s, 2.6 s each
+    facts = json.loads(show("node.json", "--json")[1])
     assert facts["changes"] == {"max_physical_batch_size": 2048, "steps": 30}
     assert facts["memory_mb"] <= 800 < facts["whole_mb"]
     small = tmp_path / "small.yaml"
     small.write_text("memory_mb: 300\n")
-    refused = lichen("plan", "show", "p.yaml", "--for", "small.yaml", cwd=tmp_path)
-    assert refused.returncode == 15
-    assert "such a node can't take part: memory: the least that the plan permits takes" in refused.stderr
-    unknown = lichen("plan", "show", "p.yaml", "--for", "toaster", cwd=tmp_path)
-    assert unknown.returncode == 40
-    assert "cpu-4gb" in unknown.stderr
+    code, told = show("small.yaml")
+    assert code == 15
+    assert "such a node can't take part: memory: the least that the plan permits takes" in told
+    code, told = show("toaster")
+    assert code == 40
+    assert "cpu-4gb" in told
 
 
 def test_a_plan_is_never_overwritten(tmp_path: Path) -> None:

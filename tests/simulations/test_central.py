@@ -124,7 +124,7 @@ def test_absent_failed_and_idle_clients_look_alike(tmp_path: Path, plan_of: Call
 
 
 def test_a_cohort_of_nobody_releases_noise_alone(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    plan = plan_of(1, {"size": 1, "population": 900}, epsilon=0.5)
+    plan = plan_of(1, {"size": 1, "population": 900}, epsilon=2.0)
     federation = Federation(tmp_path, plan, "inprocess")  # seeded, because one draw in 150 has somebody
     result = federation.run()
     assert federation.asked == []

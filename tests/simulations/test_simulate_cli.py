@@ -92,7 +92,7 @@ def test_killed_and_interrupted_in_mid_round_it_goes_on_to_the_same_model_at_the
     changes = {
         "rounds": 4,
         "privacy": PRIVATE,
-        "local": csv_plan["local"] | {"steps": 40},
+        "local": csv_plan["local"] | {"steps": 20},
         "evaluation": {"federated_every": 1},
         "aggregation": {"optimizer": "fedavgm", "momentum": 0.5, "average_last": 3},
     }
