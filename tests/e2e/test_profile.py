@@ -150,7 +150,7 @@ def test_a_worker_that_has_too_little_memory_goes_on_with_fewer_rows_under_the_s
     world: World, tiny_plan: dict[str, Any], tmp_path: Path
 ) -> None:
     """Of a model so wide that 256 rows at once do not fit, and 128 do; by a limit of the kernel's, in a real worker."""
-    private = {"unit": "example", "sample_rate": 1.0, "epsilon": 500.0, "delta": 1e-4}
+    private = {"unit": "example", "sample_rate": 1.0, "epsilon": 8.0, "delta": 1e-4}
     plan = {
         **tiny_plan,
         "rounds": 1,
