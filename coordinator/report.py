@@ -16,6 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lichen.common.continual.measures import measures
 from lichen.common.errors import Code
 from lichen.common.plan import Plan, load_plan
 from lichen.common.privacy.schedule import sample_rate
@@ -65,6 +66,7 @@ def write_report(directory: Path) -> Path:
         seeded=SEEDED if result.privacy.noise == "seeded: not private" else None,
         facts=_facts(result, plan),
         charts=_charts(result, plan),
+        heat=_heat(result),
         rounds=result.rounds[-ROWS:],
         shows_cohort=not plan.central,
         metrics={kind: _keys(getattr(told, kind) for told in result.rounds) for kind in ("validation", "federated")},
@@ -156,7 +158,22 @@ def _charts(result: Result, plan: Plan) -> list[charts.Chart]:
     if not plan.central:
         sums = {"up, from clients": summed("uplink_bytes"), "down, to clients": summed("downlink_bytes")}
         drawn.append(charts.chart("Bytes so far, all clients", sums, size, tick=size, from_zero=True))
+    if result.continual:
+        matrix = list(enumerate(result.continual.matrix, 1))
+        means = [(number, measures([row for _, row in matrix[:number]]).acc) for number, _ in matrix]
+        learned = [(number, row[number - 1]) for number, row in matrix]
+        series = {"mean over tasks so far": means, "the task just learned": learned}
+        known = {label: [(x, y) for x, y in points if y is not None] for label, points in series.items()}
+        drawn.append(charts.chart("Accuracy after each task", known, metric, axis="task"))
     return [found for found in drawn if found]
+
+
+def _heat(result: Result) -> list[tuple[str, list[tuple[float | None, int]]]]:
+    """R by row: after which task, and each score with how much of a colour it has, in percent."""
+    if (told := result.continual) is None:
+        return []
+    rows = [("the start", told.start), *zip(told.tasks, told.matrix, strict=False)]
+    return [(name, [(value, round(60 * (value or 0))) for value in row]) for name, row in rows if row]
 
 
 def _keys(found: Iterable[dict[str, float] | None]) -> list[str]:
@@ -230,6 +247,10 @@ def _print(result: Result, plan: Plan) -> None:
     bits = "" if transfer.bits_per_parameter is None else f", {transfer.bits_per_parameter:.3g} bits a parameter up"
     if not plan.central:
         rows["Bytes"] = f"up {size(transfer.uplink_bytes)}, down {size(transfer.downlink_bytes)}{bits}"
+    if tasks := result.continual:
+        rows["Tasks"] = f"ACC {metric(tasks.acc)}, BWT {metric(tasks.bwt)}, FWT {metric(tasks.fwt)}, forgetting {metric(tasks.forgetting)}"
+        for version, why in tasks.held_back.items():
+            rows[f"Held back: {version}"] = why
     if errors := _errors(result.rounds):
         rows["Failures"] = ", ".join(f"{what} × {times:,}" for what, times in errors)
     if result.error:

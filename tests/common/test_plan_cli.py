@@ -57,7 +57,6 @@ def test_show_explains_what_a_machine_would_do_and_refuses_what_it_can_not(
         out, err = capsys.readouterr()
         return int(left.value.code or 0), out + err
 
-
     large = {**tiny_plan, "local": {"steps": 50, "batch_size": 4096, "max_physical_batch_size": 4096}}
     plan = parse_plan({**large, "cohort": {"size": 2, "deadline_s": 100, "assign": ["steps", "max_physical_batch_size"]}})
     (tmp_path / "p.yaml").write_text(plan.to_yaml())

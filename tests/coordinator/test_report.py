@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
-from lichen.common.result import ClientPrivacy, Privacy, Result, Round, Transfer
+from lichen.common.result import ClientPrivacy, Continual, Privacy, Result, Round, Transfer
 from lichen.coordinator.charts import HEIGHT, WIDTH, chart
 from lichen.coordinator.pages import duration, epsilon, metric, size
 from lichen.coordinator.report import app, write_report
@@ -264,6 +264,37 @@ def test_a_run_that_has_not_ended_well(tmp_path: Path, status: str, done: int, e
     if not done:
         assert "svg" not in page.tags
         assert "No round was finished." in page.text
+
+
+def test_a_stream_shows_r_and_what_was_held_back(tmp_path: Path) -> None:
+    tasks = Continual(
+        tasks=["<one>", "two"],
+        split="test",
+        matrix=[[0.9, 0.25], [0.5, None]],
+        start=[0.1, 0.2],
+        acc=0.5,
+        bwt=-0.4,
+        fwt=0.05,
+        forgetting=0.4,
+        held_back={"2-two": "accuracy on <one> has fallen from 0.900 to 0.500"},
+    )
+    make(tmp_path, private=False, continual=tasks)
+    page = page_of(tmp_path)
+    assert page.tags.count("svg") == 4
+    for told in (
+        "ACC 0.5000",
+        "<one>",
+        "the start 0.1000 0.2000",
+        "<one> 0.9000 0.2500",
+        "two 0.5000 –",
+        "Version 2-two is held back: accuracy on <one> has fallen",
+        "Accuracy after each task",
+    ):
+        assert told in " ".join(page.text.split()), told
+    assert "var(--series1) 54%, transparent)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    command = " ".join(CliRunner().invoke(app, [str(tmp_path)]).output.split())
+    assert "ACC 0.5000, BWT -0.4000, FWT 0.0500, forgetting 0.4000" in command
+    assert "Held back: 2-two accuracy on <one> has fallen" in command
 
 
 def test_one_round(tmp_path: Path) -> None:
