@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": ("lichen.common.plan_cli:app", "Make and check plans."),
     "coordinator": ("lichen.coordinator.cli:app", "The service that operators run."),
     "client": ("lichen.client.cli:app", "The agent that data owners run."),
+    "export": ("lichen.coordinator.export:app", "Take a run's model out, for transformers and peft."),
     "report": ("lichen.coordinator.report:app", "Show a run, or write its report.html again."),
     "audit": ("lichen.simulations.audit:app", "Try to refute a finished run's privacy."),
     "bench": ("lichen.simulations.benchmarks.cli:app", "Measure this machine."),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +29,7 @@ from lichen.coordinator.cli_tools import (
     print_table,
     when,
 )
+from lichen.coordinator.export import ExportFormat, FormatOption, OutOption, VersionOption, export_model
 from lichen.coordinator.home import ENROLMENT_PORT, FLEET_PORT, Home, Runtime
 from lichen.coordinator.operations import find_run
 
@@ -37,13 +37,6 @@ app = typer.Typer(help="The service that operators run.", no_args_is_help=True, 
 app.add_typer(operator_cli.app, name="operator")
 
 RunArgument = Annotated[str, typer.Argument(help="A run's id, a beginning of it, or `latest`.", metavar="RUN", show_default=False)]
-
-
-class ExportFormat(StrEnum):
-    """How a model is written."""
-
-    PEFT = "peft"
-    MERGED = "merged"
 
 
 @app.command()
@@ -242,22 +235,19 @@ def stop(run: RunArgument, home: HomeOption = DEFAULT_HOME, operator: OperatorOp
 @app.command()
 def export(
     run: RunArgument,
-    out: Annotated[Path, typer.Option(help="The directory to write.", show_default=False)],
+    out: OutOption,
     home: HomeOption = DEFAULT_HOME,
-    form: Annotated[
-        ExportFormat, typer.Option("--format", help="peft: as it was trained. merged: a LoRA adapter added into its base's weights.")
-    ] = ExportFormat.PEFT,
+    form: FormatOption = ExportFormat.PEFT,
+    version: VersionOption = None,
 ) -> None:
-    """Write a finished run's model, for transformers and peft.
+    """Write a finished run's model, for transformers and peft; of a stream of tasks any version, at any time.
 
     Example: lichen coordinator export latest --out model --format merged
     """
-    from lichen.coordinator.export import export_model
-
     found = do(home, "run", run=run)
-    if found["status"] != "finished":
+    if found["status"] != "finished" and version is None:
         raise LichenError(Code.NO_MODEL, f"run {found['run_id']} is {found['status']}: it has no final model")
-    export_model(Path(found["directory"]), out, form.value)
+    export_model(Path(found["directory"]), out, form.value, version)
     typer.echo(f"wrote {out}")
 
 

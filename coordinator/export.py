@@ -1,10 +1,15 @@
-"""Take a run's model out: as peft's files, or merged into its base as a plain transformers model."""
+"""Take a run's model out: as peft's files, or merged into its base as a plain transformers model; and `lichen export`."""
 
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
+
+import typer
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import card
@@ -13,31 +18,77 @@ from lichen.common.privacy.statement import make_statement
 from lichen.common.result import read_result
 
 Format = Literal["peft", "merged"]
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 
-def export_model(run: Path, out: Path, form: Format = "peft") -> None:
+class ExportFormat(StrEnum):
+    """What `--format` takes."""
+
+    PEFT = "peft"
+    MERGED = "merged"
+
+
+OutOption = Annotated[Path, typer.Option(help="The directory to write.", show_default=False)]
+FormatOption = Annotated[
+    ExportFormat, typer.Option("--format", help="peft: as it was trained. merged: a LoRA adapter added into its base's weights.")
+]
+VersionOption = Annotated[int | None, typer.Option(min=1, help="Of a stream of tasks: the model after so many; left out, the final one.")]
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.", show_default=False)],
+    out: OutOption,
+    form: FormatOption = ExportFormat.PEFT,
+    version: VersionOption = None,
+) -> None:
+    """Write a run's model, for transformers and peft. Example: lichen export runs/mine --out model --format merged."""
+    export_model(directory, out, form.value, version)
+    typer.echo(f"wrote {out}")
+
+
+def export_model(run: Path, out: Path, form: Format = "peft", version: int | None = None) -> None:
     """Write a run's final model.
 
     Args:
         run: the run directory.
         out: a directory, made here; it may exist only if it is empty.
         form: ``peft`` copies `model/` as it is; ``merged`` adds a LoRA adapter into its base's weights.
+        version: of a stream of tasks, in place of the final model.
 
     Raises:
         LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE, NO_MODEL; MODEL_NOT_FOUND if the base is not here.
     """
-    model = run / "model"
-    if not (model / "config.json").is_file():
-        raise LichenError(Code.NO_MODEL, "this run has no model yet", where=str(run), fix="Wait until it has finished.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LichenError(Code.OUTPUT_EXISTS, "the directory is not empty", where=str(out), fix="Choose another --out.")
-    try:
-        if form == "merged" and (model / "adapter_config.json").exists():
-            _merge(run, model, out)
-        else:
-            shutil.copytree(model, out, dirs_exist_ok=True)
-    except OSError as error:
-        raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(out)) from None
+    with ExitStack() as stack:
+        model = run / "model"
+        if version is not None:
+            model = Path(stack.enter_context(TemporaryDirectory())) / "model"
+            _write_version(run, version, model)
+        if not (model / "config.json").is_file():
+            raise LichenError(Code.NO_MODEL, "this run has no model yet", where=str(run), fix="Wait until it has finished.")
+        try:
+            if form == "merged" and (model / "adapter_config.json").exists():
+                _merge(run, model, out)
+            else:
+                shutil.copytree(model, out, dirs_exist_ok=True)
+        except OSError as error:
+            raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(out)) from None
+
+
+def _write_version(run: Path, number: int, folder: Path) -> None:
+    """A version of a stream's model, as `model/` has the final one."""
+    from lichen.common.model.export import save_model
+    from lichen.common.tasks import workbench
+    from lichen.coordinator.versions import Versions
+
+    plan = load_plan(run / "plan.yaml")
+    versions = Versions(run, plan)
+    version = versions.find(number)
+    task, model, _ = workbench(plan.at_precision("float32"))
+    model.load(versions.state(version))
+    save_model(folder, plan, model, task.tokenizer, make_statement(plan, read_result(run)))
 
 
 def _merge(run: Path, model: Path, out: Path) -> None:

@@ -132,6 +132,18 @@ class Versions:
             raise LichenError(Code.OUTPUT_UNUSABLE, f"a damaged version: {error}", where=str(path)) from None
         return found
 
+    def find(self, number: int) -> Version:
+        """A version that has a model.
+
+        Raises:
+            LichenError: NO_MODEL, if there is none of this number.
+        """
+        found = {version.number: version for version in self.all() if version.number}
+        if number in found:
+            return found[number]
+        there = ", ".join(version.name for version in found.values()) or "none yet"
+        raise LichenError(Code.NO_MODEL, f"no version {number}", where=str(self._folder), fix=f"Versions: {there}.")
+
     def current(self) -> Version:
         """The newest that is not held back.
 

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from lichen.common.aggregation import MERGED, A, B, beside, part_of
 from lichen.common.continual.measures import measures
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
+from lichen.common.model.export import load_saved
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.result import Result, read_result
+from lichen.common.tasks import make_task
+from lichen.coordinator.export import app, export_model
 from lichen.coordinator.run_directory import RunDirectory
 from lichen.coordinator.versions import Versions
 from lichen.simulations.simulate import run
@@ -188,3 +192,22 @@ def test_rows_of_no_task_are_left_out_whatever_their_label(tmp_path: Path, plan_
     found = told(run(plan_of(stream, task=csv_plan["task"] | {"labels": labels}), tmp_path, "inprocess"))
     assert min(found.matrix[1]) > 0.8
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "finished"
+
+
+def test_any_version_can_be_taken_out(tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+    run(plan, tmp_path / "run", "inprocess")
+    told = CliRunner().invoke(app, [str(tmp_path / "run"), "--out", str(tmp_path / "one"), "--version", "1"])
+    assert told.exit_code == 0, told.output
+    model = make_task(plan).build()
+    load_saved(tmp_path / "one", model)
+    assert same(model.state(), models_of(tmp_path / "run", plan)[0])
+    export_model(tmp_path / "run", tmp_path / "newest")
+    load_saved(tmp_path / "newest", model)
+    assert same(model.state(), models_of(tmp_path / "run", plan)[1])
+    export_model(tmp_path / "run", tmp_path / "merged", "merged", 1)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    with pytest.raises(LichenError) as caught:
+        export_model(tmp_path / "run", tmp_path / "three", version=3)
+    assert (caught.value.code, caught.value.fix) == (Code.NO_MODEL, "Versions: 1-fields, 2-banks.")
+    assert not (tmp_path / "three").exists()
