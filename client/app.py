@@ -280,11 +280,11 @@ def _train_private(
     with open_ledger(node.home, own=node.simulated) as ledger:
         reads = rows.segments
         if one_task_each(plan):
-            reads -= ledger.read_before(run, "train", stage.first)
+            reads -= ledger.read_outside(run, "train", stage.first, stage.last)
             if rows.segments and not reads:
                 raise LichenError(
                     Code.PRIVACY_BUDGET,
-                    "all rows of this task were read in earlier tasks of the run, for which alone there is noise",
+                    "all rows of this task were read in other tasks of the run, for which alone there is noise",
                     where=f"continual.stream, {stage.task.name if stage.task else ''}",
                 )
         ahead = planned.steps * ((stage.last if one_task_each(plan) else plan.rounds) - asked.number)

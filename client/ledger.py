@@ -144,10 +144,10 @@ class Ledger(Database):
             changed |= dict.fromkeys(own, number)
         return changed
 
-    def read_before(self, run: str, split: Split, round: int) -> frozenset[int]:
-        """The data segments that a run has read in rounds before this one."""
+    def read_outside(self, run: str, split: Split, first: int, last: int) -> frozenset[int]:
+        """The data segments that a run has read in other rounds than these, earlier or later: the order in which it asks is its own."""
         self._refresh()
-        own = (entry.charged for entry in self._book.history(run=run) if entry.split == split and entry.round < round)
+        own = (entry.charged for entry in self._book.history(run=run) if entry.split == split and not first <= entry.round <= last)
         return frozenset[int]().union(*own)
 
     # --- reservations ---

@@ -101,6 +101,15 @@ def test_no_record_is_read_in_two_tasks_whatever_its_label(tmp_path: Path, tiny_
     assert ask(home, plan, 4).error.code == Code.PRIVACY_BUDGET, "all that is left was read in the first task"
 
 
+def test_nor_if_a_coordinator_asks_for_the_later_task_first(tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan]) -> None:
+    home, plan = home_of(tmp_path / "node", tiny_rows(40)), plan_of(privacy=PRIVACY)
+    assert not ask(home, plan, 3).has_error()
+    lines = [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
+    renamed = [{**row, "label": "crop"} for row in lines if row["label"] == "money"]
+    (home / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in renamed) + "\n")
+    assert ask(home, plan, 1).error.code == Code.PRIVACY_BUDGET
+
+
 def first_texts(rows: list[dict[str, Any]]) -> set[str]:
     return {f"{row['text']} {number}" for number, row in enumerate(rows) if row["label"] != "money"}
 
