@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +16,15 @@ from lichen.client.jobs import Job
 from lichen.client.together import Member, Noise, Together
 from lichen.common.aggregation import phase_of, properties
 from lichen.common.batching import clients_at_once, most_at_once, pass_cost
-from lichen.common.continual.stream import labels_until, stage_of
+from lichen.common.continual import make_method
+from lichen.common.continual.adapters import without_adapter
+from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.checkpointing import checkpoint_layers
 from lichen.common.model.lean import run_lean
 from lichen.common.model.packing import Packing
 from lichen.common.privacy.accounting import Segment
-from lichen.common.privacy.randomness import RandomSource, poisson_sample
+from lichen.common.privacy.randomness import RandomSource, add_noise, poisson_sample
 from lichen.common.privacy.single_backward.fused import fuse_lora
 from lichen.common.privacy.single_backward.grouped import group_weights
 from lichen.common.tasks import workbench
@@ -64,6 +66,7 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.task, self.model, _ = workbench(plan)
+        self._method = make_method(plan)
         self.model.train_only()
         self._private: PrivateStep | None = None
         self._fused: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -108,7 +111,9 @@ class Trainer:
         return together, count
 
     def run(self, job: Job) -> Trained:
-        """Train one client. Raises as `train` and `train_private`."""
+        """Train one client, or gather its sums. Raises as `train`, `train_private` and `gather`."""
+        if self._method.gathers(job.round):
+            return self.gather(job)
         if (private := job.private) is None:
             return self.train(job.start, job.data, job.round, job.source, job.cache, job.most_steps, job.stop)
         return self.train_private(
@@ -120,7 +125,7 @@ class Trainer:
 
         Each fails alone, but for what goes wrong in a pass of several.
         """
-        able = [number for number, job in enumerate(jobs) if _by_row(job)] if len(jobs) > 1 and self.at_once > 1 else []
+        able = [number for number, job in enumerate(jobs) if self._passes_by_row(job)] if len(jobs) > 1 and self.at_once > 1 else []
         by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
         for number in able:  # those of one rank
             by_shape.setdefault(tuple(tensor.shape for tensor in jobs[number].start.values()), []).append(number)
@@ -139,9 +144,19 @@ class Trainer:
                     found[number] = error
         return [found[number] for number in range(len(jobs))]
 
+    def _passes_by_row(self, job: Job) -> bool:
+        """Whether it trains to its end, on rows each of which is a unit of its own."""
+        return (
+            not self._method.gathers(job.round)
+            and job.stop is None
+            and len(job.data) > 0
+            and (job.private is None or (len(job.private.units) > 0 and all(len(unit) == 1 for unit in job.private.units)))
+        )
+
     def _train_together(self, jobs: Sequence[Job], together: Together) -> Iterator[Trained | Exception]:
-        start, round, members = jobs[0].start, jobs[0].round, [self._member(job) for job in jobs]
-        self._begin(start, round)
+        start, round = jobs[0].start, jobs[0].round
+        rows = self._begin(start, round, *(job.data for job in jobs))
+        members = [self._member(replace(job, data=own)) for job, own in zip(jobs, rows, strict=True)]
         for member, state in zip(members, together.train(start, members, functools.partial(self._optimizer, round)), strict=True):
             try:
                 loss = None if member.noise else member.loss_sum / max(member.seen, 1)
@@ -181,7 +196,7 @@ class Trainer:
         Raises:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED; WORKER_DEADLINE from ``stop``.
         """
-        self._begin(start, round)
+        (data,) = self._begin(start, round, data)
         self._seed_dropout(source)
         optimizer = self._optimizer(round, self.model.active)
         losses_of: list[torch.Tensor] = []
@@ -232,7 +247,7 @@ class Trainer:
         """
         if self._private is None:
             raise LichenError(Code.INTERNAL, "the trainer was made for a plan without differential privacy")
-        self._begin(start, round)
+        (data,) = self._begin(start, round, data)
         self._seed_dropout(source)
         optimizer = self._private.noisy(self._optimizer(round, self.model.active), segment, declared_size, source)
         with self._batches.of(data, cache) as collate:
@@ -243,11 +258,42 @@ class Trainer:
                 self._private.take(optimizer, drawn, collate, data.lengths if self._by_length else None)
         return Trained(self._delta(start, self.model.active, segment.steps), segment.steps, None)
 
-    def _begin(self, start: State, round: int) -> None:
-        """Load what a round starts from, and let the parameters be trained that it trains."""
+    def gather(self, job: Job) -> Trained:
+        """The sums over rows that the plan's continual method asks for in such a round, in place of an update.
+
+        Under privacy a unit moves them by at most 1, in ℓ2 norm over all of them, and they are released as so many noised sums over
+        Poisson draws as a round has steps; these are added and divided by the draws that a unit is expected to be in.
+
+        Raises:
+            LichenError: STATE_MISMATCH; PRIVACY_BUDGET from the gate; MODEL_UNSUPPORTED.
+        """
+        self.model.load(without_adapter(job.start))
+        features = self.task.features(self.model.network, job.data, self.plan.local.max_physical_batch_size)
+        features.nan_to_num_(0.0)  # of a row that the model can't take: one may not spoil the sum, nor tell by it
+        weights, stage = torch.ones(len(job.data), dtype=torch.float64), stage_of(self.plan, job.round)
+        if (private := job.private) is None:
+            return Trained(_as_sent(self._method.gather(features, job.data, weights, stage)), 1, None)
+        total: State = {}
+        segment = private.segment
+        for unit in private.units:
+            weights[list(unit)] = 1 / len(unit)  # by the triangle inequality a unit's rows together move no more than one does
+        for _ in range(segment.steps):
+            private.gate.step(segment._replace(steps=1))
+            drawn = [row for index in poisson_sample(len(private.units), segment.sample_rate, job.source) for row in private.units[index]]
+            sums = self._method.gather(features[drawn], job.data.select(drawn), weights[drawn], stage)
+            for name, tensor in sums.items():
+                noised = add_noise(tensor.contiguous(), segment.noise_multiplier, job.source, over=segment.sample_rate * segment.steps)
+                total[name] = total[name] + noised if name in total else noised
+        return Trained(_as_sent(total), segment.steps, None)
+
+    def _begin(self, start: State, round: int, *data: Encoded) -> list[Encoded]:
+        """Load what a round starts from, let the parameters be trained that it trains, and return data as the continual method has it."""
+        stage = stage_of(self.plan, round)
         self.model.load(start)
+        found = [self._method.examples(self.task, self.model, own, stage) for own in data]
         self.model.train_only(phase_of(self.plan, round))
-        self.task.choose_among(labels_until(self.plan, stage_of(self.plan, round).number))
+        self.task.choose_among(self._method.choices(stage.number))
+        return found
 
     def _seed_dropout(self, source: RandomSource) -> None:
         """The adapter's dropout draws from torch's own generator: let it follow ``source``, so that what repeats does so whole."""
@@ -292,6 +338,10 @@ class Trainer:
         return delta
 
 
+def _as_sent(sums: State) -> State:
+    return {name: tensor.float() for name, tensor in sums.items()}
+
+
 def batches(local: Local, count: int, source: RandomSource, most_steps: int | None = None) -> Iterator[list[int]]:
     """Batches of shuffled passes over ``count`` rows, without privacy."""
     steps = local.steps or max(1, math.ceil((local.epochs or 1) * count / local.batch_size))
@@ -316,15 +366,6 @@ def _pull_back(optimizer: torch.optim.Optimizer, mu: float) -> None:
                 tensor.grad.add_(tensor.detach() - anchor[: len(tensor)], alpha=mu)
 
     optimizer.register_step_pre_hook(pull)
-
-
-def _by_row(job: Job) -> bool:
-    """Whether it has rows, each of which is a unit of its own, and trains to its end."""
-    return (
-        job.stop is None
-        and len(job.data) > 0
-        and (job.private is None or (len(job.private.units) > 0 and all(len(unit) == 1 for unit in job.private.units)))
-    )
 
 
 def _fused(model: TunedModel) -> Callable[[], AbstractContextManager[None]]:

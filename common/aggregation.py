@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lichen.common.continual import make_method
+from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code, LichenError
 
 if TYPE_CHECKING:
@@ -21,7 +23,11 @@ if TYPE_CHECKING:
 
 A, B, MERGED, HELD_A, HELD_B = "lora_A", "lora_B", "merged", "held_A", "held_B"
 """The parts of a tensor's name that tell which it is. What is held are the rows and columns of A and B that a client does not train."""
+KEPT, MEMORY, SUMS = "kept", "memory", "sums"
+"""Beginnings of names: what a continual method keeps and its clients need, which travels with the model; what it keeps at the coordinator
+alone; and what a round gathers that trains nothing."""
 _PARTS = {A, B, MERGED, HELD_A, HELD_B}
+_BEGINNINGS = {KEPT, MEMORY, SUMS}
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,9 @@ def is_trained(name: str, phase: frozenset[str]) -> bool:
 
 
 def part_of(name: str) -> str | None:
-    """`A`, `B`, `MERGED`, `HELD_A` or `HELD_B`; None for a tensor of the head, or of a model without LoRA."""
-    return next((part for part in name.split(".") if part in _PARTS), None)
+    """How a name begins, or the first such part of it; None for a tensor of the head, or of a model without LoRA."""
+    words = name.split(".")
+    return words[0] if words[0] in _BEGINNINGS else next((part for part in words if part in _PARTS), None)
 
 
 def beside(name: str, part: str) -> str:
@@ -115,6 +122,8 @@ def cut(state: Mapping[str, torch.Tensor], rank: int, *, hold: bool = False) -> 
 
 def update_like(plan: Plan, round: int, rank: int, state: Mapping[str, torch.Tensor]) -> State:
     """Tensors of the names, shapes and types that a client's update has in a round (from 1), for a codec's layout and for checks."""
+    if (method := make_method(plan)).gathers(round):
+        return method.gathered_like(stage_of(plan, round), state)
     phase = phase_of(plan, round)
     trained = {name: tensor for name, tensor in state.items() if is_trained(name, phase)}
     return cut(trained, rank)  # without LoRA there is nothing to cut

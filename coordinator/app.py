@@ -7,6 +7,7 @@ and ``test`` (Parquet files) and ``spool``.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,9 +16,12 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from lichen.common import records
-from lichen.common.continual.stream import Stage, fields_of, labels_until, rows_of, stages
+from lichen.common.aggregation import MEMORY, part_of
+from lichen.common.continual import make_method
+from lichen.common.continual.method import Part, Scored, together
+from lichen.common.continual.stream import Stage, fields_of, rows_of, stages
 from lichen.common.errors import Code, LichenError
-from lichen.common.model.export import save_model
+from lichen.common.model.export import save_models
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.statement import make_statement
 from lichen.common.result import Continual, Metrics, Result, Transfer, read_result
@@ -38,9 +42,10 @@ app = ServerApp()
 
 
 class _Split(NamedTuple):
-    encoded: Any
-    by_task: tuple[list[int], ...]
-    """The numbers of the rows of each task of the stream."""
+    by_task: tuple[Part | None, ...]
+    """The rows of each task of the stream, or all; None where a task has none."""
+    apart: tuple[Part | None, ...]
+    """The same, but a row that is of several tasks is of the first alone."""
 
 
 class OwnData:
@@ -74,9 +79,12 @@ class OwnData:
         """The same on the rows of each task of the stream, after a stage or before the first; empty if there is no split."""
         return self._score_by_task(state, self._validation, stage)
 
-    def test(self, state: State) -> Metrics | None:
-        """Metrics on the test split; None if there is none."""
-        return self._score(state, self._test, stages(self.plan)[-1])
+    def final(self, state: State) -> dict[str, Any] | None:
+        """`split` and metrics of the test split, or if there is none of the validation split; None without either."""
+        for name, split in (("test", self._test), ("validation", self._validation)):
+            if (found := self._score(state, split, stages(self.plan)[-1])) is not None:
+                return {"split": name, **found}
+        return None
 
     def test_by_task(self, state: State, stage: Stage | None) -> dict[str, Metrics | None]:
         """By task of the stream, as `validation_by_task`."""
@@ -90,35 +98,31 @@ class OwnData:
 
     def show(self, state: State) -> None:
         """Let the network have these tensors."""
+        model = {name: tensor for name, tensor in state.items() if part_of(name) != MEMORY}
         if self._shared:
-            self.model.load(state)
+            self.model.load(model)
         else:
-            self.model.show(state)
+            self.model.show(model)
 
     def _score(self, state: State, split: Path | None, stage: Stage) -> Metrics | None:
         if split is None:
             return None
-        rows = self._rows[split]
-        encoded = rows.encoded
-        if stage.task is not None:
-            encoded = encoded.select(sorted(set().union(*rows.by_task[: stage.number + 1])))
-        self.show(state)
-        return self._scored(encoded, stage.number)
+        parts = [part for part in self._rows[split].apart[: stage.number + 1] if part]
+        found = self._scored(state, parts, stage.number)
+        metrics = together(self.task, [one.scores for one in found]).metrics()
+        routed = [(one.routed, len(part.rows)) for one, part in zip(found, parts, strict=True) if one.routed is not None]
+        return metrics | {"routed": sum(share * rows for share, rows in routed) / sum(rows for _, rows in routed)} if routed else metrics
 
     def _score_by_task(self, state: State, split: Path | None, stage: Stage | None) -> dict[str, Metrics | None]:
         """The model chooses among the labels of all tasks until the stage, and until the task that is scored."""
         if split is None:
             return {}
-        self.show(state)
-        rows, until = self._rows[split], -1 if stage is None else stage.number
-        return {
-            task.name: self._scored(rows.encoded.select(of_task), max(until, number)) if of_task else None
-            for number, (task, of_task) in enumerate(zip(self.plan.continual.stream, rows.by_task, strict=True))
-        }
+        by_task = self._rows[split].by_task
+        found = iter(self._scored(state, [part for part in by_task if part], -1 if stage is None else stage.number))
+        return {task.name: next(found).metrics() if part else None for task, part in zip(self.plan.continual.stream, by_task, strict=True)}
 
-    def _scored(self, rows: Any, number: int) -> Metrics:
-        self.task.choose_among(labels_until(self.plan, number))
-        return self.task.score(self.model.network, rows, self.plan.evaluation.batch_size).metrics()
+    def _scored(self, state: State, parts: list[Part], number: int) -> list[Scored]:
+        return make_method(self.plan).score(self.task, self.model, state, parts, number, self.show)
 
     def _read(self, path: Path) -> _Split:
         import pyarrow.parquet as pq
@@ -133,12 +137,21 @@ class OwnData:
             )
         columns = {field: table.column(field).to_pylist() for field in dict.fromkeys(fields)}
         if not self.plan.continual.stream:
-            return _Split(self.task.encode(columns), ())
+            whole = (Part(self.task.encode(columns), 0),)
+            return _Split(whole, whole)
         by_task = [rows_of(self.plan, task, columns) for task in self.plan.continual.stream]
         kept = sorted(set().union(*by_task))  # what is of no task may bear labels that the plan has not
         place = {row: number for number, row in enumerate(kept)}
         encoded = self.task.encode({field: [columns[field][row] for row in kept] for field in self.task.fields})
-        return _Split(encoded, tuple([place[row] for row in rows] for rows in by_task))
+
+        def parts(sets: Iterable[list[int]]) -> tuple[Part | None, ...]:
+            return tuple(Part(encoded.select([place[row] for row in rows]), number) if rows else None for number, rows in enumerate(sets))
+
+        first: dict[int, int] = {}
+        for number, rows in enumerate(by_task):
+            for row in rows:
+                first.setdefault(row, number)
+        return _Split(parts(by_task), parts([row for row in rows if first[row] == number] for number, rows in enumerate(by_task)))
 
 
 @app.main()  # type: ignore[untyped-decorator]
@@ -180,12 +193,9 @@ def main(grid: Grid, context: Context) -> None:
         records.put_tensors(content, own.start, spool)
         strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)
         final = strategy.final_model()
-        own.show(final)
         statement = make_statement(plan, result.model_copy(update={"status": "finished"}))
-        save_model(directory.path / "model", plan, own.model, own.task.tokenizer, statement)
-        for split, found in (("test", own.test(final)), ("validation", own.validation(final, stages(plan)[-1]))):
-            if found is not None and result.final is None:
-                result.final = {"split": split, **found}
+        save_models(directory.path / "model", plan, own.model, own.task.tokenizer, statement, final, own.show)
+        result.final = own.final(final)
         if plan.continual.stream:
             result.continual = _matrix(Versions(directory.path, plan), own) or result.continual
         result.status = "finished"

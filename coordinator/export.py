@@ -66,20 +66,20 @@ def export_model(run: Path, out: Path, form: Format = "peft", version: int | Non
         if version is not None:
             model = Path(stack.enter_context(TemporaryDirectory())) / "model"
             _write_version(run, version, model)
-        if not (model / "config.json").is_file():
+        if not (model / "README.md").is_file():
             raise LichenError(Code.NO_MODEL, "this run has no model yet", where=str(run), fix="Wait until it has finished.")
         try:
-            if form == "merged" and (model / "adapter_config.json").exists():
-                _merge(run, model, out)
-            else:
-                shutil.copytree(model, out, dirs_exist_ok=True)
+            merged = {file.parent for file in model.rglob("adapter_config.json")} if form == "merged" else set[Path]()
+            for adapter in merged:  # of tasks there may be several
+                _merge(run, adapter, out / adapter.relative_to(model))
+            shutil.copytree(model, out, dirs_exist_ok=True, ignore=lambda folder, names: names if Path(folder) in merged else [])
         except OSError as error:
             raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(out)) from None
 
 
 def _write_version(run: Path, number: int, folder: Path) -> None:
     """A version of a stream's model, as `model/` has the final one."""
-    from lichen.common.model.export import save_model
+    from lichen.common.model.export import save_models
     from lichen.common.tasks import workbench
     from lichen.coordinator.versions import Versions
 
@@ -87,8 +87,8 @@ def _write_version(run: Path, number: int, folder: Path) -> None:
     versions = Versions(run, plan)
     version = versions.find(number)
     task, model, _ = workbench(plan.at_precision("float32"))
-    model.load(versions.state(version))
-    save_model(folder, plan, model, task.tokenizer, make_statement(plan, read_result(run)))
+    statement = make_statement(plan, read_result(run))
+    save_models(folder, plan, model, task.tokenizer, statement, versions.state(version), model.load)
 
 
 def _merge(run: Path, model: Path, out: Path) -> None:

@@ -46,6 +46,8 @@ class ServerState:
     """Sum of the models of the last rounds that the final model is the mean of; may be empty."""
     squares: State = field(default_factory=dict)
     """The mean square that an adaptive server optimizer keeps; may be empty."""
+    memory: State = field(default_factory=dict)
+    """What the continual method keeps at the coordinator alone; all names begin with `MEMORY`."""
     spent: dict[str, list[Segment]] = field(default_factory=dict)
     """Training steps by client, of the task that is under way."""
     spent_before: dict[str, dict[str, list[Segment]]] = field(default_factory=dict)
@@ -64,6 +66,11 @@ class ServerState:
     """Under `mode: buffered` by client the trainings that are settled: used, failed or called off."""
     told: Round | None = None
     """The last round's line, which is told only when its model is scored; None under `unit: client`, where the operator's has it."""
+
+    @property
+    def whole(self) -> State:
+        """The model, with all that the continual method keeps: what is scored, and what a version is."""
+        return self.model | self.memory
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,7 @@ class RunDirectory:
                 ("velocity", state.velocity),
                 ("average", state.average),
                 ("squares", state.squares),
+                ("memory", state.memory),
             )
             for name, tensor in tensors.items()
         }
@@ -210,7 +218,7 @@ class RunDirectory:
 
         if not (found := self._checkpoints()):
             return None
-        parts: dict[str, State] = {"model": {}, "velocity": {}, "average": {}, "squares": {}}
+        parts: dict[str, State] = {"model": {}, "velocity": {}, "average": {}, "squares": {}, "memory": {}}
         try:
             with safe_open(found[-1], framework="pt") as file:
                 about = json.loads((file.metadata() or {})["lichen"])

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Strategy
 
 from lichen.common import records
 from lichen.common.codec.registry import downlink_codec
+from lichen.common.continual import make_method
 from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code, LichenError, name_of
 from lichen.common.result import Result, Round
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     import torch
     from flwr.serverapp import Grid
 
+    from lichen.common.continual.method import Learned
+    from lichen.common.continual.stream import Stage
     from lichen.common.model.adapter import State
     from lichen.common.plan import Plan
 
@@ -73,6 +76,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.directory = directory
         self.result = result
         self.state: ServerState
+        self._start: State
         self._told: Round
         self._used: list[int] = []
         self._unprepared = prepare
@@ -81,6 +85,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._evaluator = evaluator
         self._spool = spool
         self._name: Callable[[int], str] = name_of or str
+        self._method = make_method(plan)
         self._central = CentralDP(plan, secret=result.privacy.noise == "secret") if plan.central else None
         self._downlink = Downlink(downlink_codec(plan.transfer.downlink), spool)
         self._cohorts = Cohorts(plan, self._name, self._central)
@@ -121,7 +126,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         """
         self.summary()
         content = RecordDict({"payload": initial_arrays})
-        self.state = self.directory.load_state() or ServerState(0, records.get_tensors(content, self._spool), {}, {})
+        self._start = records.get_tensors(content, self._spool)
+        self.state = self.directory.load_state() or ServerState(0, self._start, {}, {})
         self._resume(num_rounds)
         if self._central and self.state.round < num_rounds:
             self.directory.check_not_restored()
@@ -140,11 +146,14 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         return FlowerResult()
 
     def final_model(self) -> State:
-        """The mean of the last rounds' models, as the plan asks; of a stream the newest version that is not held back."""
+        """The mean of the last rounds' models, as the plan asks; of a stream the newest version that is not held back.
+
+        With it goes what the continual method keeps.
+        """
         if self.plan.continual.stream:
             versions = Versions(self.directory.path, self.plan)
             return versions.state(versions.current())
-        return self._mean_of_last()
+        return self._mean_of_last() | self.state.memory
 
     def _mean_of_last(self) -> State:
         count = self.plan.aggregation.average_last
@@ -167,19 +176,25 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         if messages:
             self.aggregate_evaluate(number, self._messages.ask(messages, timeout, grid, self._told, self.state))
         if task and number == stage.last:
-            self._end_task(task)
+            self._end_task(task, stage)
         self._told.seconds = round(time.monotonic() - began, 3)
         self.state.round = number
 
-    def _end_task(self, task: str) -> None:
+    def _end_task(self, task: str, stage: Stage) -> None:
         """The next task starts from the mean of this one's last rounds, with budgets of its own: no record is read in both."""
         state = self.state
         if self.plan.aggregation.average_last > 1:
             final = self._mean_of_last()
             state.model = self._downlink.add({name: final[name] - tensor for name, tensor in state.model.items()}, state)
+        self._learn(self._method.ended(state.model, state.memory, stage, self._start))
         for client, history in state.spent.items():
             state.spent_before.setdefault(client, {})[task] = history
         state.average, state.velocity, state.squares, state.spent, state.exhausted = {}, {}, {}, {}, {}
+
+    def _learn(self, learned: Learned) -> None:
+        if learned.step:
+            self.state.model = self._downlink.add(learned.step, self.state)
+        self.state.memory = learned.memory
 
     def _save(self) -> None:
         """Write the checkpoint, with the round's line: it is told once its score is there, also after a crash."""
@@ -232,6 +247,9 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 where=f"round {round}",
                 fix=f"By client: {_errors(self._told.errors)}. docs/errors.md explains the numbers; a client's own log has the reason.",
             )
+        if self._method.gathers(round):
+            self._learn(self._method.gathered(total.change(), self.state.model, self.state.memory, stage_of(self.plan, round)))
+            return
         share, change = factor([one.counts for one in usable], most), total.change()
         self._step(change if share == 1 else {name: share * tensor for name, tensor in change.items()}, total.restart(), total.room)
         if not self.plan.private:

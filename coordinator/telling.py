@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from lichen.common.aggregation import MERGED, part_of
+from lichen.common.aggregation import KEPT, MEMORY, MERGED, part_of
 from lichen.common.continual.stream import stage_of
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import one_task_each
@@ -70,7 +70,7 @@ class Teller:
         """Tell what was told already, and the round of the checkpoint if a crash came before its score: it is scored now."""
         self._result.rounds = self._directory.load_rounds(state.round)
         if self._plan.continual.stream and not state.round:
-            self._versions.add_start(self._evaluator.validation_by_task(state.model, None))
+            self._versions.add_start(self._evaluator.validation_by_task(state.whole, None))
         if state.round:
             self.tell_privacy(state)
         waiting = self._directory.load_for_operator(state.round) if self._central else state.told
@@ -78,9 +78,9 @@ class Teller:
         if waiting is not None and all(told.round < waiting.round for told in self._result.rounds):
             # in this thread: an engine may yet fork its workers, which other threads do not survive
             scored = self._is_scored(waiting.round, num_rounds)
-            self._score_and_tell(waiting, state.model, before + (waiting.seconds or 0.0), scored=scored)
+            self._score_and_tell(waiting, state.whole, before + (waiting.seconds or 0.0), scored=scored)
         elif self._result.rounds:
-            self._sum_up(state.model, before)
+            self._sum_up(state.whole, before)
 
     def keep(self, told: Round, state: ServerState) -> None:
         """Tell what was spent, and have the round's line kept with the checkpoint, until it is told."""
@@ -104,7 +104,7 @@ class Teller:
             seconds: of the run so far.
             num_rounds: in all; the last is always scored.
         """
-        model, delta = state.model, self._plan.privacy.delta
+        model, delta = state.whole, self._plan.privacy.delta
         foreseen = self._foreseen(told, state) if told.round < num_rounds else []
         scored = self._is_scored(told.round, num_rounds)
 
@@ -159,7 +159,7 @@ class Teller:
         result = self._result
         result.continual = self._versions.summary()
         result.seconds = None if self._central else round(seconds, 3)
-        result.parameters = sum(tensor.numel() for name, tensor in model.items() if part_of(name) != MERGED)
+        result.parameters = sum(tensor.numel() for name, tensor in model.items() if part_of(name) not in {MERGED, KEPT, MEMORY})
         if self._central:
             result.transfer = Transfer(uplink_bytes=None, downlink_bytes=None)
         else:

@@ -1,1 +1,21 @@
-"""Continual learning: what both ends must agree on."""
+"""Continual learning: what both ends must agree on; methods are one file each, and one line in this registry."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lichen.common.continual.method import Method
+    from lichen.common.plan import Plan
+
+
+@lru_cache(maxsize=64)
+def make_method(plan: Plan) -> Method:
+    """The plan's continual method; what it computes is imported when it is used, so that an idle agent does not load torch."""
+    from lichen.common.continual.adapters import Adapters
+    from lichen.common.continual.analytic import Analytic
+    from lichen.common.continual.lwf import LwF
+    from lichen.common.continual.method import Method
+
+    return {"sequential": Method, "analytic": Analytic, "lwf": LwF, "adapters": Adapters}[plan.continual.method](plan)

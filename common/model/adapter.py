@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lichen.common.aggregation import HELD_A, HELD_B, MERGED, A, B, beside, is_trained, part_of, properties
+from lichen.common.continual import make_method
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import HEADS
 from lichen.common.model.held import can_hold, hold
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 State = dict[str, torch.Tensor]
 """Trainable tensors by name, in the order of the model's parameters; after them, where the rule has it, what was merged into the base, or
-what a client of a smaller rank holds."""
+what a client of a smaller rank holds; then what a continual method keeps."""
 
 TARGETS = {"distilbert": ("q_lin", "v_lin")}
 """Query and value projections of architectures that PEFT has no table entry for."""
@@ -68,6 +69,8 @@ class TunedModel:
     """By the name of its A the base of each adapted layer, where a state of a smaller rank says what the other columns are."""
     scaling: float = 1.0
     """s = α / r."""
+    kept: State = field(default_factory=dict)
+    """By name what a continual method keeps for clients, on the CPU: it travels with the model, and no pass reads it."""
 
     @property
     def device(self) -> torch.device:
@@ -85,8 +88,8 @@ class TunedModel:
             parameter.requires_grad_(is_trained(name, phase))
 
     def tensors(self) -> State:
-        """The trainable tensors, and what was merged."""
-        return {**self.trainable, **{name: merging.merged for name, merging in self.merging.items()}}
+        """The trainable tensors, what was merged, and what is kept."""
+        return {**self.trainable, **{name: merging.merged for name, merging in self.merging.items()}, **self.kept}
 
     def state(self) -> State:
         """A copy of these, on the CPU."""
@@ -94,7 +97,7 @@ class TunedModel:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Set the trainable tensors, and what was merged, to some of the CPU. LoRA's may have a smaller rank: then the model has it, too.
+        """Set all of these to some of the CPU. LoRA's may have a smaller rank: then the model has it, too.
 
         Raises:
             LichenError: STATE_MISMATCH, if names, shapes or types differ, or a value is not finite; nothing is set then.
@@ -109,7 +112,8 @@ class TunedModel:
         self._add_fixed(state)
 
     def _add_fixed(self, state: Mapping[str, torch.Tensor]) -> None:
-        """What a state adds to the base and is not trained."""
+        """What of a state is not trained."""
+        self.kept.update({name: state[name] for name in self.kept})
         for name, merging in self.merging.items():
             merging.set(state[name])
         for name, base in self.holding.items():
@@ -139,7 +143,7 @@ class TunedModel:
                 shape = list(like[beside(name, part)].shape)
                 shape[axis] = self.rank - rank
                 like[beside(name, held)] = like[name].new_empty(shape)
-        return like
+        return like | self.kept
 
     @torch.no_grad()
     def show(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -220,14 +224,15 @@ def attach(base: PreTrainedModel, plan: Plan, task_type: str) -> TunedModel:
             parameter.requires_grad_(adapter.kind == "full" or name.split(".")[0] in head_names)
     trainable = {_public_name(name): parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     head = frozenset(name for name in trainable if any(part in HEADS for part in name.split(".")))
+    kept = make_method(plan).kept_like(trainable)
     if adapter.kind != "lora":
-        return TunedModel(network, trainable, head)
+        return TunedModel(network, trainable, head, kept=kept)
     needs = properties(plan)
     merging = _merging(network) if needs.changes_base else {}
     holding = {_public_name(name): base for name, base in _adapted(network)} if needs.holds_rest else {}
     for layer in holding.values():
         can_hold(layer)
-    return TunedModel(network, trainable, head, merging, adapter.rank, holding, adapter.alpha / adapter.rank)
+    return TunedModel(network, trainable, head, merging, adapter.rank, holding, adapter.alpha / adapter.rank, kept)
 
 
 def _attach_lora(base: PreTrainedModel, plan: Plan, task_type: str) -> nn.Module:

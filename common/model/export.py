@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lichen.common.aggregation import MERGED, A, B, part_of
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.base import resolve_base
 from lichen.common.privacy.statement import as_markdown
 
 if TYPE_CHECKING:
@@ -29,6 +30,41 @@ _LOAD = {
     ("full", "mean"): "AutoModelForTokenClassification",
     ("full", "pooler"): "AutoModelForSequenceClassification",
 }
+
+
+ROUTER = "router.safetensors"
+
+
+def save_models(
+    directory: Path,
+    plan: Plan,
+    model: TunedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    statement: Statement,
+    state: State,
+    show: Callable[[State], None],
+) -> None:
+    """Save what a run has made: one model, or one for each task of a stream in a folder of its name, with what tells a text's task.
+
+    Args:
+        directory: made if it is not there.
+        plan: what was trained.
+        model: of the plan.
+        tokenizer: the base model's.
+        statement: of the run's privacy, for the cards.
+        state: with all that the continual method keeps.
+        show: gives the model a state.
+    """
+    from lichen.common.continual import make_method
+    from lichen.common.tensor_files import write_tensors
+
+    method = make_method(plan)
+    for name, own in method.models(state).items():
+        show(own)
+        save_model(directory / name, plan, model, tokenizer, statement)
+    if centroids := method.router(state):
+        write_tensors(directory / ROUTER, centroids, {})
+        (directory / "README.md").write_text(_router_card(plan, statement), encoding="utf-8")
 
 
 def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTrainedTokenizerBase, statement: Statement) -> None:
@@ -156,3 +192,37 @@ print([labels[index] for index in scores.argmax(-1)])
 ```
 
 {as_markdown(statement)}"""
+
+
+def _router_card(plan: Plan, statement: Statement) -> str:
+    """A README that says how to find a text's task, and with it the model."""
+    return f"""# {plan.name}
+
+Fine-tuned by lichen from `{plan.model.base}`, task after task: each folder is the model of one, and its README says how to load
+it. A model chooses among its own task's labels. Where a text's task is not known, the nearest class centroid tells it, in the feature
+space of the base:
+
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+base = AutoModel.from_pretrained({resolve_base(plan.model.base)!r}).eval()
+tokenizer = AutoTokenizer.from_pretrained({resolve_base(plan.model.base)!r})
+centroids = load_file("model/{ROUTER}")
+batch = tokenizer(["a text"], truncation=True, max_length={plan.task.max_length}, padding=True, return_tensors="pt")
+with torch.no_grad():
+    hidden = base(**batch).last_hidden_state
+mask = batch["attention_mask"].unsqueeze(-1)
+features = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+nearest = {{task: (features @ own.T).max(1).values for task, own in centroids.items()}}
+print(max(nearest, key=lambda task: float(nearest[task][0])))
+```
+
+Of the tasks and their labels: {_tasks(plan)}.
+
+{as_markdown(statement)}"""
+
+
+def _tasks(plan: Plan) -> str:
+    return "; ".join(f"{task.name}: {', '.join(task.labels or plan.task.labels)}" for task in plan.continual.stream)

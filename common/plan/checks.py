@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lichen.common.aggregation import RULES
+from lichen.common.continual import make_method
 from lichen.common.continual.stream import labels_until, rounds_of_tasks
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan.plan import Plan
@@ -46,6 +47,7 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "Nearest valid: privacy.gradients: single-backward, or local.checkpointing: false.",
         )
     _check_stream(plan, refuse)
+    make_method(plan).check(refuse)
     _check_rule(plan, refuse)
     _check_central(plan, refuse)
     _check_assign(plan, refuse)

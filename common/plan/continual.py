@@ -52,11 +52,43 @@ class StreamTask(Section):
         return self
 
 
+class Analytic(Section):
+    """Of `method: analytic`."""
+
+    ridge: Number = Field(default=1.0, gt=0)
+    """λ, added to the diagonal of the sum of all rows' x xᵀ, where x is a row's feature of length 1."""
+    gram_weight: Number = Field(default=1.0, gt=0)
+    """Under differential privacy: a row's x xᵀ has this length, where its x yᵀ has length 1; both are released as one, with noise in
+    proportion to the length of both."""
+
+
+class LwF(Section):
+    """Of `method: lwf`."""
+
+    weight: Number = Field(default=1.0, ge=0)
+    """λ, of the distance to what the model before said; 0 is `sequential`."""
+    temperature: Number = Field(default=2.0, gt=0)
+    """T: both models' scores are divided by it first."""
+
+
+class Adapters(Section):
+    """Of `method: adapters`."""
+
+    start: Literal["fresh", "last"] = "fresh"
+    """What a task's adapter begins with: what a run's first one does, or the task's before it."""
+
+
 class Continual(Section):
     """Learning that goes on: tasks and data keep coming, and old ones are not forgotten."""
 
-    method: Literal["sequential"] = "sequential"
-    """What keeps the old. `sequential`: nothing; each task is trained from where the last one ended. What the others are held against."""
+    method: Literal["sequential", "analytic", "lwf", "adapters"] = "sequential"
+    """What keeps the old. `sequential`: nothing; each task is trained from where the last one ended. What the others are held against.
+    `analytic`: the base is frozen, and the head is the ridge regression on all rows of all tasks, from sums that each client sends once a
+    task (Zhuang et al. 2022). `lwf`: on new rows the model keeps to what the one before said of them (Li and Hoiem 2016). `adapters`: one
+    adapter a task, which is never changed later; of a row whose task is not known, the nearest class centroid tells it."""
+    analytic: Analytic = Analytic()
+    lwf: LwF = LwF()
+    adapters: Adapters = Adapters()
     stream: Annotated[tuple[StreamTask, ...], Field(max_length=1000)] = ()
     """The tasks, in the order in which they come; empty: all rows from the first round to the last."""
     tolerance: Number = Field(default=0.05, ge=0, le=1)

@@ -112,6 +112,18 @@ class Task(Protocol[E]):
         """The loss of each example, shape (B,), that depends on that example alone: their sum is what DP clips by part."""
         ...
 
+    def taught(self, network: nn.Module, data: E, batch_size: int) -> E:
+        """The same examples with what this model says of them, to which their losses then keep, by `continual.lwf`."""
+        ...
+
+    def features(self, network: nn.Module, data: E, batch_size: int) -> torch.Tensor:
+        """What the head reads of each example, (N, d), float64 on the CPU, scaled to length 1; zero stays zero.
+
+        Raises:
+            LichenError: MODEL_UNSUPPORTED, where there is no such thing.
+        """
+        ...
+
     def score(self, network: nn.Module, data: E, batch_size: int) -> Scores:
         """Score a model."""
         ...

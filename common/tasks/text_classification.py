@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from lichen.common.continual.stream import labels_until
 from lichen.common.device import device, sent
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel, attach
-from lichen.common.model.base import load_base, outline_base
+from lichen.common.model.base import HEADS, load_base, outline_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +33,7 @@ TEXTS_AT_ONCE = 256  # the tokenizer's own objects of a whole data set would sta
 CHARACTERS = 6
 """Of a long text are read for each token that is kept: more than a token of a natural language has."""
 _SPACE = re.compile(r"\s")
+_NONE = -1e4  # of a class that is not to choose among: softmax gives it nothing, and zero times its logarithm is a number
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class EncodedTexts:
     """Of each text, shape (T,), int32: lists of Python integers would take nine times the memory."""
     labels: torch.Tensor
     """Shape (N,), int64."""
+    teacher: torch.Tensor | None = None
+    """What another model says of them: class scores (N, C), float32, minus infinity for a class that it does not choose among."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,7 +65,9 @@ class EncodedTexts:
 
     def select(self, indices: Sequence[int]) -> EncodedTexts:
         """Some of the examples, in that order."""
-        return EncodedTexts([self.tokens[index] for index in indices], self.labels[list(indices)])
+        rows = list(indices)
+        teacher = None if self.teacher is None else self.teacher[rows]
+        return EncodedTexts([self.tokens[row] for row in rows], self.labels[rows], teacher)
 
 
 @dataclass(frozen=True)
@@ -177,12 +182,17 @@ class TextClassification:
 
     def join(self, first: EncodedTexts, second: EncodedTexts) -> EncodedTexts:
         """The examples of both (see `Task.join`)."""
-        return EncodedTexts([*first.tokens, *second.tokens], torch.cat([first.labels, second.labels]))
+        teachers = [one.teacher for one in (first, second) if one.teacher is not None]
+        teacher = torch.cat(teachers) if len(teachers) == 2 else None
+        return EncodedTexts([*first.tokens, *second.tokens], torch.cat([first.labels, second.labels]), teacher)
 
     def collate(self, data: EncodedTexts, indices: Sequence[int]) -> Batch:
         """A batch padded to its longest text, where the model is: ``input_ids`` and ``attention_mask`` (B, T), ``labels`` (B,)."""
         batch = self._pad([data.tokens[index] for index in indices])
-        batch["labels"] = data.labels[torch.as_tensor(indices, dtype=torch.int64)]
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        batch["labels"] = data.labels[rows]
+        if data.teacher is not None:
+            batch["teacher"] = data.teacher[rows]
         return {name: sent(tensor, self._device) for name, tensor in batch.items()}
 
     def choose_among(self, labels: Sequence[str] | None) -> None:
@@ -192,28 +202,72 @@ class TextClassification:
 
     def losses(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         """Cross-entropy of each text, shape (B,). The model's own mean over the batch is never used: it breaks DP's sensitivity."""
-        return F.cross_entropy(self.logits(network, batch), batch["labels"], reduction="none")
+        logits = self._logits_of_all(network, batch)
+        losses = F.cross_entropy(self._chosen(logits), batch["labels"], reduction="none")
+        return losses if "teacher" not in batch else losses + self._distances(logits, batch["teacher"])
+
+    def _distances(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """λ T² times the cross-entropy of the softened scores over the teacher's classes (Hinton et al. 2015), shape (B,).
+
+        It differs from their Kullback-Leibler divergence by what the model can't change.
+        """
+        settings = self.plan.continual.lwf
+        softened = (teacher / settings.temperature).softmax(1)
+        own = (logits / settings.temperature).masked_fill(teacher.isinf(), _NONE).log_softmax(1)
+        return -settings.weight * settings.temperature**2 * (softened * own).sum(1)
+
+    @torch.no_grad()
+    def taught(self, network: nn.Module, data: EncodedTexts, batch_size: int) -> EncodedTexts:
+        """The examples with this model's scores (see `Task.taught`)."""
+        return replace(data, teacher=self._by_length(network, data, batch_size, lambda batch: self.logits(network, batch)).float())
+
+    @torch.no_grad()
+    def features(self, network: nn.Module, data: EncodedTexts, batch_size: int) -> torch.Tensor:
+        """The mean of the last layer's outputs over a text's tokens, scaled to length 1 (see `Task.features`)."""
+        if not self._mean:
+            raise LichenError(Code.MODEL_UNSUPPORTED, "features are what a head reads that pools by the mean", where="model.head.pooling")
+        head = next(module for name, module in network.named_modules() if name.rpartition(".")[2] in HEADS)
+        seen: list[torch.Tensor] = []
+
+        def of(batch: Batch) -> torch.Tensor:
+            seen.clear()
+            self.logits(network, batch)
+            return F.normalize(_mean_over_tokens(seen[-1].double(), batch["attention_mask"]), dim=1)
+
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            return self._by_length(network, data, batch_size, of).double()
+        finally:
+            hook.remove()
+
+    def _by_length(
+        self, network: nn.Module, data: EncodedTexts, batch_size: int, of: Callable[[Batch], torch.Tensor], axis: int = 0
+    ) -> torch.Tensor:
+        """What a function of a batch gives for each example, along an axis, on the CPU; in order of length so that little is padded."""
+        found: list[torch.Tensor] = []
+        order = np.argsort(data.lengths, kind="stable")
+        network.eval()
+        try:
+            for start in range(0, max(len(order), 1), batch_size):  # of no examples one empty batch: the other axes are there
+                found.append(of(self.collate(data, order[start : start + batch_size].tolist())))
+        finally:
+            network.train()
+        return torch.cat(found, axis).cpu().index_select(axis, torch.from_numpy(np.argsort(order)))
 
     @torch.no_grad()
     def score(self, network: nn.Module, data: EncodedTexts, batch_size: int) -> ClassificationScores:
         """Score a model on all examples, in order of length so that little is padded."""
         classes = len(self.plan.task.labels)
         confusion = np.zeros((classes, classes), dtype=np.float64)
-        losses: list[torch.Tensor] = []
-        pairs: list[torch.Tensor] = []
-        order = np.argsort(data.lengths, kind="stable").tolist()
-        network.eval()
-        try:
-            for start in range(0, len(order), batch_size):
-                batch = self.collate(data, order[start : start + batch_size])
-                logits = self.logits(network, batch)
-                losses.append(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-                pairs.append(torch.stack([batch["labels"], logits.argmax(1)]))
-        finally:
-            network.train()
-        for pair in pairs:
-            np.add.at(confusion, tuple(pair.cpu().numpy()), 1)
-        return ClassificationScores(confusion, sum((float(loss) for loss in losses), 0.0))
+
+        def of(batch: Batch) -> torch.Tensor:
+            logits, labels = self.logits(network, batch), batch["labels"]
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            return torch.stack([losses.double(), labels.double(), logits.argmax(1).double()])
+
+        losses, labels, found = self._by_length(network, data, batch_size, of, axis=1)
+        np.add.at(confusion, (labels.long().numpy(), found.long().numpy()), 1)
+        return ClassificationScores(confusion, float(losses.sum()))
 
     def scores_from(self, counts: Sequence[float], loss_sum: float | None) -> ClassificationScores:
         """Scores from a flattened confusion matrix (see `Task.scores_from`)."""
@@ -223,10 +277,15 @@ class TextClassification:
         return ClassificationScores(np.array(counts, dtype=np.float64).reshape(classes, classes), loss_sum)
 
     def logits(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """The class scores of each text, shape (B, C)."""
+        """The class scores of each text, shape (B, C); minus infinity for a class that is not to choose among."""
+        return self._chosen(self._logits_of_all(network, batch))
+
+    def _logits_of_all(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         mask = batch["attention_mask"]
         logits: torch.Tensor = network(input_ids=batch["input_ids"], attention_mask=mask).logits
-        logits = _mean_over_tokens(logits, mask) if self._mean else logits
+        return _mean_over_tokens(logits, mask) if self._mean else logits
+
+    def _chosen(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self._left_out is None else logits.masked_fill(self._left_out, -math.inf)
 
     def _tokens(self, texts: list[str]) -> list[np.ndarray]:

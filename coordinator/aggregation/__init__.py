@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lichen.common.continual import make_method
 from lichen.coordinator.aggregation.mean import Mean
 from lichen.coordinator.aggregation.merged import FedEx, Flora
+from lichen.coordinator.aggregation.total import Total
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State
@@ -25,5 +27,7 @@ RULES: Mapping[str, type[Rule]] = {
 
 
 def make_rule(plan: Plan, round: int, model: State) -> Rule:
-    """The plan's rule, for one round (from 1) that began with this model."""
+    """What adds the updates of one round (from 1) that began with this model: the plan's rule, but where sums are gathered."""
+    if make_method(plan).gathers(round):
+        return Total(plan, round, model)
     return RULES[plan.aggregation.rule](plan, round, model)

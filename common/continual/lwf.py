@@ -1,0 +1,76 @@
+"""`lwf`, learning without forgetting: on a new task's rows the model keeps to what the one before said of them (Li and Hoiem 2016).
+
+The model before is kept in the state, and goes to all clients. It is public to them, and what it says of a row depends on that row
+alone, so the loss of a row does too: under differential privacy it is clipped and noised like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lichen.common.aggregation import KEPT
+from lichen.common.continual.method import Learned, Method, Refuse, check_one_model, check_stream
+from lichen.common.continual.stream import Stage, labels_until
+
+if TYPE_CHECKING:
+    import torch
+
+    from lichen.common.model.adapter import State, TunedModel
+    from lichen.common.plan import Plan
+    from lichen.common.tasks.task import Encoded, Task
+
+_BEFORE = f"{KEPT}.before."
+_AT_ONCE = 64
+_KNOWN = 64
+"""Sets of rows whose answers are kept: a simulated client's are wanted again in the next round."""
+
+
+class LwF(Method):
+    """Keeps the last task's model, as all clients' teacher."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self._taught: OrderedDict[str, Encoded] = OrderedDict()
+
+    def check(self, refuse: Refuse) -> None:
+        """It needs tasks, and one model."""
+        check_stream(self.plan, refuse)
+        check_one_model(self.plan, refuse)
+
+    def kept_like(self, trained: Mapping[str, torch.Tensor]) -> State:
+        """Room for the model before."""
+        import torch
+
+        return {_BEFORE + name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in trained.items()}
+
+    def choices(self, number: int) -> tuple[str, ...]:
+        """The task's own labels: rows of new classes say of the old ones only that they are others, which would be all that is learned."""
+        return self.own_labels(number)
+
+    def examples(self, task: Task[Any], model: TunedModel, data: Encoded, stage: Stage) -> Encoded:
+        """With what the model before says of them; in the first task there is none."""
+        if not stage.number or not len(data):
+            return data
+        before = {name.removeprefix(_BEFORE): tensor for name, tensor in model.kept.items()}
+        digest = hashlib.sha256(f"{stage.number} {data.digest}".encode())
+        for tensor in before.values():
+            digest.update(tensor.numpy().tobytes())
+        key = digest.hexdigest()
+        if key not in self._taught:
+            state = model.state()
+            model.load(state | before)
+            task.choose_among(labels_until(self.plan, stage.number - 1))
+            self._taught[key] = task.taught(model.network, data, _AT_ONCE)
+            model.load(state)
+        self._taught.move_to_end(key)
+        if len(self._taught) > _KNOWN:
+            self._taught.popitem(last=False)
+        return self._taught[key]
+
+    def ended(self, model: State, memory: State, stage: Stage, start: State) -> Learned:
+        """The model as it is becomes the one before."""
+        kept = {name: tensor for name, tensor in model.items() if name.startswith(_BEFORE)}
+        return Learned({name: model[name.removeprefix(_BEFORE)] - tensor for name, tensor in kept.items()}, memory)

@@ -1,0 +1,233 @@
+"""What a continual method is: what it keeps of old tasks, what it adds to a client's training, and what it does as a task ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lichen.common.aggregation import MEMORY, RULES, part_of
+from lichen.common.continual.stream import Stage, labels_until
+
+if TYPE_CHECKING:
+    import torch
+
+    from lichen.common.model.adapter import State, TunedModel
+    from lichen.common.plan import Plan
+    from lichen.common.result import Metrics
+    from lichen.common.tasks.task import Encoded, Scores, Task
+
+
+Refuse = Callable[[str, str], None]
+
+
+class Learned(NamedTuple):
+    """What the coordinator does beside a round's own step."""
+
+    step: State
+    """What is added to some of the model's tensors, past the server optimizer."""
+    memory: State
+    """What it keeps from then on; all names begin with `MEMORY`."""
+
+
+class Method:
+    """`sequential`: nothing is done for the old. The others change what they must.
+
+    One object serves both ends; what it keeps travels as tensors, so that any process that has the plan and the state can go on.
+
+    Args:
+        plan: whose method it is.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def check(self, refuse: Refuse) -> None:
+        """Refuse what the method can't go with in its plan.
+
+        Args:
+            refuse: raises PLAN_UNSOUND, with what is wrong and the way out.
+        """
+
+    # --- what both ends must know ---
+
+    def gathers(self, round: int) -> bool:
+        """Whether a round (from 1) gathers sums over rows, and trains nothing."""
+        return False
+
+    def gathered_like(self, stage: Stage, state: Mapping[str, torch.Tensor]) -> State:
+        """Tensors of the names, shapes and types of what such a round of a stage gathers of each client, from the model's state."""
+        return {}
+
+    def kept_like(self, trained: Mapping[str, torch.Tensor]) -> State:
+        """What the state holds for clients beside the model, as it is before the first round; all names begin with `KEPT`.
+
+        Args:
+            trained: the model's trainable tensors.
+        """
+        return {}
+
+    def choices(self, number: int) -> tuple[str, ...]:
+        """The labels among which the model chooses while a task (its number, from 0) is trained."""
+        return labels_until(self.plan, number)
+
+    def own_labels(self, number: int) -> tuple[str, ...]:
+        """Those of a task alone, in the plan's order; all, where it names none."""
+        tasks = self.plan.continual.stream
+        own = tasks[number].labels if tasks else ()
+        return tuple(label for label in self.plan.task.labels if label in own) if own else self.plan.task.labels
+
+    def own_places(self, number: int) -> list[int]:
+        """Where these are among the plan's."""
+        return [self.plan.task.labels.index(label) for label in self.own_labels(number)]
+
+    # --- a client's ---
+
+    def examples(self, task: Task[Any], model: TunedModel, data: Encoded, stage: Stage) -> Encoded:
+        """A client's examples, with what its losses need beside them.
+
+        Args:
+            task: of the plan.
+            model: with the state that the round starts from; it is left so.
+            data: of the stage.
+            stage: the round's.
+        """
+        return data
+
+    def gather(self, features: torch.Tensor, data: Encoded, weights: torch.Tensor, stage: Stage) -> State:
+        """Sums over rows, of which each moves them by at most its weight in ℓ2 norm, all sums together.
+
+        Args:
+            features: of each row, (N, d), float64, of length 1 or zero.
+            data: the same rows.
+            weights: (N,), float64.
+            stage: the round's.
+        """
+        raise NotImplementedError
+
+    # --- the coordinator's ---
+
+    def gathered(self, sums: State, model: State, memory: State, stage: Stage) -> Learned:
+        """What follows from the clients' sums, added.
+
+        Args:
+            sums: as `gathered_like`, in 64 bits.
+            model: the model that the round began with.
+            memory: what was kept.
+            stage: the round's.
+        """
+        raise NotImplementedError
+
+    def ended(self, model: State, memory: State, stage: Stage, start: State) -> Learned:
+        """What follows from a task's end.
+
+        Args:
+            model: after its last round.
+            memory: what was kept.
+            stage: that has ended.
+            start: the model before the run's first round.
+        """
+        return Learned({}, memory)
+
+    def models(self, state: State) -> dict[str, State]:
+        """What is saved of a state with all that is kept: the model by the name "", or one for each task by its name."""
+        return {"": {name: tensor for name, tensor in state.items() if part_of(name) != MEMORY}}
+
+    def router(self, state: State) -> State:
+        """By task's name the class centroids, (c, d), of length 1, by which a row finds its task; empty where there is one model."""
+        return {}
+
+    def score(
+        self, task: Task[Any], model: TunedModel, state: State, parts: Sequence[Part], stage: int, show: Callable[[State], None]
+    ) -> list[Scored]:
+        """Scores of several sets of rows.
+
+        Args:
+            task: of the plan.
+            model: is shown the state, or another of its kind.
+            state: of the model, with what the coordinator keeps.
+            parts: the sets.
+            stage: the number of the last task that was learned; -1 before the first.
+            show: gives the model a state.
+        """
+        show(state)
+        found = []
+        for part in parts:
+            task.choose_among(labels_until(self.plan, max(stage, part.number)))
+            found.append(Scored(task.score(model.network, part.rows, self.plan.evaluation.batch_size)))
+        return found
+
+
+class Part(NamedTuple):
+    """Rows to score."""
+
+    rows: Any
+    """`Encoded`."""
+    number: int
+    """Of the task (from 0) that they are of."""
+
+
+class Scored(NamedTuple):
+    """How rows were scored."""
+
+    scores: Scores
+    routed: float | None = None
+    """Share of the rows for which the method found their own task; None where it looks for none."""
+
+    def metrics(self) -> Metrics:
+        """Those of the scores, and `routed` where there is one."""
+        return self.scores.metrics() | ({} if self.routed is None else {"routed": self.routed})
+
+
+def together(task: Task[Any], parts: Sequence[Scores]) -> Scores:
+    """The scores of several sets of rows as those of one."""
+    losses = [part.loss_sum for part in parts]
+    counts = [sum(column) for column in zip(*(part.counts.flatten().tolist() for part in parts), strict=True)]
+    return task.scores_from(counts, None if None in losses else sum(loss for loss in losses if loss is not None))
+
+
+def head_of(state: Mapping[str, torch.Tensor]) -> str:
+    """The name of the head's weight, (C, d)."""
+    return next(name for name, tensor in state.items() if part_of(name) is None and tensor.dim() == 2)
+
+
+def one_hot(labels: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """Which of some classes each row is of, (N, c), float64.
+
+    Args:
+        labels: the rows' classes, (N,), int64.
+        places: the classes.
+    """
+    import torch
+
+    return (labels.unsqueeze(1) == torch.tensor(places)).double()
+
+
+def check_stream(plan: Plan, refuse: Refuse) -> None:
+    """Refuse a plan without tasks, where a method keeps old ones."""
+    if not plan.continual.stream:
+        refuse(f"continual.method: {plan.continual.method} without a continual.stream: there is nothing old", "List its tasks.")
+
+
+def check_one_model(plan: Plan, refuse: Refuse) -> None:
+    """Refuse rules that add to the base, or have clients of several ranks, where a method keeps an adapter of the plan's rank."""
+    needs, rule = RULES[plan.aggregation.rule], plan.aggregation.rule
+    if needs.changes_base or needs.mixed_ranks:
+        why = "adds to the base, of which no second one is kept" if needs.changes_base else "has clients of several ranks"
+        refuse(
+            f"continual.method: {plan.continual.method} with aggregation.rule: {rule}, which {why}",
+            "Nearest valid: aggregation.rule: rolora, or fedavg.",
+        )
+
+
+def check_sums(plan: Plan, refuse: Refuse) -> None:
+    """Refuse what a round that gathers sums over features can't go with."""
+    method = plan.continual.method
+    if plan.model.head.pooling != "mean":
+        refuse(f"continual.method: {method} needs the features of mean pooling", "Set model.head.pooling: mean.")
+    if plan.central:
+        refuse(
+            f"continual.method: {method} under unit: client, which is not built: its sums need a clip of their own",
+            "Nearest valid: privacy.unit: example.",
+        )
+    if plan.transfer.uplink.codec == "topk" or plan.transfer.uplink.error_feedback:
+        refuse(f"continual.method: {method} sends sums, of which topk and error feedback lose a part", "Set transfer.uplink.codec: eden.")
