@@ -11,18 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lichen.client.batches import Batches
 from lichen.client.jobs import Job
 from lichen.client.together import Member, Noise, Together
 from lichen.common.aggregation import phase_of, properties
+from lichen.common.batches import ready
 from lichen.common.batching import clients_at_once, most_at_once, pass_cost
 from lichen.common.continual import make_method
 from lichen.common.continual.adapters import without_adapter
 from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code, LichenError
-from lichen.common.model.checkpointing import checkpoint_layers
-from lichen.common.model.lean import run_lean
-from lichen.common.model.packing import Packing
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.randomness import RandomSource, add_noise, poisson_sample
 from lichen.common.privacy.single_backward.fused import fuse_lora
@@ -71,10 +68,7 @@ class Trainer:
         self._private: PrivateStep | None = None
         self._fused: Callable[[], AbstractContextManager[None]] = nullcontext
         self._lean = plan.local.compute == "lean"
-        packing = run_lean(self.model, pack=plan.privacy.gradients != "hooks") if self._lean else Packing(on=False)
-        if plan.local.checkpointing:
-            checkpoint_layers(self.model)
-        self._batches = Batches(self.task, self.model, plan.local, packing)
+        packing, self._batches = ready(plan, self.task, self.model)
         # what full tuning books of a pass is padded, packed or not
         self._by_length = self._lean and (not packing.on or plan.model.adapter.kind == "full")
         if not plan.private or plan.central:

@@ -7,7 +7,7 @@ and ``test`` (Parquet files) and ``spool``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,12 +39,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 app = ServerApp()
+_CACHE = "cache"
+"""Of a run's directory, while it goes on: what frozen layers give for the rows that are scored in each round."""
 
 
 class _Split(NamedTuple):
-    by_task: tuple[Part | None, ...]
-    """The rows of each task of the stream, or all; None where a task has none."""
-    apart: tuple[Part | None, ...]
+    encoded: Any
+    by_task: list[list[int]]
+    """The numbers of the rows of each task of the stream; of all rows without a stream."""
+    apart: list[list[int]]
     """The same, but a row that is of several tasks is of the first alone."""
 
 
@@ -56,12 +59,16 @@ class OwnData:
         validation: a Parquet file of rows; None if there are none.
         test: the same.
         shared: whether clients train on the same model in this process: then a model that is scored is copied into it.
+        cache: a folder where what frozen layers give for the rows may be kept; None: nothing is kept.
     """
 
-    def __init__(self, plan: Plan, validation: Path | None, test: Path | None, *, shared: bool = False) -> None:
+    def __init__(self, plan: Plan, validation: Path | None, test: Path | None, *, shared: bool = False, cache: Path | None = None) -> None:
+        from lichen.common.batches import ready
+
         self.plan = plan
         self._shared = shared
         self.task, self.model, self.start = workbench(plan.at_precision("float32"))
+        self._batches, self._cache = ready(plan, self.task, self.model).batches, cache
         self._rows = {path: self._read(path) for path in (validation, test) if path is not None}
         self._validation = validation
         self._test = test
@@ -107,22 +114,26 @@ class OwnData:
     def _score(self, state: State, split: Path | None, stage: Stage) -> Metrics | None:
         if split is None:
             return None
-        parts = [part for part in self._rows[split].apart[: stage.number + 1] if part]
-        found = self._scored(state, parts, stage.number)
-        metrics = together(self.task, [one.scores for one in found]).metrics()
-        routed = [(one.routed, len(part.rows)) for one, part in zip(found, parts, strict=True) if one.routed is not None]
+        sets = self._rows[split].apart[: stage.number + 1]
+        found = self._scored(state, split, sets, stage.number)
+        metrics = together(self.task, [one.scores for one in found.values()]).metrics()
+        routed = [(one.routed, len(sets[number])) for number, one in found.items() if one.routed is not None]
         return metrics | {"routed": sum(share * rows for share, rows in routed) / sum(rows for _, rows in routed)} if routed else metrics
 
     def _score_by_task(self, state: State, split: Path | None, stage: Stage | None) -> dict[str, Metrics | None]:
         """The model chooses among the labels of all tasks until the stage, and until the task that is scored."""
         if split is None:
             return {}
-        by_task = self._rows[split].by_task
-        found = iter(self._scored(state, [part for part in by_task if part], -1 if stage is None else stage.number))
-        return {task.name: next(found).metrics() if part else None for task, part in zip(self.plan.continual.stream, by_task, strict=True)}
+        found = self._scored(state, split, self._rows[split].by_task, -1 if stage is None else stage.number)
+        return {task.name: found[number].metrics() if number in found else None for number, task in enumerate(self.plan.continual.stream)}
 
-    def _scored(self, state: State, parts: list[Part], number: int) -> list[Scored]:
-        return make_method(self.plan).score(self.task, self.model, state, parts, number, self.show)
+    def _scored(self, state: State, split: Path, sets: list[list[int]], last: int) -> dict[int, Scored]:
+        """By number those of the tasks' rows of which there are any."""
+        data = self._rows[split].encoded
+        with self._batches.of(data, self._cache and self._cache / split.stem) as collate:
+            parts = [Part(data, rows, number, collate) for number, rows in enumerate(sets) if rows]
+            found = make_method(self.plan).score(self.task, self.model, state, parts, last, self.show)
+        return {part.number: scored for part, scored in zip(parts, found, strict=True)}
 
     def _read(self, path: Path) -> _Split:
         import pyarrow.parquet as pq
@@ -137,21 +148,18 @@ class OwnData:
             )
         columns = {field: table.column(field).to_pylist() for field in dict.fromkeys(fields)}
         if not self.plan.continual.stream:
-            whole = (Part(self.task.encode(columns), 0),)
-            return _Split(whole, whole)
+            every = [list(range(table.num_rows))]
+            return _Split(self.task.encode(columns), every, every)
         by_task = [rows_of(self.plan, task, columns) for task in self.plan.continual.stream]
         kept = sorted(set().union(*by_task))  # what is of no task may bear labels that the plan has not
         place = {row: number for number, row in enumerate(kept)}
         encoded = self.task.encode({field: [columns[field][row] for row in kept] for field in self.task.fields})
-
-        def parts(sets: Iterable[list[int]]) -> tuple[Part | None, ...]:
-            return tuple(Part(encoded.select([place[row] for row in rows]), number) if rows else None for number, rows in enumerate(sets))
-
         first: dict[int, int] = {}
         for number, rows in enumerate(by_task):
             for row in rows:
                 first.setdefault(row, number)
-        return _Split(parts(by_task), parts([row for row in rows if first[row] == number] for number, rows in enumerate(by_task)))
+        apart = ([row for row in rows if first[row] == number] for number, rows in enumerate(by_task))
+        return _Split(encoded, *([[place[row] for row in rows] for rows in sets] for sets in (by_task, apart)))
 
 
 @app.main()  # type: ignore[untyped-decorator]
@@ -182,7 +190,8 @@ def main(grid: Grid, context: Context) -> None:
         result.privacy.max_epsilon = read_result(directory.path).privacy.max_epsilon
     try:
         beside = not getattr(grid, "works_here", False)
-        own = OwnData(plan, *(Path(str(config[key])) if key in config else None for key in ("validation", "test")), shared=not beside)
+        validation, test = (Path(str(config[key])) if key in config else None for key in ("validation", "test"))
+        own = OwnData(plan, validation, test, shared=not beside, cache=directory.path / _CACHE)
         profiles = getattr(grid, "profile_of", None)  # other grids carry none
         assign = Assigner(plan, own.model, profiles, grid.name_of).of if profiles else None
         kind = BufferedStrategy if plan.cohort.mode == "buffered" else FederatedStrategy
@@ -213,6 +222,7 @@ def main(grid: Grid, context: Context) -> None:
         raise
     finally:
         directory.save_result(result)
+        shutil.rmtree(directory.path / _CACHE, ignore_errors=True)
         try:
             write_report(directory.path)
         except Exception:

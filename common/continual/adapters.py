@@ -108,31 +108,25 @@ class Adapters(Method):
         plain, by_task, centroids = self._parted(state)
         if not centroids:
             return super().score(task, model, state, parts, stage, show)
-        features = self._features(task, model, plain, parts, show)
         found = []
-        for part, own in zip(parts, features, strict=True):
-            tasks = self._nearest(own, centroids)
+        for part in parts:
+            tasks = self._nearest(self._features(task, model, plain, part, show)[part.rows], centroids)
             pieces = []
             for number in sorted(set(tasks)):
-                rows = part.rows.select([row for row, of in enumerate(tasks) if of == number])
+                rows = [row for row, of in zip(part.rows, tasks, strict=True) if of == number]
                 show(by_task.get(number) or plain)
                 task.choose_among(self.choices(number))
-                pieces.append(task.score(model.network, rows, self.plan.evaluation.batch_size))
+                pieces.append(task.score(model.network, part.data, self.plan.evaluation.batch_size, rows, part.collate))
             found.append(Scored(together(task, pieces), sum(of == part.number for of in tasks) / len(tasks)))
         return found
 
-    def _features(
-        self, task: Task[Any], model: TunedModel, state: State, parts: Sequence[Part], show: Callable[[State], None]
-    ) -> list[torch.Tensor]:
-        """Of the base alone: where B is zero, the adapter does nothing."""
-        if any(part.rows.digest not in self._known for part in parts):
+    def _features(self, task: Task[Any], model: TunedModel, state: State, part: Part, show: Callable[[State], None]) -> torch.Tensor:
+        """Of all rows of a part's data, by the base alone: where B is zero, the adapter does nothing."""
+        key = part.data.digest
+        if key not in self._known:
             show(without_adapter(state))
-            self._known |= {
-                part.rows.digest: task.features(model.network, part.rows, self.plan.evaluation.batch_size)
-                for part in parts
-                if part.rows.digest not in self._known
-            }
-        return [self._known[part.rows.digest] for part in parts]
+            self._known[key] = task.features(model.network, part.data, self.plan.evaluation.batch_size, part.collate)
+        return self._known[key]
 
     def _nearest(self, features: torch.Tensor, centroids: Mapping[int, torch.Tensor]) -> list[int]:
         """The task of each row's nearest centroid, by the angle."""

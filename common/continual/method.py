@@ -11,6 +11,7 @@ from lichen.common.continual.stream import Stage, labels_until
 if TYPE_CHECKING:
     import torch
 
+    from lichen.common.batches import Collate
     from lichen.common.model.adapter import State, TunedModel
     from lichen.common.plan import Plan
     from lichen.common.result import Metrics
@@ -153,17 +154,22 @@ class Method:
         found = []
         for part in parts:
             task.choose_among(labels_until(self.plan, max(stage, part.number)))
-            found.append(Scored(task.score(model.network, part.rows, self.plan.evaluation.batch_size)))
+            scores = task.score(model.network, part.data, self.plan.evaluation.batch_size, part.rows, part.collate)
+            found.append(Scored(scores))
         return found
 
 
 class Part(NamedTuple):
     """Rows to score."""
 
-    rows: Any
-    """`Encoded`."""
+    data: Encoded
+    """Where they are."""
+    rows: Sequence[int]
+    """Their numbers."""
     number: int
     """Of the task (from 0) that they are of."""
+    collate: Collate | None = None
+    """Makes the data's batches; None: the task does."""
 
 
 class Scored(NamedTuple):

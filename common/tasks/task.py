@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from lichen.common.batches import Collate
     from lichen.common.model.adapter import TunedModel
     from lichen.common.result import Metrics
 
@@ -116,16 +117,32 @@ class Task(Protocol[E]):
         """The same examples with what this model says of them, to which their losses then keep, by `continual.lwf`."""
         ...
 
-    def features(self, network: nn.Module, data: E, batch_size: int) -> torch.Tensor:
+    def features(self, network: nn.Module, data: E, batch_size: int, collate: Collate | None = None) -> torch.Tensor:
         """What the head reads of each example, (N, d), float64 on the CPU, scaled to length 1; zero stays zero.
+
+        Args:
+            network: the model's.
+            data: the examples.
+            batch_size: of a pass.
+            collate: makes this data's batches; None: `Task.collate` does.
 
         Raises:
             LichenError: MODEL_UNSUPPORTED, where there is no such thing.
         """
         ...
 
-    def score(self, network: nn.Module, data: E, batch_size: int) -> Scores:
-        """Score a model."""
+    def score(
+        self, network: nn.Module, data: E, batch_size: int, rows: Sequence[int] | None = None, collate: Collate | None = None
+    ) -> Scores:
+        """Score a model.
+
+        Args:
+            network: the model's.
+            data: the examples.
+            batch_size: of a pass.
+            rows: which of them; None: all.
+            collate: as in `features`.
+        """
         ...
 
     def scores_from(self, counts: Sequence[float], loss_sum: float | None) -> Scores:

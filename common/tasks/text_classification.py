@@ -24,6 +24,7 @@ from lichen.common.model.base import HEADS, load_base, outline_base
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lichen.common.batches import Collate
     from lichen.common.plan import Plan
     from lichen.common.result import Metrics
     from lichen.common.tasks.task import Batch, Columns
@@ -222,7 +223,7 @@ class TextClassification:
         return replace(data, teacher=self._by_length(network, data, batch_size, lambda batch: self.logits(network, batch)).float())
 
     @torch.no_grad()
-    def features(self, network: nn.Module, data: EncodedTexts, batch_size: int) -> torch.Tensor:
+    def features(self, network: nn.Module, data: EncodedTexts, batch_size: int, collate: Collate | None = None) -> torch.Tensor:
         """The mean of the last layer's outputs over a text's tokens, scaled to length 1 (see `Task.features`)."""
         if not self._mean:
             raise LichenError(Code.MODEL_UNSUPPORTED, "features are what a head reads that pools by the mean", where="model.head.pooling")
@@ -236,27 +237,48 @@ class TextClassification:
 
         hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            return self._by_length(network, data, batch_size, of).double()
+            return self._by_length(network, data, batch_size, of, collate=collate).double()
         finally:
             hook.remove()
 
     def _by_length(
-        self, network: nn.Module, data: EncodedTexts, batch_size: int, of: Callable[[Batch], torch.Tensor], axis: int = 0
+        self,
+        network: nn.Module,
+        data: EncodedTexts,
+        batch_size: int,
+        of: Callable[[Batch], torch.Tensor],
+        *,
+        axis: int = 0,
+        rows: Sequence[int] | None = None,
+        collate: Collate | None = None,
     ) -> torch.Tensor:
-        """What a function of a batch gives for each example, along an axis, on the CPU; in order of length so that little is padded."""
+        """What a function of a batch gives for each row, along an axis, on the CPU; in order of length so that little is padded."""
         found: list[torch.Tensor] = []
-        order = np.argsort(data.lengths, kind="stable")
+        chosen = np.arange(len(data)) if rows is None else np.asarray(rows, dtype=np.int64)
+        order = np.argsort(data.lengths[chosen], kind="stable")
         network.eval()
         try:
-            for start in range(0, max(len(order), 1), batch_size):  # of no examples one empty batch: the other axes are there
-                found.append(of(self.collate(data, order[start : start + batch_size].tolist())))
+            for start in range(0, max(len(order), 1), batch_size):  # of no rows one empty batch: the other axes are there
+                batch = chosen[order[start : start + batch_size]].tolist()
+                if collate is not None and batch:
+                    collate.prepare(batch)
+                    found.append(of(collate(batch)))
+                else:
+                    found.append(of(self.collate(data, batch)))
         finally:
             network.train()
         return torch.cat(found, axis).cpu().index_select(axis, torch.from_numpy(np.argsort(order)))
 
     @torch.no_grad()
-    def score(self, network: nn.Module, data: EncodedTexts, batch_size: int) -> ClassificationScores:
-        """Score a model on all examples, in order of length so that little is padded."""
+    def score(
+        self,
+        network: nn.Module,
+        data: EncodedTexts,
+        batch_size: int,
+        rows: Sequence[int] | None = None,
+        collate: Collate | None = None,
+    ) -> ClassificationScores:
+        """Score a model (see `Task.score`)."""
         classes = len(self.plan.task.labels)
         confusion = np.zeros((classes, classes), dtype=np.float64)
 
@@ -265,7 +287,7 @@ class TextClassification:
             losses = F.cross_entropy(logits, labels, reduction="none")
             return torch.stack([losses.double(), labels.double(), logits.argmax(1).double()])
 
-        losses, labels, found = self._by_length(network, data, batch_size, of, axis=1)
+        losses, labels, found = self._by_length(network, data, batch_size, of, axis=1, rows=rows, collate=collate)
         np.add.at(confusion, (labels.long().numpy(), found.long().numpy()), 1)
         return ClassificationScores(confusion, float(losses.sum()))
 

@@ -1,4 +1,4 @@
-"""Batches for a step: padded, and where the lowest layers are frozen, with what these give for their rows, kept from step to step."""
+"""Batches for a pass: padded, and where the lowest layers are frozen, with what these give for their rows, kept from step to step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from lichen.common.batching import pass_cost, passes
 from lichen.common.device import sent
+from lichen.common.model.checkpointing import checkpoint_layers
+from lichen.common.model.lean import run_lean
+from lichen.common.model.packing import Packing
 from lichen.common.model.prefix import FrozenPrefix, PrefixStore, frozen_prefix, store_of
 from lichen.common.tasks.task import CHECKED_ROWS
 
@@ -19,12 +25,31 @@ if TYPE_CHECKING:
     import torch
 
     from lichen.common.model.adapter import TunedModel
-    from lichen.common.model.packing import Packing
-    from lichen.common.plan import Local
+    from lichen.common.plan import Local, Plan
     from lichen.common.tasks.task import Batch, Encoded, Task
 
+_READY: WeakKeyDictionary[nn.Module, Ready] = WeakKeyDictionary()
 OPEN_STORES = 16
 """Data sets whose stores stay open: a simulated client's is opened anew when its turn comes."""
+
+
+class Ready(NamedTuple):
+    """A model that is ready to compute as a plan says."""
+
+    packing: Packing
+    """Tells how a batch lies in it."""
+    batches: Batches
+
+
+def ready(plan: Plan, task: Task[Any], model: TunedModel) -> Ready:
+    """Let a plan's model leave out what it can; the same for all who use the model in this process: its layers are changed once."""
+    if model.network not in _READY:
+        lean = plan.local.compute == "lean"
+        packing = run_lean(model, pack=plan.privacy.gradients != "hooks") if lean else Packing(on=False)
+        if plan.local.checkpointing:
+            checkpoint_layers(model)
+        _READY[model.network] = Ready(packing, Batches(task, model, plan.local, packing))
+    return _READY[model.network]
 
 
 class Batches:
