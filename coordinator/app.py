@@ -117,8 +117,10 @@ class OwnData:
         sets = self._rows[split].apart[: stage.number + 1]
         found = self._scored(state, split, sets, stage.number)
         metrics = together(self.task, [one.scores for one in found.values()]).metrics()
-        routed = [(one.routed, len(sets[number])) for number, one in found.items() if one.routed is not None]
-        return metrics | {"routed": sum(share * rows for share, rows in routed) / sum(rows for _, rows in routed)} if routed else metrics
+        for key in next(iter(found.values())).shares:
+            shares = [(share, len(sets[number])) for number, one in found.items() if (share := one.shares[key]) is not None]
+            metrics[key] = sum(share * rows for share, rows in shares) / sum(rows for _, rows in shares) if shares else None
+        return metrics
 
     def _score_by_task(self, state: State, split: Path | None, stage: Stage | None) -> dict[str, Metrics | None]:
         """The model chooses among the labels of all tasks until the stage, and until the task that is scored."""

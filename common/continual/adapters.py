@@ -1,7 +1,8 @@
-"""`adapters`: one adapter and head a task, never changed later; a row goes to the task of the nearest class centroid.
+"""`adapters`: one adapter and head a task, which is never changed later, and a router that finds a row's task.
 
-The first round of a task gathers its class centroids, in the feature space of the frozen base; the others train. Centroids are a release:
-under differential privacy the round is charged as so many noised steps as any other, of the same noise and sample rate.
+The task is that of the nearest class centroid, or of the best class by ridge regression, in the feature space of the frozen base. The
+first round of a task gathers the sums for that; the others train. The sums are a release: under differential privacy the round is charged
+as so many noised steps as any other, of the same noise and sample rate.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from lichen.common.continual.method import (
     check_stream,
     check_sums,
     head_of,
-    one_hot,
     together,
 )
+from lichen.common.continual.ridge import CROSS, GRAM, Sums, one_hot, solved
 from lichen.common.continual.stream import Stage, stage_of, stages
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
     from lichen.common.model.adapter import State, TunedModel
     from lichen.common.plan import Plan
-    from lichen.common.tasks.task import Task
+    from lichen.common.tasks.task import Scores, Task
 
-_CENTROIDS = f"{SUMS}.centroids"
+_GRAM = f"{MEMORY}.{GRAM}"
 _OF_TASK = re.compile(rf"{MEMORY}\.(\d+)\.(.+)")
 
 
@@ -59,21 +60,21 @@ class Adapters(Method):
         return stage_of(self.plan, round).first == round
 
     def gathered_like(self, stage: Stage, state: Mapping[str, torch.Tensor]) -> State:
-        """Sums of the features of each of the task's classes, (c, d): where only directions are compared, counts are not needed."""
-        weight = state[head_of(state)]
-        return {_CENTROIDS: weight.new_empty(len(self.own_labels(stage.number)), weight.shape[1])}
+        """Sums of the features of each of the task's classes, and where the plan asks for it Σ x xᵀ."""
+        return self._sums.like(state[head_of(state)], len(self.own_places(stage.number)))
 
     def choices(self, number: int) -> tuple[str, ...]:
         """The task's own labels: the router decides among tasks."""
-        return self.own_labels(number)
+        return self.own_choices(number)
 
     def gather(self, features: torch.Tensor, data: Any, weights: torch.Tensor, stage: Stage) -> State:
-        """Each row adds its feature to its class' sum."""
-        return {_CENTROIDS: one_hot(data.labels, self.own_places(stage.number)).T @ (features * weights.unsqueeze(1))}
+        """Each row adds its feature to its class' sum: where only directions are compared, counts are not needed."""
+        return self._sums.of(features, one_hot(data.labels, self.own_places(stage.number)), weights)
 
     def gathered(self, sums: State, model: State, memory: State, stage: Stage) -> Learned:
-        """Keep the task's centroids."""
-        return Learned({}, memory | {f"{MEMORY}.{stage.number}.{_CENTROIDS}": sums[_CENTROIDS].double()})
+        """Keep the task's sums, and add what is of all tasks."""
+        gram, cross = self._sums.read(sums)
+        return Learned({}, memory | {_GRAM: gram + memory[_GRAM] if _GRAM in memory else gram, _cross_of(stage.number): cross})
 
     def ended(self, model: State, memory: State, stage: Stage, start: State) -> Learned:
         """Keep the adapter; the next task's begins as the plan says."""
@@ -83,41 +84,54 @@ class Adapters(Method):
 
     def models(self, state: State) -> dict[str, State]:
         """Each task's."""
-        return {self.plan.continual.stream[number].name: own for number, own in self._parted(state)[1].items() if own}
+        return {self.plan.continual.stream[number].name: own for number, own in self._models(state).items()}
 
     def router(self, state: State) -> State:
-        """The centroids."""
+        """What each class' score is made by."""
+        return {self.plan.continual.stream[number].name: own.float() for number, own in self._router(state).items()}
+
+    def _router(self, state: State) -> dict[int, torch.Tensor]:
+        """By task (from 0) the weights of its classes' scores, (c, d)."""
         from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-        centroids = self._parted(state)[2]
-        return {self.plan.continual.stream[number].name: F.normalize(own, dim=1).float() for number, own in centroids.items()}
+        cross = {number: state[name] for number in range(len(self.plan.continual.stream)) if (name := _cross_of(number)) in state}
+        if self.plan.continual.adapters.router == "centroids":
+            return {number: F.normalize(own, dim=1) for number, own in cross.items()}
+        return {number: solved(state[_GRAM], own, self.plan.continual.adapters.ridge) for number, own in cross.items()}
 
-    def _parted(self, state: State) -> tuple[State, dict[int, State], dict[int, torch.Tensor]]:
-        """The model under way, and by task (from 0) its adapter, once it is there, and its centroids."""
+    def _models(self, state: State) -> dict[int, State]:
+        """By task (from 0) the model that it has ended with."""
         by_task: dict[int, State] = {}
         for name, tensor in state.items():
-            if match := _OF_TASK.fullmatch(name):
+            if (match := _OF_TASK.fullmatch(name)) and part_of(match[2]) != SUMS:
                 by_task.setdefault(int(match[1]), {})[match[2]] = tensor
-        centroids = {number: own.pop(_CENTROIDS) for number, own in by_task.items() if _CENTROIDS in own}
-        return {name: tensor for name, tensor in state.items() if part_of(name) != MEMORY}, by_task, centroids
+        return by_task
 
     def score(
         self, task: Task[Any], model: TunedModel, state: State, parts: Sequence[Part], stage: int, show: Callable[[State], None]
     ) -> list[Scored]:
         """Each row by the adapter of the task that the router finds; while a task is trained, its own is the one under way."""
-        plain, by_task, centroids = self._parted(state)
-        if not centroids:
+        router, by_task = self._router(state), self._models(state)
+        if not router:
             return super().score(task, model, state, parts, stage, show)
+        plain = {name: tensor for name, tensor in state.items() if part_of(name) != MEMORY}
         found = []
         for part in parts:
-            tasks = self._nearest(self._features(task, model, plain, part, show)[part.rows], centroids)
-            pieces = []
-            for number in sorted(set(tasks)):
-                rows = [row for row, of in zip(part.rows, tasks, strict=True) if of == number]
+            tasks = _routed(self._features(task, model, plain, part, show)[part.rows], router)
+
+            def by(number: int, rows: list[int], part: Part = part) -> Scores:
                 show(by_task.get(number) or plain)
-                task.choose_among(self.choices(number))
-                pieces.append(task.score(model.network, part.data, self.plan.evaluation.batch_size, rows, part.collate))
-            found.append(Scored(together(task, pieces), sum(of == part.number for of in tasks) / len(tasks)))
+                task.choose_among(self.own_labels(number))
+                return task.score(model.network, part.data, self.plan.evaluation.batch_size, rows, part.collate)
+
+            rows = {number: [row for row, of in zip(part.rows, tasks, strict=True) if of == number] for number in {*tasks, part.number}}
+            pieces = {number: by(number, rows[number]) for number in sorted(rows)}
+            known = None
+            if part.number in router:
+                astray = [row for row, of in zip(part.rows, tasks, strict=True) if of != part.number]
+                known = together(task, [pieces[part.number], by(part.number, astray)]).metrics()["accuracy"]
+            routed = len(rows[part.number]) / len(tasks)
+            found.append(Scored(together(task, [*pieces.values()]), {"routed": routed, "accuracy_task_known": known}))
         return found
 
     def _features(self, task: Task[Any], model: TunedModel, state: State, part: Part, show: Callable[[State], None]) -> torch.Tensor:
@@ -128,17 +142,22 @@ class Adapters(Method):
             self._known[key] = task.features(model.network, part.data, self.plan.evaluation.batch_size, part.collate)
         return self._known[key]
 
-    def _nearest(self, features: torch.Tensor, centroids: Mapping[int, torch.Tensor]) -> list[int]:
-        """The task of each row's nearest centroid, by the angle."""
-        import torch
-        from torch.nn import functional as F  # noqa: N812 - torch's own convention
+    @property
+    def _sums(self) -> Sums:
+        return Sums(1.0 if self.plan.continual.adapters.router == "ridge" else 0.0)
 
-        rows, of = [], []
-        for number, own in sorted(centroids.items()):
-            rows.append(own)
-            of += [number] * len(own)
-        nearest = (features @ F.normalize(torch.cat(rows), dim=1).T).argmax(1)
-        return [of[place] for place in nearest.tolist()]
+
+def _routed(features: torch.Tensor, router: Mapping[int, torch.Tensor]) -> list[int]:
+    """The task of each row's best class."""
+    import torch
+
+    tasks = sorted(router)
+    best = torch.stack([(features @ router[number].T).amax(1) for number in tasks])
+    return [tasks[place] for place in best.argmax(0).tolist()]
+
+
+def _cross_of(number: int) -> str:
+    return f"{MEMORY}.{number}.{CROSS}"
 
 
 def without_adapter(state: Mapping[str, torch.Tensor]) -> State:

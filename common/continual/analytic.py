@@ -7,12 +7,12 @@ rows, whatever the order of tasks and clients, so nothing is forgotten. Under di
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lichen.common.aggregation import MEMORY, SUMS
-from lichen.common.continual.method import Learned, Method, Refuse, check_sums, head_of, one_hot
+from lichen.common.aggregation import MEMORY
+from lichen.common.continual.method import Learned, Method, Refuse, check_sums, head_of
+from lichen.common.continual.ridge import CROSS, GRAM, Sums, one_hot, solved
 from lichen.common.continual.stream import Stage, stages
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from lichen.common.model.adapter import State
 
-_GRAM, _CROSS = f"{SUMS}.gram", f"{SUMS}.cross"
-_ALL_GRAM, _ALL_CROSS = f"{MEMORY}.gram", f"{MEMORY}.cross"
+_GRAM, _CROSS = f"{MEMORY}.{GRAM}", f"{MEMORY}.{CROSS}"
 
 
 class Analytic(Method):
@@ -46,67 +45,26 @@ class Analytic(Method):
         return True
 
     def gathered_like(self, stage: Stage, state: Mapping[str, torch.Tensor]) -> State:
-        """The Gram matrix' upper triangle, (d (d + 1) / 2), and the cross sums of the task's own c labels, (c, d)."""
-        weight = state[head_of(state)]
-        width = weight.shape[1]
-        return {
-            _GRAM: weight.new_empty(width * (width + 1) // 2),
-            _CROSS: weight.new_empty(len(self.own_labels(stage.number)), width),
-        }
+        """Sums with those of the task's own labels."""
+        return self._sums.like(state[head_of(state)], len(self.own_places(stage.number)))
 
     def gather(self, features: torch.Tensor, data: Any, weights: torch.Tensor, stage: Stage) -> State:
-        """A row's x xᵀ has length γ, its x yᵀ length 1, and both together are scaled to length 1.
-
-        The sums of labels that the task has not are zero, and nobody need add noise to tell that.
-        """
-        gram, cross = self._scales
-        weighted = features * weights.unsqueeze(1)
-        labels = one_hot(data.labels, self.own_places(stage.number))
-        return {_GRAM: gram * _packed(features.T @ weighted), _CROSS: cross * (labels.T @ weighted)}
+        """The sums of labels that the task has not are zero, and nobody need add noise to tell that."""
+        return self._sums.of(features, one_hot(data.labels, self.own_places(stage.number)), weights)
 
     def gathered(self, sums: State, model: State, memory: State, stage: Stage) -> Learned:
         """Add the sums to those before, and solve for the head."""
         import torch
 
-        name, (gram_scale, cross_scale) = head_of(model), self._scales
+        name, (gram, own) = head_of(model), self._sums.read(sums)
         weight = model[name]
-        gram = memory.get(_ALL_GRAM, torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)) + _unpacked(
-            sums[_GRAM].double() / gram_scale, weight.shape[1]
-        )
-        cross = memory.get(_ALL_CROSS, torch.zeros(weight.shape, dtype=torch.float64)).clone()
-        cross[self.own_places(stage.number)] += sums[_CROSS].double() / cross_scale
-        solved = (cross @ self._inverse(gram)).to(weight.dtype)
+        cross = memory[_CROSS].clone() if memory else torch.zeros(weight.shape, dtype=torch.float64)
+        cross[self.own_places(stage.number)] += own
+        gram = gram + memory[_GRAM] if memory else gram
+        step = {name: solved(gram, cross, self.plan.continual.analytic.ridge).to(weight.dtype) - weight}
         bias = {other: -tensor for other, tensor in model.items() if other.endswith(".bias")}  # the head has none
-        return Learned({name: solved - weight} | bias, {_ALL_GRAM: gram, _ALL_CROSS: cross})
-
-    def _inverse(self, gram: torch.Tensor) -> torch.Tensor:
-        """(G + λ I)⁻¹. Noise makes directions of little weight negative: they count as none."""
-        import torch
-
-        values, vectors = torch.linalg.eigh(gram)
-        found: torch.Tensor = vectors / (values.clamp(min=0) + self.plan.continual.analytic.ridge) @ vectors.T
-        return found
+        return Learned(step | bias, {_GRAM: gram, _CROSS: cross})
 
     @property
-    def _scales(self) -> tuple[float, float]:
-        weight = self.plan.continual.analytic.gram_weight
-        return weight / math.hypot(weight, 1), 1 / math.hypot(weight, 1)
-
-
-def _packed(matrix: torch.Tensor) -> torch.Tensor:
-    """The upper triangle of a symmetric matrix, off the diagonal times √2: so its ℓ2 norm is the matrix' Frobenius norm."""
-    import torch
-
-    row, column = torch.triu_indices(*matrix.shape)
-    return matrix[row, column] * torch.where(row == column, 1.0, math.sqrt(2))
-
-
-def _unpacked(values: torch.Tensor, width: int) -> torch.Tensor:
-    """The symmetric matrix, (width, width), that was packed."""
-    import torch
-
-    row, column = torch.triu_indices(width, width)
-    matrix = torch.zeros(width, width, dtype=values.dtype)
-    matrix[row, column] = values / torch.where(row == column, 1.0, math.sqrt(2))
-    matrix[column, row] = matrix[row, column]
-    return matrix
+    def _sums(self) -> Sums:
+        return Sums(self.plan.continual.analytic.gram_weight)

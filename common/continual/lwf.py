@@ -48,7 +48,7 @@ class LwF(Method):
 
     def choices(self, number: int) -> tuple[str, ...]:
         """The task's own labels: rows of new classes say of the old ones only that they are others, which would be all that is learned."""
-        return self.own_labels(number)
+        return self.own_choices(number)
 
     def examples(self, task: Task[Any], model: TunedModel, data: Encoded, stage: Stage) -> Encoded:
         """With what the model before says of them; in the first task there is none."""

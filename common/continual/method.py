@@ -77,6 +77,11 @@ class Method:
         own = tasks[number].labels if tasks else ()
         return tuple(label for label in self.plan.task.labels if label in own) if own else self.plan.task.labels
 
+    def own_choices(self, number: int) -> tuple[str, ...]:
+        """What `choices` is for methods that let a task's labels compete with each other alone; of one label nothing would be learned."""
+        own = self.own_labels(number)
+        return own if len(own) > 1 else labels_until(self.plan, number)
+
     def own_places(self, number: int) -> list[int]:
         """Where these are among the plan's."""
         return [self.plan.task.labels.index(label) for label in self.own_labels(number)]
@@ -134,7 +139,7 @@ class Method:
         return {"": {name: tensor for name, tensor in state.items() if part_of(name) != MEMORY}}
 
     def router(self, state: State) -> State:
-        """By task's name the class centroids, (c, d), of length 1, by which a row finds its task; empty where there is one model."""
+        """By task's name the weights, (c, d), of its classes' scores, of which the best finds a row's task; empty for one model."""
         return {}
 
     def score(
@@ -176,12 +181,13 @@ class Scored(NamedTuple):
     """How rows were scored."""
 
     scores: Scores
-    routed: float | None = None
-    """Share of the rows for which the method found their own task; None where it looks for none."""
+    shares: Metrics = {}  # noqa: RUF012 - never changed
+    """What else is told of the rows, each a share of them: `routed`, for which the method found their own task, and
+    `accuracy_task_known`, as if it had for all."""
 
     def metrics(self) -> Metrics:
-        """Those of the scores, and `routed` where there is one."""
-        return self.scores.metrics() | ({} if self.routed is None else {"routed": self.routed})
+        """All together."""
+        return self.scores.metrics() | self.shares
 
 
 def together(task: Task[Any], parts: Sequence[Scores]) -> Scores:
@@ -194,18 +200,6 @@ def together(task: Task[Any], parts: Sequence[Scores]) -> Scores:
 def head_of(state: Mapping[str, torch.Tensor]) -> str:
     """The name of the head's weight, (C, d)."""
     return next(name for name, tensor in state.items() if part_of(name) is None and tensor.dim() == 2)
-
-
-def one_hot(labels: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
-    """Which of some classes each row is of, (N, c), float64.
-
-    Args:
-        labels: the rows' classes, (N,), int64.
-        places: the classes.
-    """
-    import torch
-
-    return (labels.unsqueeze(1) == torch.tensor(places)).double()
 
 
 def check_stream(plan: Plan, refuse: Refuse) -> None:

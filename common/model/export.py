@@ -62,8 +62,8 @@ def save_models(
     for name, own in method.models(state).items():
         show(own)
         save_model(directory / name, plan, model, tokenizer, statement)
-    if centroids := method.router(state):
-        write_tensors(directory / ROUTER, centroids, {})
+    if router := method.router(state):
+        write_tensors(directory / ROUTER, router, {})
         (directory / "README.md").write_text(_router_card(plan, statement), encoding="utf-8")
 
 
@@ -199,7 +199,7 @@ def _router_card(plan: Plan, statement: Statement) -> str:
     return f"""# {plan.name}
 
 Fine-tuned by lichen from `{plan.model.base}`, task after task: each folder is the model of one, and its README says how to load
-it. A model chooses among its own task's labels. Where a text's task is not known, the nearest class centroid tells it, in the feature
+it. A model chooses among its own task's labels. Where a text's task is not known, the class with the best score tells it, in the feature
 space of the base:
 
 ```python
@@ -209,14 +209,14 @@ from transformers import AutoModel, AutoTokenizer
 
 base = AutoModel.from_pretrained({resolve_base(plan.model.base)!r}).eval()
 tokenizer = AutoTokenizer.from_pretrained({resolve_base(plan.model.base)!r})
-centroids = load_file("model/{ROUTER}")
+router = load_file("model/{ROUTER}")
 batch = tokenizer(["a text"], truncation=True, max_length={plan.task.max_length}, padding=True, return_tensors="pt")
 with torch.no_grad():
     hidden = base(**batch).last_hidden_state
 mask = batch["attention_mask"].unsqueeze(-1)
 features = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
-nearest = {{task: (features @ own.T).max(1).values for task, own in centroids.items()}}
-print(max(nearest, key=lambda task: float(nearest[task][0])))
+scores = {{task: float((features @ classes.T).max()) for task, classes in router.items()}}
+print(max(scores, key=scores.get))
 ```
 
 Of the tasks and their labels: {_tasks(plan)}.

@@ -76,6 +76,11 @@ class Adapters(Section):
 
     start: Literal["fresh", "last"] = "fresh"
     """What a task's adapter begins with: what a run's first one does, or the task's before it."""
+    router: Literal["centroids", "ridge"] = "ridge"
+    """What a row's task is found by: the nearest class centroid, or the best class by ridge regression, which needs Σ x xᵀ from clients as
+    `analytic` does, and is righter without noise, or with little of it."""
+    ridge: Number = Field(default=1.0, gt=0)
+    """λ of that regression."""
 
 
 class Continual(Section):
@@ -85,7 +90,7 @@ class Continual(Section):
     """What keeps the old. `sequential`: nothing; each task is trained from where the last one ended. What the others are held against.
     `analytic`: the base is frozen, and the head is the ridge regression on all rows of all tasks, from sums that each client sends once a
     task (Zhuang et al. 2022). `lwf`: on new rows the model keeps to what the one before said of them (Li and Hoiem 2016). `adapters`: one
-    adapter a task, which is never changed later; of a row whose task is not known, the nearest class centroid tells it."""
+    adapter a task, which is never changed later; a row's task is found in the feature space of the base."""
     analytic: Analytic = Analytic()
     lwf: LwF = LwF()
     adapters: Adapters = Adapters()

@@ -228,6 +228,8 @@ class TextClassification:
         if not self._mean:
             raise LichenError(Code.MODEL_UNSUPPORTED, "features are what a head reads that pools by the mean", where="model.head.pooling")
         head = next(module for name, module in network.named_modules() if name.rpartition(".")[2] in HEADS)
+        if not len(data):
+            return torch.zeros(0, next(head.parameters()).shape[-1], dtype=torch.float64)
         seen: list[torch.Tensor] = []
 
         def of(batch: Batch) -> torch.Tensor:
@@ -252,15 +254,15 @@ class TextClassification:
         rows: Sequence[int] | None = None,
         collate: Collate | None = None,
     ) -> torch.Tensor:
-        """What a function of a batch gives for each row, along an axis, on the CPU; in order of length so that little is padded."""
+        """What a function of a batch gives for each row, at least one, on the CPU; in order of length so that little is padded."""
         found: list[torch.Tensor] = []
         chosen = np.arange(len(data)) if rows is None else np.asarray(rows, dtype=np.int64)
         order = np.argsort(data.lengths[chosen], kind="stable")
         network.eval()
         try:
-            for start in range(0, max(len(order), 1), batch_size):  # of no rows one empty batch: the other axes are there
+            for start in range(0, len(order), batch_size):
                 batch = chosen[order[start : start + batch_size]].tolist()
-                if collate is not None and batch:
+                if collate is not None:
                     collate.prepare(batch)
                     found.append(of(collate(batch)))
                 else:
@@ -287,6 +289,8 @@ class TextClassification:
             losses = F.cross_entropy(logits, labels, reduction="none")
             return torch.stack([losses.double(), labels.double(), logits.argmax(1).double()])
 
+        if not len(data if rows is None else rows):
+            return ClassificationScores(confusion, 0.0)
         losses, labels, found = self._by_length(network, data, batch_size, of, axis=1, rows=rows, collate=collate)
         np.add.at(confusion, (labels.long().numpy(), found.long().numpy()), 1)
         return ClassificationScores(confusion, float(losses.sum()))

@@ -1,0 +1,286 @@
+"""What continual methods promise, of runs on real rows and a real (tiny) model: what is kept, to the bit, and what it costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lichen.common.aggregation import KEPT, MEMORY, part_of
+from lichen.common.model.adapter import State
+from lichen.common.plan import Plan, parse_plan
+from lichen.common.result import Result
+from lichen.common.tasks import make_task
+from lichen.coordinator.export import export_model
+from lichen.coordinator.versions import Versions
+from lichen.simulations.datasets import load_spec
+from lichen.simulations.simulate import run
+
+STREAM = [{"name": "fields", "labels": ["crop", "metal"]}, {"name": "banks", "labels": ["money"]}]
+OVER = [
+    {"name": "a", "labels": ["crop", "metal"], "where": {"site": ["a"]}},
+    {"name": "b", "labels": ["money", "metal"], "where": {"site": ["b"]}},
+]
+SITES = [{"name": "a", "where": {"site": ["a"]}}, {"name": "b", "where": {"site": ["b"]}}]
+EXACT = {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}}
+PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.2}
+HEAD = {"kind": "head"}
+
+
+@pytest.fixture
+def plan_of(csv_plan: dict[str, Any]) -> Callable[..., Plan]:
+    def make(method: str, stream: list[dict[str, Any]] = STREAM, settings: dict[str, Any] | None = None, **changes: Any) -> Plan:
+        continual = {"method": method, "stream": stream, "tolerance": 1.0} | ({method: settings} if settings else {})
+        document = csv_plan | {"rounds": 3 * len(stream), "cohort": {"size": 3}, "continual": continual}
+        if method == "analytic":
+            model = csv_plan["model"] | {"adapter": HEAD}
+            document |= {"rounds": len(stream), "model": model, "transfer": EXACT}
+        return parse_plan(document | changes)
+
+    return make
+
+
+def told(result: Result) -> Any:
+    assert result.continual is not None
+    return result.continual
+
+
+def states(out: Path, plan: Plan) -> list[State]:
+    versions = Versions(out, plan)
+    return [versions.state(version) for version in versions.all() if version.number]
+
+
+def without(state: State, part: str) -> State:
+    return {name: tensor for name, tensor in state.items() if part_of(name) != part}
+
+
+def same(left: State, right: State) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+# --- lwf ---
+
+
+def test_lwf_forgets_less_than_nothing_does(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    kept = told(run(plan_of("lwf", OVER), tmp_path / "lwf", "inprocess"))
+    lost = told(run(plan_of("sequential", OVER), tmp_path / "sequential", "inprocess"))
+    assert kept.forgetting < lost.forgetting
+    assert kept.acc > lost.acc
+
+
+def test_lwf_without_weight_is_sequential(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    found = []
+    for method, settings in (("lwf", {"weight": 0.0}), ("sequential", None)):
+        plan = plan_of(method, SITES, settings, transfer=EXACT)
+        run(plan, tmp_path / method, "inprocess")
+        found.append(
+            [{name: tensor for name, tensor in state.items() if part_of(name) != KEPT} for state in states(tmp_path / method, plan)]
+        )
+    assert all(torch.allclose(left[name], right[name], atol=1e-6) for left, right in zip(*found, strict=True) for name in right)
+
+
+def test_the_teacher_is_the_model_as_the_last_task_left_it(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("lwf", transfer=EXACT)
+    run(plan, tmp_path, "inprocess")
+    first, second = states(tmp_path, plan)
+    for name, tensor in second.items():
+        if part_of(name) != KEPT:
+            assert torch.allclose(second[f"kept.before.{name}"], tensor, atol=1e-6)
+            assert torch.allclose(first[f"kept.before.{name}"], first[name], atol=1e-6)
+            assert not torch.equal(first[name], tensor) or not tensor.any()
+
+
+# --- analytic ---
+
+
+def features_of(plan: Plan, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    task = make_task(plan)
+    model = task.build()
+    encoded = task.encode({field: [row[field] for row in rows] for field in task.fields})
+    return task.features(model.network, encoded, 32).numpy(), encoded.labels.numpy()
+
+
+@pytest.mark.parametrize(("order", "clients"), [((0, 1, 2), 3), ((2, 0, 1), 5)])
+def test_analytic_is_joint_ridge_regression_whatever_the_order(
+    tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any], order: tuple[int, ...], clients: int
+) -> None:
+    tasks = [{"name": "one", "labels": ["crop", "metal"]}, {"name": "two", "labels": ["money"], "where": {"site": ["a"]}}]
+    tasks = [[*tasks, {"name": "three", "labels": ["money"], "where": {"site": ["b"]}}][place] for place in order]
+    if len(tasks[0]["labels"]) == 1:  # the first task must have something to choose among
+        tasks = [tasks[1], tasks[0], tasks[2]]
+    simulation = csv_plan["simulation"] | {"clients": clients}
+    plan = plan_of(
+        "analytic", tasks, {"ridge": 0.5}, simulation=simulation, cohort={"size": clients}, evaluation={"validation_fraction": 0.0}
+    )
+    run(plan, tmp_path / "run", "inprocess")
+    rows, _ = load_spec(csv_plan["simulation"]["data"], tmp_path / "rows.arrow")
+    x, y = features_of(plan, [rows[number] for number in range(len(rows))])
+    joint = np.linalg.solve(x.T @ x + 0.5 * np.eye(x.shape[1]), x.T @ np.eye(3)[y]).T
+    state = states(tmp_path / "run", plan)[-1]
+    (weight,) = (tensor for name, tensor in state.items() if part_of(name) is None and tensor.dim() == 2)
+    assert np.abs(weight.numpy() - joint).max() < 1e-4 * np.abs(joint).max()
+    assert all(not tensor.any() for name, tensor in state.items() if name.endswith(".bias"))
+
+
+def test_analytic_learns_and_each_row_moves_its_sums_by_one(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    from lichen.common.continual import make_method
+    from lichen.common.continual.stream import stages
+
+    plan = plan_of("analytic", settings={"gram_weight": 0.7})
+    found = told(run(plan, tmp_path, "inprocess"))
+    assert found.acc > 0.9
+    method, generator = make_method(plan), torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(40, 16, dtype=torch.float64, generator=generator), dim=1)
+    data = type("Rows", (), {"labels": torch.tensor([0, 1] * 20)})
+    alone = [
+        method.gather(x[[row]], type("Row", (), {"labels": data.labels[[row]]}), torch.ones(1, dtype=torch.float64), stages(plan)[0])
+        for row in range(40)
+    ]
+    for sums in alone:
+        assert sum(float(tensor.square().sum()) for tensor in sums.values()) == pytest.approx(1.0, abs=1e-12)
+    whole = method.gather(x, data, torch.ones(40, dtype=torch.float64), stages(plan)[0])
+    assert all(torch.allclose(tensor, sum(one[name] for one in alone)) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("method", ["analytic", "adapters", "lwf"])
+def test_under_privacy_a_record_pays_for_one_task(
+    tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any], method: str
+) -> None:
+    changes: dict[str, Any] = {"privacy": PRIVATE}
+    if method == "analytic":
+        changes = {"privacy": PRIVATE | {"sample_rate": 1.0}, "local": csv_plan["local"] | {"steps": 1}}
+    plan = plan_of(method, **changes)
+    result = run(plan, tmp_path, "inprocess")
+    for client in result.privacy.clients.values():
+        assert client.segments.keys() == {"train:fields", "train:banks"}
+        assert 7.0 < client.epsilon == max(client.segments.values()) <= 8.0
+        assert client.epsilon_sum == pytest.approx(sum(client.segments.values()))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in states(tmp_path, plan)[-1].values())
+
+
+def test_the_noise_of_sums_is_the_plans(plan_of: Callable[..., Plan], csv_plan: dict[str, Any], tiny_rows: Callable[..., Any]) -> None:
+    from lichen.client.gate import Gate
+    from lichen.client.jobs import Job, Private
+    from lichen.client.trainer import Trainer
+    from lichen.common.privacy.accounting import Segment
+    from lichen.common.privacy.randomness import SeededSource
+    from lichen.common.tasks import workbench
+
+    plan = plan_of("analytic", privacy=PRIVATE, local=csv_plan["local"] | {"steps": 4})
+    trainer = Trainer(plan)
+    rows = [row for row in tiny_rows(60, 0) if row["label"] in {"crop", "metal"}]
+    data = trainer.task.encode({field: [row[field] for row in rows] for field in trainer.task.fields})
+    units = [[row, row + 1] for row in range(0, len(rows) - 1, 2)]
+    segment = Segment(2.0, 0.5, 4)
+    start = workbench(plan).start
+
+    def gathered(units: list[list[int]]) -> torch.Tensor:
+        sums = [
+            trainer.run(Job(start, data, 1, SeededSource(number), private=Private(units, segment, 40, Gate(segment)))).delta
+            for number in range(30)
+        ]
+        return torch.stack([torch.cat([tensor.flatten() for tensor in one.values()]) for one in sums]).double()
+
+    # σ = 2 for each of 4 sums, over 0.5 · 4 draws that a unit is expected in: 2 · √4 / 2
+    assert float(gathered([]).std()) == pytest.approx(2.0, rel=0.02)
+    assert float((gathered(units).mean(0) - gathered([]).mean(0)).norm()) > 1
+    with pytest.raises(Exception, match="beyond what was reserved"):
+        trainer.run(Job(start, data, 1, SeededSource(0), private=Private(units, segment, 40, Gate(segment._replace(steps=3)))))
+
+
+# --- adapters ---
+
+
+@pytest.mark.parametrize("router", ["ridge", "centroids"])
+def test_a_finished_adapter_is_never_changed_and_rows_find_their_own(tmp_path: Path, plan_of: Callable[..., Plan], router: str) -> None:
+    plan = plan_of("adapters", settings={"router": router})
+    result = run(plan, tmp_path / "run", "inprocess")
+    first, second = states(tmp_path / "run", plan)
+    own = {name: tensor for name, tensor in first.items() if name.startswith(f"{MEMORY}.0.")}
+    assert len(own) > 2
+    assert same(own, {name: second[name] for name in own})
+    found = told(result)
+    assert found.acc > 0.7
+    assert found.forgetting < 0.2
+    assert result.final is not None
+    assert 0.8 < result.final["routed"] <= 1.0
+    assert result.final["accuracy_task_known"] >= result.final["accuracy"]
+
+
+def test_where_the_task_is_known_nothing_is_forgotten(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    result = run(plan_of("adapters"), tmp_path, "inprocess")
+    ends = [line.by_task for line in result.rounds if line.by_task]
+    for number, task in enumerate(told(result).tasks):
+        lines = [metrics for end in ends if (metrics := end[task])]
+        assert len({line["accuracy_task_known"] for line in lines[number:]}) == 1
+        assert all((line["accuracy_task_known"] or 0) >= (line["accuracy"] or 0) for line in lines[number:])
+    assert ends[0]["banks"] is not None
+    assert ends[0]["banks"]["accuracy_task_known"] is None, "it was not learned yet"
+
+
+@pytest.mark.parametrize("start", ["fresh", "last"])
+def test_the_next_adapter_begins_as_the_plan_says(tmp_path: Path, plan_of: Callable[..., Plan], start: str) -> None:
+    plan = plan_of("adapters", settings={"start": start}, transfer=EXACT)
+    run(plan, tmp_path, "inprocess")
+    state = states(tmp_path, plan)[0]
+    begun, own = (
+        without(state, MEMORY),
+        {name.removeprefix(f"{MEMORY}.0."): tensor for name, tensor in state.items() if name.startswith(f"{MEMORY}.0.")},
+    )
+    assert all(torch.equal(tensor, own[name]) for name, tensor in begun.items()) == (start == "last")
+
+
+def test_the_models_of_tasks_and_their_router_are_what_was_scored(
+    tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any]
+) -> None:
+    plan = plan_of("adapters")
+    result = run(plan, tmp_path / "run", "inprocess")
+    export_model(tmp_path / "run", tmp_path / "model")
+    export_model(tmp_path / "run", tmp_path / "merged", "merged")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"fields", "banks", "router.safetensors", "README.md"}
+    assert (tmp_path / "merged" / "banks" / "model.safetensors").exists()
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    snippet = snippet.replace('"model/', f'"{tmp_path}/model/')
+    _, test = load_spec(csv_plan["simulation"]["data"], tmp_path / "rows.arrow")
+    assert test is not None
+    right = 0
+    for row in test:
+        told_of: list[str] = []
+        exec(snippet.replace('["a text"]', "[text]"), {"text": row["text"], "print": told_of.append})  # noqa: S102 - our own card
+        right += told_of == ["banks" if row["label"] == "money" else "fields"]
+    assert result.final is not None
+    assert right / len(test) == pytest.approx(result.final["routed"])
+    router = load_file(tmp_path / "model" / "router.safetensors")
+    assert {name: len(own) for name, own in router.items()} == {"fields": 2, "banks": 1}
+
+
+# --- all ---
+
+
+@pytest.mark.parametrize("method", ["analytic", "lwf", "adapters"])
+def test_a_run_that_goes_on_in_mid_task_is_as_one_that_was_not_broken(tmp_path: Path, plan_of: Callable[..., Plan], method: str) -> None:
+    plan = plan_of(method)
+    whole = run(plan, tmp_path, "inprocess")
+    expected = states(tmp_path, plan)
+    (tmp_path / "checkpoints" / f"round-{plan.rounds:05d}.safetensors").unlink()
+    again = run(plan, tmp_path, "inprocess", resume=True)
+    assert all(map(same, states(tmp_path, plan), expected))
+    assert again.continual == whole.continual
+    assert not (tmp_path / "cache").exists()
+
+
+def test_rows_are_scored_the_same_with_what_frozen_layers_give(
+    tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any]
+) -> None:
+    model = csv_plan["model"] | {"adapter": {"kind": "lora", "rank": 2, "last_layers": 1}}
+    found = []
+    for cache in ("off", "float32"):
+        plan = plan_of("adapters", model=model, local=csv_plan["local"] | {"prefix_cache": cache})
+        found.append(told(run(plan, tmp_path / cache, "inprocess")))
+    assert found[0].matrix == found[1].matrix
