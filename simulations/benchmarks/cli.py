@@ -449,6 +449,46 @@ def rules(
 
 
 @app.command()
+def continual(
+    scenario: Annotated[str, typer.Option(help="Which stream of tasks.")] = "20news-incremental",
+    methods: Annotated[str, typer.Option(help="Commas between them; left out, all.")] = "",
+    seeds: Annotated[str, typer.Option(help="Commas between them; left out, 0, with --full 0,1,2.")] = "",
+    epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf",
+    full: Annotated[bool, typer.Option("--full", help="All rows at their full length, three seeds: hours.")] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, for all runs; may be repeated.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep the run directories here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continual methods on one stream of tasks, between sequential and joint training. Example: lichen bench continual."""
+    from lichen.simulations.benchmarks import continual as bench
+
+    console, runs = Console(stderr=as_json), list[dict[str, Any]]()
+    (stream,) = _list(scenario, str, bench.SCENARIOS)
+    wanted = _list(methods, str, bench.METHODS) if methods else bench.METHODS
+    chosen = _list(seeds or ("0,1,2" if full else "0"), int)
+    for found in bench.bench_continual(stream, wanted, chosen, _list(epsilon, float), full=full, settings=settings or (), keep=keep):
+        runs.append(found)
+        console.print(
+            f"{found['method']}, ε {found['epsilon']:g}, seed {found['seed']}: ACC {found['acc']:.4f}, {found['seconds']:.0f} s",
+            highlight=False,
+        )
+    means = bench.summary(runs)
+    if as_json:
+        typer.echo(json.dumps({"runs": runs, "means": means, "figures": bench.figures(means)}, indent=2))
+        return
+    table = Table(title=f"{stream}, test split, mean over seeds")
+    keys = {"acc": "ACC", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting", "routed": "routed", "task_known": "task known"}
+    for column in ("method", "ε", *keys.values(), "least", "most", "MB up"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in means:
+        cells = ("" if row[key] is None else f"{row[key]:.3f}" for key in (*keys, "least", "most"))
+        table.add_row(row["method"], f"{row['epsilon']:g}", *cells, f"{row['uplink_bytes'] / 1e6:.2f}")
+    console.print(table)
+    for name, figure in bench.figures(means).items():
+        console.print(f"{name}: {figure:.3f} (aim {bench.AIMS[name]:g})", highlight=False)
+
+
+@app.command()
 def clients(
     seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0",
     epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf,8",

@@ -18,9 +18,10 @@ LABELS = ["a", "b", "c", "d"]
 DOCUMENT: dict[str, Any] = {"task": {"labels": LABELS}, "model": {"base": "some/model"}, "local": {"steps": 5}}
 
 
-def plan_of(*tasks: dict[str, Any], rounds: int = 6, **sections: Any) -> Plan:
+def plan_of(*tasks: dict[str, Any], rounds: int = 6, method: str = "sequential", **sections: Any) -> Plan:
     stream = [{"name": f"task-{number}"} | task for number, task in enumerate(tasks)]
-    return parse_plan(DOCUMENT | {"rounds": rounds, "continual": {"stream": stream}} | sections)
+    model = DOCUMENT["model"] | sections.pop("model", {})
+    return parse_plan(DOCUMENT | {"rounds": rounds, "continual": {"method": method, "stream": stream}, "model": model} | sections)
 
 
 def refusal(*tasks: dict[str, Any], code: Code = Code.PLAN_UNSOUND, **changes: Any) -> str:
@@ -112,6 +113,26 @@ def test_noise_is_for_the_rounds_in_which_a_unit_is_read() -> None:
 )
 def test_a_stream_that_would_not_do_is_refused(tasks: list[dict[str, Any]], changes: dict[str, Any], reason: str) -> None:
     assert reason in refusal(*tasks, **changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "reason"),
+    [
+        ("lwf", {"continual": {"method": "lwf"}}, "there is nothing old"),
+        ("lwf", {"aggregation": {"rule": "flora"}}, "no second one is kept"),
+        ("adapters", {"aggregation": {"rule": "nested"}}, "clients of several ranks"),
+        ("adapters", {"model": {"adapter": {"kind": "full"}}}, "kind full has none"),
+        ("adapters", {"rounds": 2}, "two rounds a task"),
+        ("adapters", {"model": {"head": {"pooling": "pooler"}}}, "mean pooling"),
+        ("adapters", {"transfer": {"uplink": {"codec": "topk"}}}, "lose a part"),
+        ("adapters", {"privacy": {"unit": "client", "noise": "central"}, "cohort": {"population": 4}}, "a clip of their own"),
+        ("analytic", {}, "model.adapter.kind is lora"),
+        ("analytic", {"model": {"adapter": {"kind": "head"}}}, "one round a task"),
+        ("analytic", {"model": {"adapter": {"kind": "head"}}, "rounds": 2}, "codecs round what travels"),
+    ],
+)
+def test_a_method_that_would_not_do_what_it_says_is_refused(method: str, changes: dict[str, Any], reason: str) -> None:
+    assert reason in refusal(*([] if "continual" in changes else [ONE, TWO]), method=method, **changes)
 
 
 @pytest.mark.parametrize(

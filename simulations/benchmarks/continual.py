@@ -1,0 +1,167 @@
+"""Continual methods side by side on one stream of tasks, between what nothing keeps (sequential) and joint training on all at once."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lichen.common.continual.stream import stages
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import Plan, find_plan, load_plan
+
+SCENARIOS = ("20news-incremental",)
+JOINT = "joint"
+"""All rows from the first round to the last: the ceiling."""
+METHODS = (JOINT, "sequential", "lwf", "adapters", "analytic")
+SHORT = ("task.max_length=48",)
+"""What the short setting changes, besides the rows."""
+SHORT_ROWS = (3000, 1500)
+"""Training and test rows of the short setting: the first of a shuffle that is always the same."""
+PRIVATE = ("privacy.unit=example", "local.optimizer=sgd", "local.betas=[0.9, 0.999]")
+"""What all runs with differential privacy change."""
+AIMS = {"gap": 0.9, "gap without stored examples": 0.85, "forgetting": 0.2, "private loss": 0.05, "routed": 0.85}
+
+
+def bench_continual(
+    scenario: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    epsilons: Sequence[float],
+    *,
+    full: bool = False,
+    settings: Sequence[str] = (),
+    keep: Path | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Run each method once for each ε and seed, in-process.
+
+    Args:
+        scenario: of `SCENARIOS`.
+        methods: of `METHODS`.
+        seeds: each changes the partition, the validation split and all draws.
+        epsilons: infinity is without differential privacy.
+        full: all rows, at the scenario's length.
+        settings: ``key.path=value``, for all runs.
+        keep: where to keep the run directories; nowhere if None.
+
+    Yields:
+        ACC, BWT, FWT and forgetting on the test rows, what is told of the router, bytes up, seconds.
+
+    Raises:
+        LichenError: CHECK_FAILED, if a run spent more than its ε.
+    """
+    with TemporaryDirectory() as temporary:
+        data = () if full else (*SHORT, f"simulation.data={_fewer(scenario, Path(temporary))}")
+        for epsilon, method, seed in product(epsilons, methods, seeds):
+            plan = plan_of(scenario, method, epsilon, (f"seed={seed}", *data, *settings))
+            out = (keep or Path(temporary)) / f"{scenario}-{method}-{epsilon:g}-{seed}"
+            yield {"method": method, "epsilon": epsilon, "seed": seed} | _run(plan, scenario, out)
+
+
+def plan_of(scenario: str, method: str, epsilon: float, settings: Sequence[str] = ()) -> Plan:
+    """The plan of one run."""
+    path, private = find_plan(scenario), math.isfinite(epsilon)
+    changes = [f"privacy.epsilon={epsilon}", *PRIVATE] if private else []
+    if method == JOINT:
+        changes += ["continual.method=sequential", "continual.stream=[]"]
+    elif method == "analytic":
+        tasks = len(load_plan(path).continual.stream)
+        changes += ["continual.method=analytic", "model.adapter={kind: head}", f"rounds={tasks}", "aggregation.average_last=1"]
+        changes += ["transfer.uplink.codec=none", "transfer.downlink.codec=none"]
+        changes += ["local.steps=1", "privacy.sample_rate=1.0", "continual.analytic.ridge=100.0"] if private else []
+    else:
+        changes.append(f"continual.method={method}")
+    return load_plan(path, [*changes, *settings])
+
+
+def _run(plan: Plan, scenario: str, out: Path) -> dict[str, Any]:
+    from lichen.simulations.simulate import run
+
+    result = run(plan, out, "inprocess", workers=None)
+    spent = result.privacy.max_epsilon
+    if spent is not None and spent > plan.privacy.epsilon:
+        raise LichenError(Code.CHECK_FAILED, f"ε = {spent} was spent, {plan.privacy.epsilon:g} was the limit", where=str(out))
+    final, told = result.final or {}, result.continual
+    return {
+        "acc": told.acc if told else _acc_of_joint(plan, scenario, out),
+        "bwt": told and told.bwt,
+        "fwt": told and told.fwt,
+        "forgetting": told and told.forgetting,
+        "routed": final.get("routed"),
+        "task_known": final.get("accuracy_task_known"),
+        "max_epsilon": spent,
+        "uplink_bytes": result.transfer.uplink_bytes,
+        "seconds": result.seconds,
+    }
+
+
+def _acc_of_joint(plan: Plan, scenario: str, out: Path) -> float:
+    """The mean over the stream's tasks of a model that was trained on all at once."""
+    from lichen.coordinator.app import OwnData
+    from lichen.coordinator.run_directory import RunDirectory
+
+    state = RunDirectory(out, plan).load_state()
+    if state is None:
+        raise LichenError(Code.NO_MODEL, "no checkpoint", where=str(out))
+    # but for the stream the plan is the same, and so is the model
+    stream = load_plan(find_plan(scenario)).continual.stream
+    asked = plan.model_copy(update={"continual": plan.continual.model_copy(update={"stream": stream})})
+    own = OwnData(asked, None, out / "simulation" / "test.parquet")
+    count = plan.aggregation.average_last
+    model = {name: tensor / count for name, tensor in state.average.items()} if count > 1 else state.model
+    scores = own.test_by_task(model, stages(asked)[-1]).values()
+    return statistics.fmean(float(metrics["accuracy"] or 0) for metrics in scores if metrics)
+
+
+def _fewer(scenario: str, folder: Path) -> str:
+    """A part of a scenario's data, as a plan's `simulation.data`."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lichen.simulations.datasets import load_named
+
+    found = load_named(str(load_plan(find_plan(scenario)).simulation.data))
+    for name, rows, count in zip(("train", "test"), (found.train, found.test or []), SHORT_ROWS, strict=True):
+        if rows:
+            chosen = np.random.default_rng(0).permutation(len(rows))[:count]
+            pq.write_table(pa.Table.from_pylist([rows[row] for row in chosen]), folder / f"{name}.parquet")
+    test = f", test: {folder / 'test.parquet'}" if found.test else ""
+    return f"{{path: {folder / 'train.parquet'}{test}}}"
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean over seeds of each method at each ε, with the spread of ACC."""
+    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for found in runs:
+        groups.setdefault((found["epsilon"], found["method"]), []).append(found)
+    return [
+        {"method": method, "epsilon": epsilon, "seeds": len(group)}
+        | {
+            key: statistics.mean(found[key] for found in group) if all(found[key] is not None for found in group) else None
+            for key in ("acc", "bwt", "fwt", "forgetting", "routed", "task_known", "max_epsilon", "uplink_bytes", "seconds")
+        }
+        | {"least": min(found["acc"] for found in group), "most": max(found["acc"] for found in group)}
+        for (epsilon, method), group in groups.items()
+    ]
+
+
+def figures(means: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What the means say of `AIMS`, as far as they have it: each method is held against runs of the same ε, or against itself without."""
+    clean = {row["method"]: row for row in means if math.isinf(row["epsilon"])}
+    found: dict[str, float] = {}
+    kept = {method: row for method, row in clean.items() if method not in {JOINT, "sequential"}}
+    if not kept or not {JOINT, "sequential"} <= clean.keys():
+        return found
+    best = max(kept.values(), key=lambda row: float(row["acc"]))
+    floor, gap = clean["sequential"]["acc"], clean[JOINT]["acc"] - clean["sequential"]["acc"]
+    found["gap"] = found["gap without stored examples"] = (best["acc"] - floor) / gap
+    found["forgetting"] = best["forgetting"] / clean["sequential"]["forgetting"]
+    if "adapters" in kept:
+        found["routed"] = kept["adapters"]["routed"]
+    private = [kept[row["method"]]["acc"] - row["acc"] for row in means if row["epsilon"] == 8 and row["method"] == best["method"]]
+    return found | ({"private loss": private[0]} if private else {})
