@@ -34,13 +34,14 @@ from lichen.common.aggregation import cut, properties, rank_of
 from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.codec.feedback import corrected, lost
 from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
-from lichen.common.continual.stream import fields_of, rows_of, stage_of, stage_size, stages
+from lichen.common.continual import make_method
+from lichen.common.continual.stream import fields_of, stage_of, stage_size, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.hardware import rounded
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.clipping import clipped
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
-from lichen.common.privacy.schedule import one_task_each, planned_central, planned_evaluation, planned_steps
+from lichen.common.privacy.schedule import one_task_each, planned_central, planned_evaluation, planned_steps, reads_apart
 
 if TYPE_CHECKING:
     from lichen.client.trainer import Trained, Trainer
@@ -435,7 +436,7 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, number: i
     columns = {field: data.column(field) for field in data.fields}
     count, size, stage = len(data), data.declared_size, stages(plan)[number]
     if stage.task is not None:
-        kept = rows_of(plan, stage.task, columns)
+        kept = make_method(plan).rows(stage, columns)
         if not kept and split == "train" and not plan.private:
             raise LichenError(Code.DATA_EMPTY, f"no rows of task {stage.task.name}", where=str(home / "data.yaml"))
         columns = {field: [values[row] for row in kept] for field, values in columns.items()}
@@ -454,7 +455,7 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, number: i
         found = fingerprints(ledger.fingerprint_key, "row", says)
         if entity:
             found += fingerprints(ledger.fingerprint_key, f"entity:{entity}", [list(owners)])
-        of = ledger.assign(split, found, apart=one_task_each(plan))
+        of = ledger.assign(split, found, apart=reads_apart(plan))
     together = {unit: frozenset([*(of[row] for row in rows), *([of[count + unit]] if entity else [])]) for unit, rows in enumerate(units)}
     shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
     return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size)

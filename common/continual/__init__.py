@@ -17,5 +17,6 @@ def make_method(plan: Plan) -> Method:
     from lichen.common.continual.analytic import Analytic
     from lichen.common.continual.lwf import LwF
     from lichen.common.continual.method import Method
+    from lichen.common.continual.replay import Replay
 
-    return {"sequential": Method, "analytic": Analytic, "lwf": LwF, "adapters": Adapters}[plan.continual.method](plan)
+    return {"sequential": Method, "analytic": Analytic, "lwf": LwF, "adapters": Adapters, "replay": Replay}[plan.continual.method](plan)

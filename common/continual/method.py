@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lichen.common.aggregation import MEMORY, RULES, part_of
-from lichen.common.continual.stream import Stage, labels_until
+from lichen.common.continual.stream import Stage, labels_until, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,15 @@ class Method:
         """Where these are among the plan's."""
         return [self.plan.task.labels.index(label) for label in self.own_labels(number)]
 
+    def added_share(self, stage: Stage) -> float:
+        """How many rows of other tasks are expected in a stage, as a share of all that a client declares."""
+        return 0.0
+
     # --- a client's ---
+
+    def rows(self, stage: Stage, columns: Mapping[str, Sequence[object]]) -> list[int]:
+        """The numbers of the rows that a client trains on in a stage of a stream, ascending; ``columns`` as in `rows_of`."""
+        return rows_of(self.plan, stage.task, columns) if stage.task else list(range(len(next(iter(columns.values()), ()))))
 
     def examples(self, task: Task[Any], model: TunedModel, data: Encoded, stage: Stage) -> Encoded:
         """A client's examples, with what its losses need beside them.

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
+from lichen.common.continual import make_method
+
 if TYPE_CHECKING:
     from lichen.common.plan import Plan
     from lichen.common.plan.continual import StreamTask
@@ -55,10 +57,11 @@ def rounds_of_tasks(plan: Plan) -> list[int]:
 
 
 def stage_size(plan: Plan, stage: Stage, declared_size: int) -> int:
-    """What stands for a node's number of rows of a stage: the task's public share of the size that the owner declares."""
+    """What stands for a node's number of rows in a stage: a public share of the size that the owner declares."""
     if stage.task is None:
         return declared_size
-    return max(1, round(declared_size * (stage.task.share or 1 / len(plan.continual.stream))))
+    own = stage.task.share or 1 / len(plan.continual.stream)
+    return max(1, round(declared_size * (own + make_method(plan).added_share(stage))))
 
 
 def fields_of(plan: Plan) -> tuple[str, ...]:

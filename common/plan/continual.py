@@ -83,17 +83,28 @@ class Adapters(Section):
     """λ of that regression."""
 
 
+class Replay(Section):
+    """Of `method: replay`."""
+
+    share: Number = Field(default=0.1, gt=0, le=1)
+    """Chance of each row of an earlier task to be trained on again, in all tasks after it or in none."""
+    rows: int | None = Field(default=None, ge=1)
+    """In place of that: so many rows of each label of an earlier task, fewer where a client has no more; not under differential privacy."""
+
+
 class Continual(Section):
     """Learning that goes on: tasks and data keep coming, and old ones are not forgotten."""
 
-    method: Literal["sequential", "analytic", "lwf", "adapters"] = "sequential"
+    method: Literal["sequential", "analytic", "lwf", "adapters", "replay"] = "sequential"
     """What keeps the old. `sequential`: nothing; each task is trained from where the last one ended. What the others are held against.
     `analytic`: the base is frozen, and the head is the ridge regression on all rows of all tasks, from sums that each client sends once a
     task (Zhuang et al. 2022). `lwf`: on new rows the model keeps to what the one before said of them (Li and Hoiem 2016). `adapters`: one
-    adapter a task, which is never changed later; a row's task is found in the feature space of the base."""
+    adapter a task, which is never changed later; a row's task is found in the feature space of the base.
+    `replay`: with new rows a client trains on some of its old ones, which under differential privacy pay for it (Chaudhry et al. 2019)."""
     analytic: Analytic = Analytic()
     lwf: LwF = LwF()
     adapters: Adapters = Adapters()
+    replay: Replay = Replay()
     stream: Annotated[tuple[StreamTask, ...], Field(max_length=1000)] = ()
     """The tasks, in the order in which they come; empty: all rows from the first round to the last."""
     tolerance: Number = Field(default=0.05, ge=0, le=1)

@@ -52,6 +52,11 @@ def one_task_each(plan: Plan) -> bool:
 
     A node sees to it that no record is read in two. An entity, which goes on from task to task, is read in all.
     """
+    return reads_apart(plan) and plan.continual.method != "replay"
+
+
+def reads_apart(plan: Plan) -> bool:
+    """Whether units of a stream are charged by the tasks that they are read in: those that are read in other tasks lie apart."""
     return bool(plan.continual.stream) and plan.privacy.unit == "example"
 
 

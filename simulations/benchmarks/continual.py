@@ -17,8 +17,10 @@ from lichen.common.plan import Plan, find_plan, load_plan
 SCENARIOS = ("20news-incremental",)
 JOINT = "joint"
 """All rows from the first round to the last: the ceiling."""
-METHODS = (JOINT, "sequential", "lwf", "adapters", "analytic")
-SHORT = ("task.max_length=48",)
+STORES = ("replay",)
+"""Methods that train on old examples again."""
+METHODS = (JOINT, "sequential", "lwf", "adapters", "analytic", *STORES)
+SHORT = ("task.max_length=48", "rounds=15", "local.batch_size=16")
 """What the short setting changes, besides the rows."""
 SHORT_ROWS = (3000, 1500)
 """Training and test rows of the short setting: the first of a shuffle that is always the same."""
@@ -69,6 +71,7 @@ def plan_of(scenario: str, method: str, epsilon: float, settings: Sequence[str] 
     if method == JOINT:
         changes += ["continual.method=sequential", "continual.stream=[]"]
     elif method == "analytic":
+        settings = [setting for setting in settings if not setting.startswith("rounds=")]
         tasks = len(load_plan(path).continual.stream)
         changes += ["continual.method=analytic", "model.adapter={kind: head}", f"rounds={tasks}", "aggregation.average_last=1"]
         changes += ["transfer.uplink.codec=none", "transfer.downlink.codec=none"]
@@ -157,9 +160,13 @@ def figures(means: Sequence[dict[str, Any]]) -> dict[str, float]:
     kept = {method: row for method, row in clean.items() if method not in {JOINT, "sequential"}}
     if not kept or not {JOINT, "sequential"} <= clean.keys():
         return found
-    best = max(kept.values(), key=lambda row: float(row["acc"]))
     floor, gap = clean["sequential"]["acc"], clean[JOINT]["acc"] - clean["sequential"]["acc"]
-    found["gap"] = found["gap without stored examples"] = (best["acc"] - floor) / gap
+    found["gap"] = (max(row["acc"] for row in kept.values()) - floor) / gap
+    storeless = [row for row in kept.values() if row["method"] not in STORES]
+    if not storeless:
+        return found
+    best = max(storeless, key=lambda row: float(row["acc"]))
+    found["gap without stored examples"] = (best["acc"] - floor) / gap
     found["forgetting"] = best["forgetting"] / clean["sequential"]["forgetting"]
     if "adapters" in kept:
         found["routed"] = kept["adapters"]["routed"]

@@ -12,7 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lichen.client.ledger import open_ledger
+from lichen.client.ledger_book import Limit
 from lichen.common.aggregation import KEPT, MEMORY, part_of
+from lichen.common.continual import make_method
+from lichen.common.continual.stream import stage_size, stages
+from lichen.common.errors import LichenError
 from lichen.common.model.adapter import State
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.result import Result
@@ -129,9 +134,6 @@ def test_analytic_is_joint_ridge_regression_whatever_the_order(
 
 
 def test_analytic_learns_and_each_row_moves_its_sums_by_one(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    from lichen.common.continual import make_method
-    from lichen.common.continual.stream import stages
-
     plan = plan_of("analytic", settings={"gram_weight": 0.7})
     found = told(run(plan, tmp_path, "inprocess"))
     assert found.acc > 0.9
@@ -284,3 +286,56 @@ def test_rows_are_scored_the_same_with_what_frozen_layers_give(
         plan = plan_of("adapters", model=model, local=csv_plan["local"] | {"prefix_cache": cache})
         found.append(told(run(plan, tmp_path / cache, "inprocess")))
     assert found[0].matrix == found[1].matrix
+
+
+# --- replay ---
+
+
+def test_replay_forgets_less_than_nothing_does(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    kept = told(run(plan_of("replay", settings={"rows": 8}), tmp_path / "replay", "inprocess"))
+    lost = told(run(plan_of("sequential"), tmp_path / "sequential", "inprocess"))
+    assert kept.forgetting < lost.forgetting / 2
+    assert kept.acc > lost.acc
+
+
+def test_rows_that_are_replayed_are_so_many_of_each_label_or_each_by_its_own_coin(plan_of: Callable[..., Plan]) -> None:
+    tasks = [{"name": name, "labels": [name, *(["metal"] if name == "crop" else [])]} for name in ("crop", "money")]
+    labels = [("crop", "metal", "money")[number % 3] for number in range(300)]
+    columns = {"text": [f"row {number}" for number in range(300)], "label": labels}
+    balanced, by_coin = (make_method(plan) for plan in (plan_of("replay", tasks, {"rows": 5}), plan_of("replay", tasks, {"share": 0.2})))
+    first, second = stages(balanced.plan)
+    assert balanced.rows(first, columns) == [row for row in range(300) if labels[row] != "money"]
+    kept = [labels[row] for row in balanced.rows(second, columns)]
+    assert {label: kept.count(label) for label in set(kept)} == {"crop": 5, "metal": 5, "money": 100}
+    found = set(by_coin.rows(second, columns))
+    assert 20 < len(found) - 100 < 60
+    half = {name: values[::2] for name, values in columns.items()}
+    assert {2 * row for row in by_coin.rows(second, half)} == {row for row in found if row % 2 == 0}, "others change nothing"
+    assert stage_size(by_coin.plan, first, 100) == 50
+    assert stage_size(by_coin.plan, second, 100) == 60
+
+
+def test_a_row_that_is_replayed_pays_for_each_round_and_the_others_do_not(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("replay", settings={"share": 0.3}, privacy=PRIVATE, cohort={"size": 3, "minimum": 3})
+    result = run(plan, tmp_path, "inprocess")
+    spent = []
+    for home in sorted((tmp_path / "simulation").glob("client-*")):
+        with open_ledger(home, own=True) as ledger:
+            rounds = {
+                segment.number: [entry.round for entry in ledger.entries() if segment.number in entry.charged]
+                for segment in ledger.segments()
+            }
+            kinds = sorted(map(tuple, rounds.values()))
+            assert kinds == [(1, 2, 3), (1, 2, 3, 4, 5, 6), (4, 5, 6)], "kept aside, replayed, and new in the second task"
+            limit = Limit(8.0, 1e-3)
+            spent.append({tuple(found): ledger.spent(number, limit).epsilon for number, found in rounds.items()})
+    assert spent
+    for of in spent:
+        assert of[1, 2, 3] == of[4, 5, 6] < of[1, 2, 3, 4, 5, 6] <= 8.0
+    assert result.privacy.max_epsilon == pytest.approx(max(max(of.values()) for of in spent))
+
+
+def test_so_many_rows_a_label_are_refused_under_privacy(plan_of: Callable[..., Plan]) -> None:
+    with pytest.raises(LichenError) as caught:
+        plan_of("replay", settings={"rows": 5}, privacy=PRIVATE)
+    assert "tells of others" in caught.value.what
