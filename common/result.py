@@ -153,6 +153,8 @@ class Continual(_Section):
     """Mean over earlier tasks of their best score before the end, less the last."""
     held_back: dict[str, str] = Field(default_factory=dict)
     """By version why it is not what is exported."""
+    given_out: str | None = None
+    """The version that `model/` is, once the run has finished; `final` is of the one that it was then."""
 
 
 class Result(_Section):

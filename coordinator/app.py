@@ -208,7 +208,7 @@ def main(grid: Grid, context: Context) -> None:
         save_models(directory.path / "model", plan, own.model, own.task.tokenizer, statement, final, own.show)
         result.final = own.final(final)
         if plan.continual.stream:
-            result.continual = _matrix(Versions(directory.path, plan), own) or result.continual
+            result.continual = _told_of_tasks(Versions(directory.path, plan), own)
         result.status = "finished"
     except LichenError as error:
         if error.code is not Code.INTERRUPTED:  # an interrupted run goes on later: it is not over
@@ -231,13 +231,14 @@ def main(grid: Grid, context: Context) -> None:
             log.exception("report.html was not written")  # the run stands without it
 
 
-def _matrix(versions: Versions, own: OwnData) -> Continual | None:
-    """R on the test rows, each version scored once; None if there are none."""
+def _told_of_tasks(versions: Versions, own: OwnData) -> Continual | None:
+    """R on the test rows, each version scored once, or if there are none on the validation rows; and which version is given out."""
     tasks, every = [task.name for task in own.plan.continual.stream], stages(own.plan)
-    scores = {0: own.test_by_task(own.start, None)}
+    scores, given_out = {0: own.test_by_task(own.start, None)}, versions.given_out()
     if not scores[0]:
-        return None
+        summary = versions.summary()
+        return summary and summary.model_copy(update={"given_out": given_out})
     found = versions.all()
     scores |= {version.number: own.test_by_task(versions.state(version), every[version.number - 1]) for version in found if version.number}
     rows = {number: [measured(by_task[task]) for task in tasks] for number, by_task in scores.items()}
-    return summary_of(tasks, "test", rows, {version.name: version.held_back for version in found if version.held_back})
+    return summary_of(tasks, "test", rows, versions.held_back()).model_copy(update={"given_out": given_out})

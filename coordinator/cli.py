@@ -15,13 +15,14 @@ from rich.console import Console
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import load_plan, plan_from_json
 from lichen.common.result import read_result
-from lichen.coordinator import operator_cli
+from lichen.coordinator import operator_cli, versions_cli
 from lichen.coordinator.admin import ask, served
 from lichen.coordinator.cli_tools import (
     DEFAULT_HOME,
     HomeOption,
     JsonOption,
     OperatorOption,
+    RunArgument,
     ask_service,
     do,
     open_home,
@@ -35,8 +36,7 @@ from lichen.coordinator.operations import find_run
 
 app = typer.Typer(help="The service that operators run.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(operator_cli.app, name="operator")
-
-RunArgument = Annotated[str, typer.Argument(help="A run's id, a beginning of it, or `latest`.", metavar="RUN", show_default=False)]
+app.add_typer(versions_cli.app)
 
 
 @app.command()

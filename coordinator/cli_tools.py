@@ -28,6 +28,7 @@ OperatorOption = Annotated[
         help="Ask a coordinator on another machine, with the operator's certificate in this directory.",
     ),
 ]
+RunArgument = Annotated[str, typer.Argument(help="A run's id, a beginning of it, or `latest`.", metavar="RUN", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 DEFAULT_HOME = Path("~/.lichen/coordinator")
 

@@ -15,7 +15,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import card
 from lichen.common.plan import load_plan
 from lichen.common.privacy.statement import make_statement
-from lichen.common.result import read_result
+from lichen.common.result import read_result, write_atomically
 
 Format = Literal["peft", "merged"]
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -75,6 +75,33 @@ def export_model(run: Path, out: Path, form: Format = "peft", version: int | Non
             shutil.copytree(model, out, dirs_exist_ok=True, ignore=lambda folder, names: names if Path(folder) in merged else [])
         except OSError as error:
             raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(out)) from None
+
+
+def give_out(run: Path, number: int) -> None:
+    """Make a version of a stream the run's model.
+
+    Raises:
+        LichenError: NO_MODEL; MODEL_NOT_FOUND, if the base is not here; OUTPUT_UNUSABLE.
+    """
+    from lichen.coordinator.versions import Versions
+
+    new, old = run / "model.new", run / "model.old"
+    try:
+        for left in (new, old):  # by an attempt that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        _write_version(run, number, new)
+        versions, result = Versions(run, load_plan(run / "plan.yaml")), read_result(run)
+        versions.choose(number)
+        if result.continual is not None:
+            told = {"held_back": versions.held_back(), "given_out": versions.given_out()}
+            result.continual = result.continual.model_copy(update=told)
+            write_atomically(run / "result.json", result.model_dump_json(indent=2) + "\n")
+        if (run / "model").exists():
+            (run / "model").rename(old)
+        new.rename(run / "model")
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(run)) from None
 
 
 def _write_version(run: Path, number: int, folder: Path) -> None:

@@ -155,6 +155,27 @@ class Versions:
                 return version
         raise LichenError(Code.NO_MODEL, "no task has ended yet", where=str(self._folder), fix="Wait until one has.")
 
+    def given_out(self) -> str | None:
+        """The name of the current one; None before the first task's end."""
+        return next((version.name for version in reversed(self.all()) if version.number and version.held_back is None), None)
+
+    def held_back(self) -> dict[str, str]:
+        """By name why."""
+        return {version.name: version.held_back for version in self.all() if version.held_back}
+
+    def choose(self, number: int) -> None:
+        """Let a version be the current one: those after it are held back, whatever held it back is over.
+
+        Raises:
+            LichenError: NO_MODEL, if there is none of this number.
+        """
+        chosen = self.find(number)
+        for version in self.all():
+            if version.number > number and version.held_back is None:
+                self._write(version.model_copy(update={"held_back": f"rolled back to {chosen.name}"}))
+        if chosen.held_back is not None:
+            self._write(chosen.model_copy(update={"held_back": None}))
+
     def summary(self) -> Continual | None:
         """What they tell on the validation rows; None before the first."""
         found = self.all()
@@ -162,8 +183,7 @@ class Versions:
             return None
         tasks = [task.name for task in self._plan.continual.stream]
         rows = {version.number: [measured(version.validation.get(task)) for task in tasks] for version in found if version.validation}
-        held = {version.name: version.held_back for version in found if version.held_back}
-        return summary_of(tasks, "validation", rows, held)
+        return summary_of(tasks, "validation", rows, self.held_back())
 
     def _fault(self, before: list[Version], validation: dict[str, Metrics | None]) -> str | None:
         """Why a version with these scores is held back: how much it lacks, on an earlier task, of the best version before."""

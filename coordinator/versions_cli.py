@@ -1,0 +1,132 @@
+"""The versions of a stream's model, for operators: `lichen coordinator versions`, `diff` and `rollback`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import load_plan
+from lichen.coordinator.cli_tools import DEFAULT_HOME, HomeOption, JsonOption, RunArgument, do, print_json, print_table
+from lichen.coordinator.versions import Version, Versions, measured
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+Number = Annotated[int, typer.Argument(min=0, help="A version's number; 0 is the model before the first round.", show_default=False)]
+
+
+@app.command()
+def versions(run: RunArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """List the versions of a stream's model: where each came from, what it cost, how it scores.
+
+    Example: lichen coordinator versions latest
+    """
+    found, directory = _versions(run, home)
+    every = found.all()
+    if as_json:
+        print_json([version.model_dump(mode="json") for version in every])
+        return
+    tasks = [task.name for task in load_plan(directory / "plan.yaml").continual.stream]
+    given_out = found.given_out()
+    print_table(
+        ("version", "parent", "round", "ε", *tasks, ""),
+        [
+            (
+                version.name,
+                _told(version.parent),
+                str(version.round),
+                "–" if version.epsilon is None else f"{version.epsilon:.3f}",
+                *(_score(version, task) for task in tasks),
+                "given out" if version.name == given_out else version.held_back or "",
+            )
+            for version in every
+        ],
+    )
+
+
+@app.command()
+def diff(
+    run: RunArgument,
+    first: Number,
+    second: Number,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """How two versions' scores differ, by task, on the coordinator's validation rows.
+
+    Example: lichen coordinator diff latest 1 2
+    """
+    found, directory = _versions(run, home)
+    by_number = {version.number: version for version in found.all()}
+    for number in (first, second):
+        if number not in by_number:
+            found.find(number)  # which tells what there is
+    before, after = by_number[first], by_number[second]
+    tasks = [task.name for task in load_plan(directory / "plan.yaml").continual.stream]
+    rows = {task: _pairs(before, after, task) for task in tasks}
+    if as_json:
+        print_json({task: {key: {"first": a, "second": b} for key, (a, b) in metrics.items()} for task, metrics in rows.items()})
+        return
+    if not any(rows.values()):
+        typer.echo("the coordinator has no validation rows, so nothing was scored")
+        return
+    print_table(
+        ("task", "metric", before.name, after.name, "change"),
+        [(task, key, _told(a), _told(b), _change(a, b)) for task, metrics in rows.items() for key, (a, b) in metrics.items()],
+    )
+
+
+@app.command()
+def rollback(run: RunArgument, version: Number, home: HomeOption = DEFAULT_HOME) -> None:
+    """Give out an earlier version, or one that was held back: those after it are held back, and `export` takes it.
+
+    Nothing is deleted, and nothing is trained again: to take it back, name the later version.
+
+    Example: lichen coordinator rollback latest 1
+    """
+    from lichen.coordinator.export import give_out
+
+    status = do(home, "run", run=run)["status"]
+    if status in {"queued", "running"}:
+        raise LichenError(
+            Code.NO_MODEL,
+            f"run {run} is {status}: its next version would be given out",
+            fix="Wait until it has finished, or: lichen coordinator stop.",
+        )
+    found, directory = _versions(run, home)
+    chosen = found.find(version)
+    give_out(directory, chosen.number)
+    typer.echo(f"{chosen.name} is given out")
+
+
+def _versions(run: str, home: Path) -> tuple[Versions, Path]:
+    """Those of a run, and its directory.
+
+    Raises:
+        LichenError: RUN_UNKNOWN; NO_MODEL, if its plan has no stream.
+    """
+    directory = Path(do(home, "run", run=run)["directory"])
+    plan = load_plan(directory / "plan.yaml")
+    if not plan.continual.stream:
+        raise LichenError(Code.NO_MODEL, "the run's plan has no continual.stream, so its model has no versions", where=str(directory))
+    return Versions(directory, plan), directory
+
+
+def _pairs(before: Version, after: Version, task: str) -> dict[str, tuple[float | None, float | None]]:
+    """By metric what two versions have."""
+    first, second = (version.validation.get(task) or {} for version in (before, after))
+    return {key: (first.get(key), second.get(key)) for key in sorted({*first, *second})}
+
+
+def _score(version: Version, task: str) -> str:
+    return _told(measured(version.validation.get(task)))
+
+
+def _told(value: float | None) -> str:
+    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _change(first: float | None, second: float | None) -> str:
+    return "–" if first is None or second is None else f"{second - first:+.3f}"

@@ -1,0 +1,106 @@
+"""`lichen coordinator versions`, `diff` and `rollback`, on the directory of a run that was really played."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import parse_plan
+from lichen.common.result import read_result
+from lichen.coordinator.cli import app
+from lichen.coordinator.export import export_model
+from lichen.coordinator.home import Home
+from lichen.simulations.simulate import run
+
+STREAM = [{"name": "fields", "labels": ["crop", "metal"]}, {"name": "banks", "labels": ["money"]}]
+
+
+@pytest.fixture
+def home(tmp_path: Path, csv_plan: dict[str, Any]) -> tuple[Path, Path]:
+    """A coordinator's home with a finished run, and the run's directory."""
+    plan = parse_plan(csv_plan | {"rounds": 2, "cohort": {"size": 3}, "continual": {"stream": STREAM, "tolerance": 1.0}})
+    made = Home.create(tmp_path / "home", ["127.0.0.1"])
+    store = made.open_store()
+    directory = made.runs / "7"
+    run(plan, directory, "inprocess")
+    store.add_run(7, plan.canonical_json(), "7")
+    store.set_run_status(7, "finished")
+    store.close()
+    return tmp_path / "home", directory
+
+
+@pytest.fixture
+def lichen(home: tuple[Path, Path]) -> Callable[..., Any]:
+    def call(command: str, *arguments: str) -> Any:
+        done = CliRunner().invoke(app, [command, "7", *arguments, "--home", str(home[0])])
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    return call
+
+
+def test_versions_are_listed_with_what_they_scored(lichen: Callable[..., Any]) -> None:
+    found = json.loads(lichen("versions", "--json"))
+    assert [(version["number"], version["task"], version["parent"]) for version in found] == [
+        (0, "start", None),
+        (1, "fields", 0),
+        (2, "banks", 1),
+    ]
+    lines = [line.split("\t") for line in lichen("versions").splitlines()]
+    assert lines[0] == ["version", "parent", "round", "ε", "fields", "banks", ""]
+    assert lines[3][0] == "2-banks"
+    assert lines[3][-1] == "given out"
+
+
+def test_the_scores_of_two_versions_side_by_side(lichen: Callable[..., Any]) -> None:
+    found = json.loads(lichen("diff", "1", "2", "--json"))
+    assert found["fields"]["accuracy"]["first"] > found["fields"]["accuracy"]["second"]
+    lines = [line.split("\t") for line in lichen("diff", "1", "2").splitlines()]
+    assert lines[0] == ["task", "metric", "1-fields", "2-banks", "change"]
+    (change,) = (line[-1] for line in lines if line[:2] == ["banks", "accuracy"])
+    assert change.startswith("+")
+    with pytest.raises(LichenError) as caught:
+        lichen("diff", "1", "9")
+    assert caught.value.code is Code.NO_MODEL
+
+
+def test_what_is_given_out_can_be_taken_back_and_forth(lichen: Callable[..., Any], home: tuple[Path, Path], tmp_path: Path) -> None:
+    directory = home[1]
+
+    def weights(name: str, version: int | None = None) -> bytes:
+        export_model(directory, tmp_path / name, version=version)
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+
+    first, second = weights("1", 1), weights("2", 2)
+    assert weights("a") == second
+    assert lichen("rollback", "1") == "1-fields is given out\n"
+    assert weights("b") == first
+    told = read_result(directory).continual
+    assert told is not None
+    assert (told.given_out, told.held_back) == ("1-fields", {"2-banks": "rolled back to 1-fields"})
+    assert lichen("versions").splitlines()[3].endswith("rolled back to 1-fields")
+    lichen("rollback", "2")
+    assert weights("c") == second
+    told = read_result(directory).continual
+    assert told is not None
+    assert (told.given_out, told.held_back) == ("2-banks", {})
+    with pytest.raises(LichenError) as caught:
+        lichen("rollback", "3")
+    assert caught.value.code is Code.NO_MODEL
+
+
+def test_a_run_that_goes_on_is_not_rolled_back(lichen: Callable[..., Any], home: tuple[Path, Path]) -> None:
+    store = Home(home[0]).open_store()
+    store.set_run_status(7, "running")
+    store.close()
+    with pytest.raises(LichenError) as caught:
+        lichen("rollback", "1")
+    assert "is running" in caught.value.what
