@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lichen.client.jobs import Job
+from lichen.client.jobs import Job, Private
 from lichen.client.together import Member, Noise, Together
 from lichen.common.aggregation import phase_of, properties
 from lichen.common.batches import ready
 from lichen.common.batching import clients_at_once, most_at_once, pass_cost
 from lichen.common.continual import make_method
 from lichen.common.continual.adapters import without_adapter
+from lichen.common.continual.method import Pull, Squares
 from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment
@@ -106,8 +107,8 @@ class Trainer:
 
     def run(self, job: Job) -> Trained:
         """Train one client, or gather its sums. Raises as `train`, `train_private` and `gather`."""
-        if self._method.gathers(job.round):
-            return self.gather(job)
+        if what := self._method.gathers(job.round):
+            return self.gather(job) if what == "features" else self.measure(job)
         if (private := job.private) is None:
             return self.train(job.start, job.data, job.round, job.source, job.cache, job.most_steps, job.stop)
         return self.train_private(
@@ -191,8 +192,20 @@ class Trainer:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED; WORKER_DEADLINE from ``stop``.
         """
         (data,) = self._begin(start, round, data)
+        steps, loss = self._steps(self._optimizer(round, self.model.active), data, source, cache, most_steps, stop)
+        return Trained(self._delta(start, self.model.active, steps), steps, loss)
+
+    def _steps(
+        self,
+        optimizer: torch.optim.Optimizer,
+        data: Encoded,
+        source: RandomSource,
+        cache: Path | None,
+        most_steps: int | None,
+        stop: Stop | None,
+    ) -> tuple[int, float]:
+        """Steps without privacy, as in `train`: how many, and the mean loss of the examples seen."""
         self._seed_dropout(source)
-        optimizer = self._optimizer(round, self.model.active)
         losses_of: list[torch.Tensor] = []
         seen, steps = 0, 0
         with self._batches.of(data, cache) as collate:
@@ -209,7 +222,7 @@ class Trainer:
                 optimizer.step()
                 seen += len(batch)
                 steps += 1
-        return Trained(self._delta(start, self.model.active, steps), steps, sum(map(float, losses_of)) / max(seen, 1))
+        return steps, sum(map(float, losses_of)) / max(seen, 1)
 
     def train_private(
         self,
@@ -239,18 +252,26 @@ class Trainer:
         Raises:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED; PRIVACY_BUDGET from the gate.
         """
+        (data,) = self._begin(start, round, data)
+        private = Private(units, segment, declared_size, gate)
+        self._private_steps(self._optimizer(round, self.model.active), data, private, source, cache)
+        return Trained(self._delta(start, self.model.active, segment.steps), segment.steps, None)
+
+    def _private_steps(
+        self, plain: torch.optim.Optimizer, data: Encoded, private: Private, source: RandomSource, cache: Path | None
+    ) -> None:
+        """Steps with privacy, as in `train_private`."""
         if self._private is None:
             raise LichenError(Code.INTERNAL, "the trainer was made for a plan without differential privacy")
-        (data,) = self._begin(start, round, data)
         self._seed_dropout(source)
-        optimizer = self._private.noisy(self._optimizer(round, self.model.active), segment, declared_size, source)
+        units, segment, gate = private.units, private.segment, private.gate
+        optimizer = self._private.noisy(plain, segment, private.declared_size, source)
         with self._batches.of(data, cache) as collate:
             for _ in range(segment.steps):
                 gate.step(Segment(optimizer.noise_multiplier, segment.sample_rate, 1))
                 drawn = [units[index] for index in poisson_sample(len(units), segment.sample_rate, source)]
                 collate.prepare([row for unit in drawn for row in unit])
                 self._private.take(optimizer, drawn, collate, data.lengths if self._by_length else None)
-        return Trained(self._delta(start, self.model.active, segment.steps), segment.steps, None)
 
     def gather(self, job: Job) -> Trained:
         """The sums over rows that the plan's continual method asks for in such a round, in place of an update.
@@ -279,6 +300,33 @@ class Trainer:
                 noised = add_noise(tensor.contiguous(), segment.noise_multiplier, job.source, over=segment.sample_rate * segment.steps)
                 total[name] = total[name] + noised if name in total else noised
         return Trained(_as_sent(total), segment.steps, None)
+
+    def measure(self, job: Job) -> Trained:
+        """What a round's steps tell of gradients at the weights that it starts from, which stay as they are, in place of an update.
+
+        Raises:
+            LichenError: as `train` and `train_private`, but for MODEL_NOT_TRAINED.
+        """
+        (data,) = self._begin(job.start, job.round, job.data)
+        active = self.model.active
+        total = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in active.items()}
+
+        def add(*_: object) -> None:
+            for name, tensor in active.items():
+                if tensor.grad is not None:
+                    total[name] += tensor.grad.detach().cpu().double().square()
+
+        still = torch.optim.SGD(list(active.values()), lr=0.0)
+        still.register_step_pre_hook(add)
+        if (private := job.private) is None:
+            steps, loss = self._steps(still, data, job.source, job.cache, job.most_steps, job.stop)
+            batch, rows, noise = float(min(self.plan.local.batch_size, len(data))), float(len(data)), 0.0
+        else:
+            self._private_steps(still, data, private, job.source, job.cache)
+            steps, loss, rows = private.segment.steps, None, float(private.declared_size)
+            batch, noise = private.segment.sample_rate * rows, private.segment.noise_multiplier * self.plan.privacy.clip
+        squares = Squares({name: tensor / max(steps, 1) for name, tensor in total.items()}, batch, rows, noise)
+        return Trained(_as_sent(self._method.fisher(squares)), steps, loss)
 
     def _begin(self, start: State, round: int, *data: Encoded) -> list[Encoded]:
         """Load what a round starts from, let the parameters be trained that it trains, and return data as the continual method has it."""
@@ -312,8 +360,11 @@ class Trainer:
             optimizer = torch.optim.SGD(groups, momentum=local.betas[0], weight_decay=local.weight_decay, fused=True)
         else:
             optimizer = torch.optim.AdamW(groups, betas=local.betas, weight_decay=local.weight_decay, fused=True)
+        pulls = self._method.pulls(self.model.kept)
         if local.proximal_mu:
-            _pull_back(optimizer, local.proximal_mu)
+            pulls += [Pull(name, tensor.detach().clone(), local.proximal_mu) for name, tensor in trained.items()]
+        if pulls:
+            _pull_back(optimizer, trained, pulls)
         return optimizer
 
     def _delta(self, start: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor], steps: int) -> State:
@@ -348,18 +399,23 @@ def batches(local: Local, count: int, source: RandomSource, most_steps: int | No
         yield batch
 
 
-def _pull_back(optimizer: torch.optim.Optimizer, mu: float) -> None:
-    """Add FedProx' μ (w − w_round) to every gradient just before a step: after clipping and noise, since it depends on no example."""
-    anchors = [(tensor, tensor.detach().clone()) for group in optimizer.param_groups for tensor in group["params"]]
+def _pull_back(optimizer: torch.optim.Optimizer, trained: Mapping[str, torch.Tensor], pulls: Sequence[Pull]) -> None:
+    """Add each pull's strength (w − anchor) to the gradient just before a step: after clipping and noise, since it depends on no example.
+
+    FedProx' is μ (w − w_round) for all.
+    """
+    device = next(iter(trained.values())).device
+    there = [(trained[pull.name], pull.anchor.to(device), torch.as_tensor(pull.strength, device=device)) for pull in pulls]
 
     @torch.no_grad()
-    def pull(*_: object) -> None:
-        for tensor, anchor in anchors:
+    def add(*_: object) -> None:
+        for tensor, anchor, strength in there:
             if tensor.grad is not None:
                 # of clients that are trained together the last may have ended
-                tensor.grad.add_(tensor.detach() - anchor[: len(tensor)], alpha=mu)
+                own = anchor[: len(tensor)] if anchor.dim() == tensor.dim() else anchor
+                tensor.grad.add_(strength * (tensor.detach() - own))
 
-    optimizer.register_step_pre_hook(pull)
+    optimizer.register_step_pre_hook(add)
 
 
 def _fused(model: TunedModel) -> Callable[[], AbstractContextManager[None]]:

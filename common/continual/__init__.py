@@ -15,8 +15,10 @@ def make_method(plan: Plan) -> Method:
     """The plan's continual method; what it computes is imported when it is used, so that an idle agent does not load torch."""
     from lichen.common.continual.adapters import Adapters
     from lichen.common.continual.analytic import Analytic
+    from lichen.common.continual.ewc import EWC
     from lichen.common.continual.lwf import LwF
     from lichen.common.continual.method import Method
     from lichen.common.continual.replay import Replay
 
-    return {"sequential": Method, "analytic": Analytic, "lwf": LwF, "adapters": Adapters, "replay": Replay}[plan.continual.method](plan)
+    methods = {"sequential": Method, "analytic": Analytic, "lwf": LwF, "adapters": Adapters, "ewc": EWC, "replay": Replay}
+    return methods[plan.continual.method](plan)

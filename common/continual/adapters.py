@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lichen.common.aggregation import KEPT, MEMORY, SUMS, B, part_of
 from lichen.common.continual.method import (
@@ -55,9 +55,9 @@ class Adapters(Method):
         if any(stage.rounds == 1 for stage in stages(self.plan)):
             refuse("continual.method: adapters needs two rounds a task: the first gathers class centroids", "Raise rounds.")
 
-    def gathers(self, round: int) -> bool:
+    def gathers(self, round: int) -> Literal["features", "gradients"] | None:
         """In the first round of each task."""
-        return stage_of(self.plan, round).first == round
+        return "features" if stage_of(self.plan, round).first == round else None
 
     def gathered_like(self, stage: Stage, state: Mapping[str, torch.Tensor]) -> State:
         """Sums of the features of each of the task's classes, and where the plan asks for it Σ x xᵀ."""

@@ -8,7 +8,7 @@ rows, whatever the order of tasks and clients, so nothing is forgotten. Under di
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lichen.common.aggregation import MEMORY
 from lichen.common.continual.method import Learned, Method, Refuse, check_sums, head_of
@@ -40,9 +40,9 @@ class Analytic(Method):
                 "Set transfer.uplink.codec: none and transfer.downlink.codec: none.",
             )
 
-    def gathers(self, round: int) -> bool:
+    def gathers(self, round: int) -> Literal["features", "gradients"] | None:
         """Always."""
-        return True
+        return "features"
 
     def gathered_like(self, stage: Stage, state: Mapping[str, torch.Tensor]) -> State:
         """Sums with those of the task's own labels."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lichen.common.aggregation import MEMORY, RULES, part_of
 from lichen.common.continual.stream import Stage, labels_until, rows_of
@@ -30,6 +30,29 @@ class Learned(NamedTuple):
     """What it keeps from then on; all names begin with `MEMORY`."""
 
 
+class Squares(NamedTuple):
+    """What a client's steps tell of gradients at the weights that a round starts from."""
+
+    mean_square: State
+    """By trained tensor, over the steps: the square of the batch's mean gradient."""
+    batch: float
+    """Rows of a step; under privacy those that are expected."""
+    rows: float
+    """The client's; under privacy what stands for it."""
+    noise: float = 0.0
+    """Standard deviation of the noise on a step's sum of gradients."""
+
+
+class Pull(NamedTuple):
+    """A cost of ½ Σ strength (w − anchor)²."""
+
+    name: str
+    """Of the trained tensor."""
+    anchor: torch.Tensor
+    strength: torch.Tensor | float
+    """Of the tensor's shape, or one number."""
+
+
 class Method:
     """`sequential`: nothing is done for the old. The others change what they must.
 
@@ -51,9 +74,9 @@ class Method:
 
     # --- what both ends must know ---
 
-    def gathers(self, round: int) -> bool:
-        """Whether a round (from 1) gathers sums over rows, and trains nothing."""
-        return False
+    def gathers(self, round: int) -> Literal["features", "gradients"] | None:
+        """What a round (from 1) gathers sums of, over rows, if it trains nothing: `gather` or `fisher` makes them."""
+        return None
 
     def gathered_like(self, stage: Stage, state: Mapping[str, torch.Tensor]) -> State:
         """Tensors of the names, shapes and types of what such a round of a stage gathers of each client, from the model's state."""
@@ -117,6 +140,14 @@ class Method:
             stage: the round's.
         """
         raise NotImplementedError
+
+    def fisher(self, squares: Squares) -> State:
+        """The sums of a round that gathers gradients."""
+        raise NotImplementedError
+
+    def pulls(self, kept: State) -> list[Pull]:
+        """What else moves weights in a step: after clipping and noise, since it depends on no row."""
+        return []
 
     # --- the coordinator's ---
 

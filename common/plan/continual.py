@@ -83,6 +83,13 @@ class Adapters(Section):
     """λ of that regression."""
 
 
+class EWC(Section):
+    """Of `method: ewc`."""
+
+    weight: Number = Field(default=0.1, ge=0)
+    """λ: how strongly a weight of mean importance is pulled to where the old tasks left it, against the mean gradient of a batch."""
+
+
 class Replay(Section):
     """Of `method: replay`."""
 
@@ -95,15 +102,19 @@ class Replay(Section):
 class Continual(Section):
     """Learning that goes on: tasks and data keep coming, and old ones are not forgotten."""
 
-    method: Literal["sequential", "analytic", "lwf", "adapters", "replay"] = "sequential"
-    """What keeps the old. `sequential`: nothing; each task is trained from where the last one ended. What the others are held against.
+    method: Literal["sequential", "analytic", "lwf", "adapters", "ewc", "replay"] = "sequential"
+    """What keeps the old.
+    `sequential`: nothing; each task is trained from where the last one ended. What the others are held against.
     `analytic`: the base is frozen, and the head is the ridge regression on all rows of all tasks, from sums that each client sends once a
-    task (Zhuang et al. 2022). `lwf`: on new rows the model keeps to what the one before said of them (Li and Hoiem 2016). `adapters`: one
-    adapter a task, which is never changed later; a row's task is found in the feature space of the base.
+    task (Zhuang et al. 2022).
+    `lwf`: on new rows the model keeps to what the one before said of them (Li and Hoiem 2016).
+    `adapters`: one adapter a task, which is never changed later; a row's task is found in the feature space of the base.
+    `ewc`: weights that mattered to old tasks are held where those left them (Kirkpatrick et al. 2017).
     `replay`: with new rows a client trains on some of its old ones, which under differential privacy pay for it (Chaudhry et al. 2019)."""
     analytic: Analytic = Analytic()
     lwf: LwF = LwF()
     adapters: Adapters = Adapters()
+    ewc: EWC = EWC()
     replay: Replay = Replay()
     stream: Annotated[tuple[StreamTask, ...], Field(max_length=1000)] = ()
     """The tasks, in the order in which they come; empty: all rows from the first round to the last."""

@@ -14,12 +14,12 @@ from lichen.common.continual.stream import stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, find_plan, load_plan
 
-SCENARIOS = ("20news-incremental",)
+SCENARIOS = ("20news-incremental", "tweets-incremental")
 JOINT = "joint"
 """All rows from the first round to the last: the ceiling."""
 STORES = ("replay",)
 """Methods that train on old examples again."""
-METHODS = (JOINT, "sequential", "lwf", "adapters", "analytic", *STORES)
+METHODS = (JOINT, "sequential", "lwf", "adapters", "analytic", "ewc", *STORES)
 SHORT = ("task.max_length=48", "rounds=15", "local.batch_size=16")
 """What the short setting changes, besides the rows."""
 SHORT_ROWS = (3000, 1500)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lichen.client import private_step
-from lichen.client import trainer as trainer_module
 from lichen.client.gate import Gate
 from lichen.client.trainer import Trainer, batches
+from lichen.common import batches as batches_module
 from lichen.common import tasks
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.lean import run_lean
@@ -420,7 +420,7 @@ def test_less_work_gives_the_same_weights(kind: str, pooling: str, packed: bool,
     moved = []
     monkey = pytest.MonkeyPatch()
     if not packed:
-        monkey.setattr(trainer_module, "run_lean", lambda model, pack: run_lean(model, pack=False))
+        monkey.setattr(batches_module, "run_lean", lambda model, pack: run_lean(model, pack=False))
     for compute in ("lean", "plain"):
         trainer = make(
             local={"compute": compute, "optimizer": "sgd", "learning_rate": 0.1, "max_physical_batch_size": 8},

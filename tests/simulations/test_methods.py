@@ -150,7 +150,7 @@ def test_analytic_learns_and_each_row_moves_its_sums_by_one(tmp_path: Path, plan
     assert all(torch.allclose(tensor, sum(one[name] for one in alone)) for name, tensor in whole.items())
 
 
-@pytest.mark.parametrize("method", ["analytic", "adapters", "lwf"])
+@pytest.mark.parametrize("method", ["analytic", "adapters", "lwf", "ewc"])
 def test_under_privacy_a_record_pays_for_one_task(
     tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any], method: str
 ) -> None:
@@ -265,7 +265,7 @@ def test_the_models_of_tasks_and_their_router_are_what_was_scored(
 # --- all ---
 
 
-@pytest.mark.parametrize("method", ["analytic", "lwf", "adapters"])
+@pytest.mark.parametrize("method", ["analytic", "lwf", "adapters", "ewc", "replay"])
 def test_a_run_that_goes_on_in_mid_task_is_as_one_that_was_not_broken(tmp_path: Path, plan_of: Callable[..., Plan], method: str) -> None:
     plan = plan_of(method)
     whole = run(plan, tmp_path, "inprocess")
@@ -339,3 +339,55 @@ def test_so_many_rows_a_label_are_refused_under_privacy(plan_of: Callable[..., P
     with pytest.raises(LichenError) as caught:
         plan_of("replay", settings={"rows": 5}, privacy=PRIVATE)
     assert "tells of others" in caught.value.what
+
+
+# --- ewc ---
+
+
+def test_weights_that_mattered_stay_where_old_tasks_left_them(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    moved = {}
+    for weight in (0.0, 100.0):
+        plan = plan_of("ewc", OVER, {"weight": weight}, transfer=EXACT)
+        run(plan, tmp_path / str(weight), "inprocess")
+        first, second = states(tmp_path / str(weight), plan)
+        fisher = {name.removeprefix("kept.fisher."): tensor for name, tensor in first.items() if name.startswith("kept.fisher.")}
+        assert fisher.keys() == without(first, KEPT).keys()
+        assert all(bool((tensor >= 0).all()) for tensor in fisher.values())
+        assert all(torch.allclose(first[f"kept.anchor.{name}"], first[name], atol=1e-6) for name in fisher)
+        assert sum(float(tensor.sum()) for name, tensor in second.items() if "fisher" in name) > sum(
+            map(float, map(torch.sum, fisher.values()))
+        )
+        change = torch.cat([(second[name] - first[name]).flatten() for name in fisher])
+        strong = torch.cat([tensor.flatten() for tensor in fisher.values()])
+        top = strong >= strong.quantile(0.9)
+        moved[weight] = float(change[top].norm()), float(change.norm())
+    assert moved[100.0][0] < moved[0.0][0] / 5, "those that mattered most"
+    assert moved[100.0][1] > moved[100.0][0] > 0
+
+
+def test_what_noise_adds_to_squares_is_taken_off(plan_of: Callable[..., Plan], tiny_rows: Callable[..., Any]) -> None:
+    from lichen.client.gate import Gate
+    from lichen.client.jobs import Job, Private
+    from lichen.client.trainer import Trainer
+    from lichen.common import tasks
+    from lichen.common.privacy.accounting import Segment
+    from lichen.common.privacy.randomness import SeededSource
+
+    tasks.workbench.cache_clear()
+    plan = plan_of("ewc", privacy=PRIVATE | {"clip": 1.0})
+    trainer, start = Trainer(plan), tasks.workbench(plan).start
+    rows = [row for row in tiny_rows(120, 0) if row["label"] in {"crop", "metal"}]
+    data = trainer.task.encode({field: [row[field] for row in rows] for field in trainer.task.fields})
+    segment, size = Segment(0.5, 0.4, 50), 40
+
+    def told(count: int) -> torch.Tensor:
+        private = Private([[row] for row in range(count)], segment, size, Gate(segment))
+        found = trainer.run(Job(start, data, 3, SeededSource(count), private=private)).delta
+        return torch.cat([tensor.flatten() for tensor in found.values()]).double()
+
+    # σ² / B of each number's square is noise: of no rows, nothing is left in the mean
+    noise = size * 0.5**2 / (0.4 * size)
+    none = told(0)
+    assert abs(float(none.mean())) < 4 * noise * (2 / 50 / len(none)) ** 0.5
+    assert float(told(40).mean()) > 3 * abs(float(none.mean()))
+    tasks.workbench.cache_clear()
