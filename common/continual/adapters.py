@@ -39,7 +39,11 @@ _OF_TASK = re.compile(rf"{MEMORY}\.(\d+)\.(.+)")
 
 
 class Adapters(Method):
-    """Keeps each task's adapter at the coordinator, and its centroids."""
+    """Keeps each task's adapter at the coordinator, and what finds a row's task."""
+
+    gathered_in_words = (
+        "sums over rows of their features, by label, and with router: ridge of products of two features (in a task's first round)"
+    )
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)

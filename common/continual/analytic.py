@@ -26,6 +26,8 @@ _GRAM, _CROSS = f"{MEMORY}.{GRAM}", f"{MEMORY}.{CROSS}"
 class Analytic(Method):
     """Adds sums, and solves."""
 
+    gathered_in_words = "sums over rows of their features, by label, and of products of two features (in place of an update)"
+
     def check(self, refuse: Refuse) -> None:
         """It solves for a head, once a task, and exactly."""
         check_sums(self.plan, refuse)

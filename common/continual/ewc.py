@@ -26,6 +26,8 @@ _ANCHOR, _FISHER, _SUMS = f"{KEPT}.anchor.", f"{KEPT}.fisher.", f"{SUMS}.fisher.
 class EWC(Method):
     """Keeps an anchor and a weight for each trained number."""
 
+    gathered_in_words = "squares of summed gradients (in a task's last round, in place of an update)"
+
     def check(self, refuse: Refuse) -> None:
         """It needs tasks of two rounds and more, one model, and all of it trained at once."""
         check_stream(self.plan, refuse)

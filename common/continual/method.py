@@ -62,6 +62,9 @@ class Method:
         plan: whose method it is.
     """
 
+    gathered_in_words = ""
+    """What a round sends in place of an update, if it gathers; for the privacy statement."""
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lichen.common.channel.rules import RULES
+from lichen.common.continual import make_method
 from lichen.common.privacy.schedule import one_task_each
 from lichen.common.records import CENTRAL_PAYLOAD_RULE, PAYLOAD_RULE, EvaluateReport, Rule, TrainReport
 
@@ -267,6 +268,8 @@ def _leaving(plan: Plan) -> Iterator[Leaving]:
 
     payload = CENTRAL_PAYLOAD_RULE if plan.central else PAYLOAD_RULE if plan.private else Rule.PLAIN
     yield told("update (every trained tensor)", payload)
+    if sums := make_method(plan).gathered_in_words:
+        yield told(sums, payload)
     kinds: list[type[TrainReport | EvaluateReport]] = [TrainReport, *([EvaluateReport] if plan.evaluation.federated_every else [])]
     for kind in kinds:
         for name, info in kind.model_fields.items():

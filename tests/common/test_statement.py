@@ -197,3 +197,11 @@ def test_what_carries_the_update_has_the_updates_rule(unit: str, rule: str) -> N
     told = {leaving.field: leaving.rule for leaving in statement.leaves}
     carriers = {"update (every trained tensor)", "Chunk.digest", "Chunk.data", "Missing.digest"}
     assert {told[field] for field in carriers} == {rule}
+
+
+@pytest.mark.parametrize("method", ["sequential", "lwf", "adapters", "ewc"])
+def test_sums_that_a_method_gathers_are_told_as_what_leaves(method: str) -> None:
+    stream = [{"name": "one", "labels": ["a", "b"]}, {"name": "two", "labels": ["b"]}]
+    statement = make_statement(plan := plan_of(continual={"method": method, "stream": stream}), result_of(plan))
+    told = [leaving for leaving in statement.leaves if "sum" in leaving.field]
+    assert [leaving.rule for leaving in told] == (["noised"] if method in {"adapters", "ewc"} else [])

@@ -7,7 +7,8 @@ import pytest
 from lichen.simulations.benchmarks.profile import MINILM, WITHIN, bench_profile
 
 
-@pytest.mark.parametrize(("adapter", "size"), [("lora", (16, 128)), pytest.param("full", (4, 64), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("adapter", "size"), [("lora", (16, 128)), ("full", (4, 64))])
 def test_a_peak_is_predicted_within_what_is_promised(adapter: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the libraries LoRA is mostly activations here, all weights mostly state."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -28,6 +28,7 @@ def test_moments_are_united_shared_and_left() -> None:
     assert length(without((-1, 7), apart)) == 3
 
 
+@pytest.mark.long
 def test_a_real_round_is_taken_apart(csv_plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = {"steps": 3, "optimizer": "sgd", "learning_rate": 0.01}
     simulation = csv_plan["simulation"] | {"clients": 2}
