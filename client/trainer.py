@@ -360,11 +360,11 @@ class Trainer:
             optimizer = torch.optim.SGD(groups, momentum=local.betas[0], weight_decay=local.weight_decay, fused=True)
         else:
             optimizer = torch.optim.AdamW(groups, betas=local.betas, weight_decay=local.weight_decay, fused=True)
-        pulls = self._method.pulls(self.model.kept)
+        pulls = self._method.pulls(self.model.kept, trained)
         if local.proximal_mu:
-            pulls += [Pull(name, tensor.detach().clone(), local.proximal_mu) for name, tensor in trained.items()]
+            pulls += [Pull(name, _proximal(local.proximal_mu, tensor)) for name, tensor in trained.items()]
         if pulls:
-            _pull_back(optimizer, trained, pulls)
+            _add_pulls(optimizer, trained, pulls)
         return optimizer
 
     def _delta(self, start: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor], steps: int) -> State:
@@ -399,21 +399,21 @@ def batches(local: Local, count: int, source: RandomSource, most_steps: int | No
         yield batch
 
 
-def _pull_back(optimizer: torch.optim.Optimizer, trained: Mapping[str, torch.Tensor], pulls: Sequence[Pull]) -> None:
-    """Add each pull's strength (w − anchor) to the gradient just before a step: after clipping and noise, since it depends on no example.
+def _proximal(mu: float, tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """FedProx' μ (w − w_round)."""
+    anchor = tensor.detach().clone()
+    # of clients that are trained together the last may have ended
+    return lambda now: mu * (now - anchor[: len(now)])
 
-    FedProx' is μ (w − w_round) for all.
-    """
-    device = next(iter(trained.values())).device
-    there = [(trained[pull.name], pull.anchor.to(device), torch.as_tensor(pull.strength, device=device)) for pull in pulls]
+
+def _add_pulls(optimizer: torch.optim.Optimizer, trained: Mapping[str, torch.Tensor], pulls: Sequence[Pull]) -> None:
+    """Add each pull's gradient just before a step: after clipping and noise, since it depends on no example."""
 
     @torch.no_grad()
     def add(*_: object) -> None:
-        for tensor, anchor, strength in there:
-            if tensor.grad is not None:
-                # of clients that are trained together the last may have ended
-                own = anchor[: len(tensor)] if anchor.dim() == tensor.dim() else anchor
-                tensor.grad.add_(strength * (tensor.detach() - own))
+        for name, gradient in pulls:
+            if (tensor := trained[name]).grad is not None:
+                tensor.grad.add_(gradient(tensor.detach()))
 
     optimizer.register_step_pre_hook(add)
 

@@ -85,9 +85,13 @@ def beside(name: str, part: str) -> str:
 
 
 def phase_of(plan: Plan, round: int) -> frozenset[str]:
-    """LoRA's factors that are trained in a round (from 1)."""
+    """LoRA's factors that are trained in a round (from 1). Each task of a stream begins anew, since its adapter may begin at zero."""
     phases = properties(plan).phases
-    return phases[(round - 1) % len(phases)]
+    if len(phases) == 1:
+        return phases[0]
+    method = make_method(plan)
+    before = sum(not method.gathers(earlier) for earlier in range(stage_of(plan, round).first, round))
+    return phases[before % len(phases)]
 
 
 def rank_of(plan: Plan, client: str, *, simulated: bool) -> int:

@@ -18,7 +18,9 @@ def make_method(plan: Plan) -> Method:
     from lichen.common.continual.ewc import EWC
     from lichen.common.continual.lwf import LwF
     from lichen.common.continual.method import Method
+    from lichen.common.continual.olora import OLoRA
     from lichen.common.continual.replay import Replay
 
-    methods = {"sequential": Method, "analytic": Analytic, "lwf": LwF, "adapters": Adapters, "ewc": EWC, "replay": Replay}
+    methods = {"sequential": Method, "analytic": Analytic, "lwf": LwF, "adapters": Adapters, "ewc": EWC}
+    methods |= {"olora": OLoRA, "replay": Replay}
     return methods[plan.continual.method](plan)

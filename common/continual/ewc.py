@@ -9,6 +9,7 @@ in any other step, and what the noise adds to its square is taken off: the relea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from lichen.common.aggregation import KEPT, SUMS, part_of, properties
@@ -63,14 +64,18 @@ class EWC(Method):
             for name, square in squares.mean_square.items()
         }
 
-    def pulls(self, kept: State) -> list[Pull]:
+    def pulls(self, kept: State, trained: Mapping[str, torch.Tensor]) -> list[Pull]:
         """Each weight towards its anchor, λ F / 2 its cost; F is scaled so that its mean over all that is trained is one."""
         fisher = {name.removeprefix(_FISHER): tensor for name, tensor in kept.items() if name.startswith(_FISHER)}
         whole = sum(float(tensor.sum()) for tensor in fisher.values())
         if not whole:  # in the first task
             return []
         scale = self.plan.continual.ewc.weight * sum(tensor.numel() for tensor in fisher.values()) / whole
-        return [Pull(name, kept[_ANCHOR + name], scale * tensor) for name, tensor in fisher.items()]
+        found = []
+        for name, tensor in trained.items():
+            anchor, strength = (part.to(tensor.device) for part in (kept[_ANCHOR + name], scale * fisher[name]))
+            found.append(Pull(name, partial(_towards, anchor=anchor, strength=strength)))
+        return found
 
     def gathered(self, sums: State, model: State, memory: State, stage: Stage) -> Learned:
         """Add to what mattered before; where noise says less than nothing, it is nothing."""
@@ -80,3 +85,7 @@ class EWC(Method):
         """The model as it is becomes the anchor."""
         kept = {name: tensor for name, tensor in model.items() if name.startswith(_ANCHOR)}
         return Learned({name: model[name.removeprefix(_ANCHOR)] - tensor for name, tensor in kept.items()}, memory)
+
+
+def _towards(tensor: torch.Tensor, anchor: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    return strength * (tensor - anchor)

@@ -44,13 +44,12 @@ class Squares(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """A cost of ½ Σ strength (w − anchor)²."""
+    """A cost of a trained tensor that depends on no row."""
 
     name: str
-    """Of the trained tensor."""
-    anchor: torch.Tensor
-    strength: torch.Tensor | float
-    """Of the tensor's shape, or one number."""
+    """Of the tensor."""
+    gradient: Callable[[torch.Tensor], torch.Tensor]
+    """At a value of it, or of several clients' at once, (S, …)."""
 
 
 class Method:
@@ -62,6 +61,8 @@ class Method:
         plan: whose method it is.
     """
 
+    holds = False
+    """Whether each adapted layer adds what is kept by the names of `HELD_A` and `HELD_B`."""
     gathered_in_words = ""
     """What a round sends in place of an update, if it gathers; for the privacy statement."""
 
@@ -148,8 +149,13 @@ class Method:
         """The sums of a round that gathers gradients."""
         raise NotImplementedError
 
-    def pulls(self, kept: State) -> list[Pull]:
-        """What else moves weights in a step: after clipping and noise, since it depends on no row."""
+    def pulls(self, kept: State, trained: Mapping[str, torch.Tensor]) -> list[Pull]:
+        """What else moves weights in a step: after clipping and noise, since it depends on no row.
+
+        Args:
+            kept: what the state holds for clients.
+            trained: the tensors as a round begins, where they are trained.
+        """
         return []
 
     # --- the coordinator's ---

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lichen.common.aggregation import HELD_A, HELD_B, MERGED, A, B, beside, is_trained, part_of, properties
+from lichen.common.aggregation import HELD_A, HELD_B, KEPT, MERGED, A, B, beside, is_trained, part_of, properties
 from lichen.common.continual import make_method
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import HEADS
@@ -117,7 +117,7 @@ class TunedModel:
         for name, merging in self.merging.items():
             merging.set(state[name])
         for name, base in self.holding.items():
-            a, b = (state.get(beside(name, part)) for part in (HELD_A, HELD_B))
+            a, b = (state.get(beside(name, part), state.get(f"{KEPT}.{beside(name, part)}")) for part in (HELD_A, HELD_B))
             hold(base, None if a is None or b is None else (a.to(self.device), (self.scaling * b).to(self.device)))
 
     def _rank_of(self, state: Mapping[str, torch.Tensor]) -> int:
@@ -229,7 +229,8 @@ def attach(base: PreTrainedModel, plan: Plan, task_type: str) -> TunedModel:
         return TunedModel(network, trainable, head, kept=kept)
     needs = properties(plan)
     merging = _merging(network) if needs.changes_base else {}
-    holding = {_public_name(name): base for name, base in _adapted(network)} if needs.holds_rest else {}
+    holds = needs.holds_rest or make_method(plan).holds
+    holding = {_public_name(name): base for name, base in _adapted(network)} if holds else {}
     for layer in holding.values():
         can_hold(layer)
     return TunedModel(network, trainable, head, merging, adapter.rank, holding, adapter.alpha / adapter.rank, kept)

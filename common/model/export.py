@@ -70,7 +70,7 @@ def save_models(
 def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTrainedTokenizerBase, statement: Statement) -> None:
     """Save the adapter (`lora`) or the whole model, the configuration, the tokenizer, and a card that says how to load them.
 
-    Where rounds have added to the base, the whole model is saved, with the adapter in it.
+    Where rounds have added to the base, or the layers hold earlier adapters, the whole model is saved, with all that in it.
 
     Args:
         directory: made if it is not there.
@@ -87,29 +87,36 @@ def save_model(directory: Path, plan: Plan, model: TunedModel, tokenizer: PreTra
     network: Any = model.network
     if plan.model.adapter.kind != "lora" and is_quantized(network):
         raise LichenError(Code.INTERNAL, "a model over a quantised base was to be saved whole")
+    whole = bool(model.merging) or any(base.held is not None for base in model.holding.values())
     inner = network.base_model.model if plan.model.adapter.kind == "lora" else network
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if model.merging:
+        if whole:
             inner.save_pretrained(directory, state_dict=_whole(inner, model))
         else:
             network.save_pretrained(directory)
     inner.config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card(plan, statement, merged=bool(model.merging)), encoding="utf-8")
+    (directory / "README.md").write_text(card(plan, statement, merged=whole), encoding="utf-8")
 
 
 def _whole(inner: nn.Module, model: TunedModel) -> dict[str, torch.Tensor]:
     """The tensors of the model without adapters, which are added to the weights that they lie on, in 32 bits."""
+    from transformers.pytorch_utils import Conv1D
+
     found = {
         name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): tensor
         for name, tensor in inner.state_dict().items()
         if part_of(name) is None and ".original_module." not in name  # the head as it was before it was trained
     }
-    for name in model.merging:
-        path = name.removeprefix(_WRAPPER).split(f".{MERGED}.")[0]
+    for path in {name.removeprefix(_WRAPPER).split(f".{part_of(name)}.")[0] for name in (*model.merging, *model.holding)}:
         layer: Any = inner.get_submodule(path)
-        found[f"{path}.weight"] = layer.get_base_layer().weight.detach() + layer.get_delta_weight(layer.active_adapters[0]).detach()
+        base = layer.get_base_layer()
+        weight = base.weight.detach() + layer.get_delta_weight(layer.active_adapters[0]).detach()
+        if (held := getattr(base, "held", None)) is not None:
+            added = held[1] @ held[0]
+            weight = weight + (added.t() if isinstance(base, Conv1D) else added)
+        found[f"{path}.weight"] = weight
     return found
 
 

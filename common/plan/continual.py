@@ -90,6 +90,13 @@ class EWC(Section):
     """λ: how strongly a weight of mean importance is pulled to where the old tasks left it, against the mean gradient of a batch."""
 
 
+class OLoRA(Section):
+    """Of `method: olora`."""
+
+    weight: Number = Field(default=0.5, ge=0)
+    """λ, of the squared products of a new adapter's directions and the earlier ones'."""
+
+
 class Replay(Section):
     """Of `method: replay`."""
 
@@ -102,7 +109,7 @@ class Replay(Section):
 class Continual(Section):
     """Learning that goes on: tasks and data keep coming, and old ones are not forgotten."""
 
-    method: Literal["sequential", "analytic", "lwf", "adapters", "ewc", "replay"] = "sequential"
+    method: Literal["sequential", "analytic", "lwf", "adapters", "ewc", "olora", "replay"] = "sequential"
     """What keeps the old.
     `sequential`: nothing; each task is trained from where the last one ended. What the others are held against.
     `analytic`: the base is frozen, and the head is the ridge regression on all rows of all tasks, from sums that each client sends once a
@@ -110,11 +117,13 @@ class Continual(Section):
     `lwf`: on new rows the model keeps to what the one before said of them (Li and Hoiem 2016).
     `adapters`: one adapter a task, which is never changed later; a row's task is found in the feature space of the base.
     `ewc`: weights that mattered to old tasks are held where those left them (Kirkpatrick et al. 2017).
+    `olora`: each task has a LoRA of its own beside the earlier ones, and learns in directions orthogonal to theirs (Wang et al. 2023).
     `replay`: with new rows a client trains on some of its old ones, which under differential privacy pay for it (Chaudhry et al. 2019)."""
     analytic: Analytic = Analytic()
     lwf: LwF = LwF()
     adapters: Adapters = Adapters()
     ewc: EWC = EWC()
+    olora: OLoRA = OLoRA()
     replay: Replay = Replay()
     stream: Annotated[tuple[StreamTask, ...], Field(max_length=1000)] = ()
     """The tasks, in the order in which they come; empty: all rows from the first round to the last."""

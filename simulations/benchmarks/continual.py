@@ -19,7 +19,7 @@ JOINT = "joint"
 """All rows from the first round to the last: the ceiling."""
 STORES = ("replay",)
 """Methods that train on old examples again."""
-METHODS = (JOINT, "sequential", "lwf", "adapters", "analytic", "ewc", *STORES)
+METHODS = (JOINT, "sequential", "lwf", "adapters", "analytic", "ewc", "olora", *STORES)
 SHORT = ("task.max_length=48", "rounds=15", "local.batch_size=16")
 """What the short setting changes, besides the rows."""
 SHORT_ROWS = (3000, 1500)

@@ -128,6 +128,8 @@ def test_a_stream_that_would_not_do_is_refused(tasks: list[dict[str, Any]], chan
         ("adapters", {"privacy": {"unit": "client", "noise": "central"}, "cohort": {"population": 4}}, "a clip of their own"),
         ("ewc", {"rounds": 2}, "two rounds a task"),
         ("ewc", {"aggregation": {"rule": "rolora"}}, "one factor at a time"),
+        ("olora", {"aggregation": {"rule": "ffa"}}, "never trains A"),
+        ("olora", {"model": {"adapter": {"kind": "head"}}}, "is for LoRA"),
         ("analytic", {}, "model.adapter.kind is lora"),
         ("analytic", {"model": {"adapter": {"kind": "head"}}}, "one round a task"),
         ("analytic", {"model": {"adapter": {"kind": "head"}}, "rounds": 2}, "codecs round what travels"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit
-from lichen.common.aggregation import KEPT, MEMORY, part_of
+from lichen.common.aggregation import HELD_A, KEPT, MEMORY, A, B, beside, part_of, phase_of
 from lichen.common.continual import make_method
 from lichen.common.continual.stream import stage_size, stages
 from lichen.common.errors import LichenError
@@ -24,6 +24,7 @@ from lichen.common.result import Result
 from lichen.common.tasks import make_task
 from lichen.coordinator.export import export_model
 from lichen.coordinator.versions import Versions
+from lichen.simulations.benchmarks.reload import bench_reload
 from lichen.simulations.datasets import load_spec
 from lichen.simulations.simulate import run
 
@@ -150,7 +151,7 @@ def test_analytic_learns_and_each_row_moves_its_sums_by_one(tmp_path: Path, plan
     assert all(torch.allclose(tensor, sum(one[name] for one in alone)) for name, tensor in whole.items())
 
 
-@pytest.mark.parametrize("method", ["analytic", "adapters", "lwf", "ewc"])
+@pytest.mark.parametrize("method", ["analytic", "adapters", "lwf", "ewc", "olora"])
 def test_under_privacy_a_record_pays_for_one_task(
     tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any], method: str
 ) -> None:
@@ -226,6 +227,12 @@ def test_where_the_task_is_known_nothing_is_forgotten(tmp_path: Path, plan_of: C
     assert ends[0]["banks"]["accuracy_task_known"] is None, "it was not learned yet"
 
 
+def test_an_adapter_of_which_one_factor_a_round_is_trained_begins_with_b(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("adapters", aggregation={"rule": "rolora"})
+    assert [sorted(phase_of(plan, round)) for round in range(2, 7)] == [[B], [A], [B], [B], [A]]
+    assert told(run(plan, tmp_path, "inprocess")).acc > 0.6
+
+
 @pytest.mark.parametrize("start", ["fresh", "last"])
 def test_the_next_adapter_begins_as_the_plan_says(tmp_path: Path, plan_of: Callable[..., Plan], start: str) -> None:
     plan = plan_of("adapters", settings={"start": start}, transfer=EXACT)
@@ -265,7 +272,7 @@ def test_the_models_of_tasks_and_their_router_are_what_was_scored(
 # --- all ---
 
 
-@pytest.mark.parametrize("method", ["analytic", "lwf", "adapters", "ewc", "replay"])
+@pytest.mark.parametrize("method", ["analytic", "lwf", "adapters", "ewc", "olora", "replay"])
 def test_a_run_that_goes_on_in_mid_task_is_as_one_that_was_not_broken(tmp_path: Path, plan_of: Callable[..., Plan], method: str) -> None:
     plan = plan_of(method)
     whole = run(plan, tmp_path, "inprocess")
@@ -391,3 +398,45 @@ def test_what_noise_adds_to_squares_is_taken_off(plan_of: Callable[..., Plan], t
     assert abs(float(none.mean())) < 4 * noise * (2 / 50 / len(none)) ** 0.5
     assert float(told(40).mean()) > 3 * abs(float(none.mean()))
     tasks.workbench.cache_clear()
+
+
+# --- olora ---
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "rolora"])
+def test_each_task_has_an_adapter_beside_the_earlier_ones(tmp_path: Path, plan_of: Callable[..., Plan], rule: str) -> None:
+    overlaps = {}
+    for weight in (0.0, 50.0):
+        plan = plan_of("olora", OVER, {"weight": weight}, transfer=EXACT, aggregation={"rule": rule})
+        run(plan, tmp_path / str(weight), "inprocess")
+        first, second = states(tmp_path / str(weight), plan)
+        for name in first:
+            if part_of(name) == B:
+                assert not first[name].any(), "the next begins at zero"
+                assert second[name].any()
+        kept = {name: tensor for name, tensor in first.items() if part_of(name) == KEPT}
+        assert all(tensor.any() for tensor in kept.values())
+        assert same(kept, {name: second[name] for name in kept}), "what was learned stays as it is"
+        overlaps[weight] = max(
+            float((tensor @ second[f"kept.{beside(name, HELD_A)}"].T).norm()) for name, tensor in second.items() if part_of(name) == A
+        )
+    assert overlaps[50.0] < overlaps[0.0] / 3
+
+
+def test_what_is_saved_holds_all_adapters(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("olora")
+    result = run(plan, tmp_path, "inprocess")
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    bench_reload(tmp_path)  # which refuses another accuracy
+    assert told(result).matrix[1][1] > 0.6
+
+
+def test_a_task_that_has_ended_scores_the_same_with_its_adapter_kept(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    """The end moves the adapter to what is kept, which changes no output."""
+    plan = plan_of("olora", OVER, transfer=EXACT)
+    run(plan, tmp_path, "inprocess")
+    first = states(tmp_path, plan)[0]
+    checkpoint = load_file(tmp_path / "checkpoints" / "round-00006.safetensors")
+    assert same(states(tmp_path, plan)[1], {name.removeprefix("model/"): tensor for name, tensor in checkpoint.items() if "model/" in name})
+    name = next(name for name in first if part_of(name) == A)
+    assert first[f"kept.{beside(name, HELD_A)}"].shape == first[name].shape, "of two tasks one is earlier"
