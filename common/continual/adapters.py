@@ -18,6 +18,7 @@ from lichen.common.continual.method import (
     Part,
     Refuse,
     Scored,
+    check_features,
     check_one_model,
     check_stream,
     check_sums,
@@ -53,6 +54,7 @@ class Adapters(Method):
         """It needs tasks of two rounds and more, and an adapter of one rank."""
         check_stream(self.plan, refuse)
         check_one_model(self.plan, refuse)
+        check_features(self.plan, refuse)
         check_sums(self.plan, refuse)
         if self.plan.model.adapter.kind == "full":
             refuse("continual.method: adapters keeps one adapter a task, and kind full has none", "Set model.adapter.kind: lora.")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from lichen.common.aggregation import MEMORY
-from lichen.common.continual.method import Learned, Method, Refuse, check_sums, head_of
+from lichen.common.continual.method import Learned, Method, Refuse, check_features, check_sums, head_of
 from lichen.common.continual.ridge import CROSS, GRAM, Sums, one_hot, solved
 from lichen.common.continual.stream import Stage, stages
 
@@ -30,6 +30,7 @@ class Analytic(Method):
 
     def check(self, refuse: Refuse) -> None:
         """It solves for a head, once a task, and exactly."""
+        check_features(self.plan, refuse)
         check_sums(self.plan, refuse)
         kind, transfer = self.plan.model.adapter.kind, self.plan.transfer
         if kind != "head":

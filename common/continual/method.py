@@ -267,11 +267,19 @@ def check_one_model(plan: Plan, refuse: Refuse) -> None:
         )
 
 
-def check_sums(plan: Plan, refuse: Refuse) -> None:
-    """Refuse what a round that gathers sums over features can't go with."""
-    method = plan.continual.method
+def check_features(plan: Plan, refuse: Refuse) -> None:
+    """Refuse heads whose features are not what sums are made of."""
     if plan.model.head.pooling != "mean":
-        refuse(f"continual.method: {method} needs the features of mean pooling", "Set model.head.pooling: mean.")
+        refuse(f"continual.method: {plan.continual.method} needs the features of mean pooling", "Set model.head.pooling: mean.")
+
+
+def check_sums(plan: Plan, refuse: Refuse) -> None:
+    """Refuse what a round that gathers sums can't go with."""
+    method = plan.continual.method
+    if plan.cohort.mode == "buffered":
+        refuse(
+            f"continual.method: {method} with cohort.mode: buffered, which has no round to gather sums in", "Set cohort.mode: synchronous."
+        )
     if plan.central:
         refuse(
             f"continual.method: {method} under unit: client, which is not built: its sums need a clip of their own",

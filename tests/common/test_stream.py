@@ -130,6 +130,7 @@ def test_a_stream_that_would_not_do_is_refused(tasks: list[dict[str, Any]], chan
         ("ewc", {"aggregation": {"rule": "rolora"}}, "one factor at a time"),
         ("olora", {"aggregation": {"rule": "ffa"}}, "never trains A"),
         ("olora", {"model": {"adapter": {"kind": "head"}}}, "is for LoRA"),
+        ("analytic", {"continual": {"method": "analytic"}, "cohort": {"mode": "buffered"}}, "no round to gather sums in"),
         ("analytic", {}, "model.adapter.kind is lora"),
         ("analytic", {"model": {"adapter": {"kind": "head"}}}, "one round a task"),
         ("analytic", {"model": {"adapter": {"kind": "head"}}, "rounds": 2}, "codecs round what travels"),

@@ -134,6 +134,14 @@ def test_analytic_is_joint_ridge_regression_whatever_the_order(
     assert all(not tensor.any() for name, tensor in state.items() if name.endswith(".bias"))
 
 
+def test_without_a_stream_one_round_is_all(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    result = run(plan_of("analytic", [], rounds=1), tmp_path, "inprocess")
+    assert result.final is not None
+    assert result.final["accuracy"] > 0.9
+    assert (len(result.rounds), result.continual) == (1, None)
+    assert (tmp_path / "model" / "config.json").exists()
+
+
 def test_analytic_learns_and_each_row_moves_its_sums_by_one(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = plan_of("analytic", settings={"gram_weight": 0.7})
     found = told(run(plan, tmp_path, "inprocess"))
