@@ -151,6 +151,8 @@ class Continual(_Section):
     """Forward transfer: mean over later tasks of R[i-1][i] - start[i]."""
     forgetting: float | None = None
     """Mean over earlier tasks of their best score before the end, less the last."""
+    drift: list[float | None] = Field(default_factory=list)
+    """By task: how much worse its rows were scored before they were trained on than those of the tasks before; null for the first."""
     held_back: dict[str, str] = Field(default_factory=dict)
     """By version why it is not what is exported."""
     given_out: str | None = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lichen.common.continual.measures import measures
+from lichen.common.continual.measures import drift, measures
 from lichen.common.continual.stream import Stage
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import Continual, Metrics, write_atomically
@@ -214,7 +214,9 @@ def summary_of(
     """
     matrix = [rows[number] for number in sorted(rows) if number]
     found = measures(matrix, rows.get(0))
-    return Continual(tasks=tasks, split=split, matrix=matrix, start=rows.get(0), held_back=held_back, **found._asdict())
+    return Continual(
+        tasks=tasks, split=split, matrix=matrix, start=rows.get(0), held_back=held_back, drift=drift(matrix), **found._asdict()
+    )
 
 
 def measured(metrics: Metrics | None) -> float | None:

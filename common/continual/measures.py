@@ -43,6 +43,17 @@ def measures(matrix: Sequence[Row], start: Row | None = None) -> Measures:
     )
 
 
+def drift(matrix: Sequence[Row]) -> list[float | None]:
+    """How much new data differ from what was learned, by task: what a model lacks on a task's rows, before it is trained on them, of its
+    mean score on the tasks before. None for the first, and where there are no scores; as `matrix` has it in `measures`.
+    """
+    found: list[float | None] = [None]
+    for task in range(1, len(matrix)):
+        before = matrix[task - 1]
+        found.append(_less(_mean(before[:task]), before[task]))
+    return found[: len(matrix)]
+
+
 def _less(left: float | None, right: float | None) -> float | None:
     return None if left is None or right is None else left - right
 

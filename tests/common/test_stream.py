@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lichen.common.continual.measures import measures
+from lichen.common.continual.measures import drift, measures
 from lichen.common.continual.stream import fields_of, labels_until, rounds_of_tasks, rows_of, stage_of, stage_size, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
@@ -166,6 +166,8 @@ def test_the_measures_are_those_of_the_papers() -> None:
     half = measures(matrix[:2])
     assert half.fwt is None
     assert half._replace(fwt=0) == pytest.approx((0.75, -0.2, 0, 0.2))
+    assert drift(matrix) == [None, pytest.approx(0.9 - 0.1), pytest.approx((0.7 + 0.8) / 2 - 0.2)]
+    assert (drift([]), drift([[0.5]]), drift([[0.5, None], [0.4, 0.4]])) == ([], [None], [None, None])
     assert measures([]) == measures([], [0.1]) == (None, None, None, None)
     assert measures([[0.5]], [0.1]) == (0.5, None, None, None)
     assert measures([[None, 0.5], [0.4, None]], [0.0, None]) == (0.4, None, None, None)

@@ -276,6 +276,7 @@ def test_a_stream_shows_r_and_what_was_held_back(tmp_path: Path) -> None:
         bwt=-0.4,
         fwt=0.05,
         forgetting=0.4,
+        drift=[None, 0.65],
         held_back={"2-two": "accuracy on <one> has fallen from 0.900 to 0.500"},
     )
     make(tmp_path, private=False, continual=tasks)
@@ -287,6 +288,7 @@ def test_a_stream_shows_r_and_what_was_held_back(tmp_path: Path) -> None:
         "the start 0.1000 0.2000",
         "<one> 0.9000 0.2500",
         "two 0.5000 –",
+        "drift: worse when new than the tasks before – 0.6500",
         "Version 2-two is held back: accuracy on <one> has fallen",
         "Accuracy after each task",
     ):
