@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -35,7 +35,7 @@ from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.codec.feedback import corrected, lost
 from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
 from lichen.common.continual import make_method
-from lichen.common.continual.stream import fields_of, stage_of, stage_size, stages
+from lichen.common.continual.stream import fields_of, labels_until, rows_by_task, stage_of, stage_size, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.hardware import rounded
 from lichen.common.plan import Plan, plan_from_json
@@ -44,6 +44,8 @@ from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededS
 from lichen.common.privacy.schedule import one_task_each, planned_central, planned_evaluation, planned_steps, reads_apart
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lichen.client.trainer import Trained, Trainer
     from lichen.common.model.adapter import State
     from lichen.common.tasks.task import Encoded
@@ -354,8 +356,8 @@ def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving
     trainer.model.load(_model(node, plan, message))
     rows = _rows(node, own, "holdout", trainer, round)
     if not plan.private:
-        scores = trainer.task.score(trainer.model.network, rows.encoded, own.evaluation.batch_size)
-        report = records.EvaluateReport(client=node.name, round=round, counts=scores.counts.flatten().tolist(), loss_sum=scores.loss_sum)
+        counts, loss = _scored(trainer, own, rows, range(len(rows.encoded)), round)
+        report = records.EvaluateReport(client=node.name, round=round, counts=counts.tolist(), loss_sum=loss)
     else:
         segment = planned_evaluation(plan)
         run, message_id = str(message.metadata.run_id), message.metadata.message_id
@@ -364,15 +366,29 @@ def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving
             grant = ledger.reserve("holdout", run, message_id, round, segment, _limits(node, plan), rows.segments, ahead=ahead)
             segment = grant.segment
             Gate(segment).step(segment)
-            readable = rows.encoded.select([row for unit in rows.readable_units(grant.readable) for row in unit])
-            scores = trainer.task.score(trainer.model.network, readable, own.evaluation.batch_size)
-            noise = _source(node, "holdout", plan.seed, node.name, round).normal(scores.counts.shape, segment.noise_multiplier)
+            readable = [row for unit in rows.readable_units(grant.readable) for row in unit]
+            exact, _ = _scored(trainer, own, rows, readable, round)
+            noise = _source(node, "holdout", plan.seed, node.name, round).normal(exact.shape, segment.noise_multiplier)
             ledger.released("holdout", run, message_id, again=node.simulated)
         # whole noise: the fraction of a sum of a count and a float would tell the count (Mironov 2012)
-        counts = (scores.counts + noise.round().numpy()).flatten().tolist()
-        report = records.EvaluateReport(client=node.name, round=round, counts=counts, noise_multiplier=segment.noise_multiplier)
+        counts = exact + noise.round().numpy()
+        report = records.EvaluateReport(client=node.name, round=round, counts=counts.tolist(), noise_multiplier=segment.noise_multiplier)
     records.check_release(report, private=plan.private)
     return RecordDict({"report": records.to_config(report)})
+
+
+def _scored(trainer: Trainer, plan: Plan, rows: Rows, readable: Iterable[int], round: int) -> tuple[np.ndarray, float | None]:
+    """The counts of each task until the round's, one after another, and the loss of all; a row counts once, in its first task."""
+    import numpy as np
+
+    trainer.task.choose_among(labels_until(plan, stage_of(plan, round).number))
+    found, allowed = [], set(readable)
+    for of_task in rows.by_task:
+        own = [row for row in of_task if row in allowed]
+        found.append(trainer.task.score(trainer.model.network, rows.encoded, plan.evaluation.batch_size, own))
+    losses = [scores.loss_sum for scores in found]
+    whole = None if None in losses else sum((loss for loss in losses if loss is not None), 0.0)
+    return np.concatenate([scores.counts.flatten() for scores in found]), whole
 
 
 def _prepare(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:
@@ -400,6 +416,8 @@ class Rows:
     read_from: list[frozenset[int]]
     """The ledger's data segments of each unit; empty without privacy."""
     declared_size: int | None
+    by_task: list[list[int]]
+    """Of held-out rows those of each task until the stage, each in its first; all in one without a stream."""
 
     @property
     def segments(self) -> frozenset[int]:
@@ -435,8 +453,12 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, number: i
     data = load(home, split, tuple(fields), fault=trainer.task.fault if plan.private else None)
     columns = {field: data.column(field) for field in data.fields}
     count, size, stage = len(data), data.declared_size, stages(plan)[number]
+    by_task = [list(range(count))]
     if stage.task is not None:
-        kept = make_method(plan).rows(stage, columns)
+        if split == "holdout":
+            kept, by_task = rows_by_task(plan, number, columns)
+        else:
+            kept = make_method(plan).rows(stage, columns)
         if not kept and split == "train" and not plan.private:
             raise LichenError(Code.DATA_EMPTY, f"no rows of task {stage.task.name}", where=str(home / "data.yaml"))
         columns = {field: [values[row] for row in kept] for field, values in columns.items()}
@@ -448,7 +470,7 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, number: i
         owners.setdefault(owner, []).append(row)
     units = list(owners.values())
     if not plan.private:
-        return Rows(encoded, units, [], size)
+        return Rows(encoded, units, [], size, by_task)
     # A row is known by what it says: with another label, or another entity's name on it, it is the same row.
     says = [columns[field] for field in trainer.task.fields if field != plan.task.label_field]
     with open_ledger(home, own=simulated) as ledger:
@@ -458,7 +480,7 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, number: i
         of = ledger.assign(split, found, apart=reads_apart(plan))
     together = {unit: frozenset([*(of[row] for row in rows), *([of[count + unit]] if entity else [])]) for unit, rows in enumerate(units)}
     shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
-    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size)
+    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size, by_task)
 
 
 def _with_canaries(node: Node, plan: Plan, run: str, trainer: Trainer, rows: Rows) -> Rows:

@@ -50,9 +50,12 @@ class Round(_Section):
     validation: Metrics | None = None
     """Metrics on the coordinator's validation split."""
     by_task: dict[str, Metrics | None] = Field(default_factory=dict)
-    """The same by task of the stream, after the last round of a task."""
+    """The same by task of the stream, after the last round of a task; without such a split on the clients' hold-outs, if these are scored
+    then."""
     federated: Metrics | None = None
     """Metrics on the clients' hold-outs, where the plan asks for them; noised under differential privacy."""
+    federated_by_task: dict[str, Metrics | None] = Field(default_factory=dict)
+    """The same by task of the stream until then."""
     epsilon: float | None = None
     """The largest client's ε so far."""
     uplink_bytes: int | None
@@ -65,7 +68,7 @@ class Round(_Section):
     def without_cohort(self) -> Round:
         """The round without all that tells who, or how many, took part."""
         secret = dict.fromkeys(("participants", "failed", "uplink_bytes", "downlink_bytes", "seconds", "train_loss", "federated"))
-        return self.model_copy(update={**secret, "errors": {}})
+        return self.model_copy(update={**secret, "errors": {}, "federated_by_task": {}})
 
 
 class ClientPrivacy(_Section):
@@ -137,8 +140,9 @@ class Continual(_Section):
 
     tasks: list[str]
     """In the order of the stream."""
-    split: Literal["test", "validation"]
-    """The coordinator's rows that R is of: while the run goes on its validation rows, in the end its test rows if it has any."""
+    split: Literal["test", "validation", "hold-outs"]
+    """What R is of: while the run goes on the coordinator's validation rows, in the end its test rows if it has any; without both the
+    clients' hold-outs, if the plan has them scored as each task ends (`evaluation.federated_every`)."""
     matrix: list[list[float | None]]
     """R, a row for each task that was learned; null where a task has no rows in the split."""
     start: list[float | None] | None = None

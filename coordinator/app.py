@@ -19,7 +19,7 @@ from lichen.common import records
 from lichen.common.aggregation import MEMORY, part_of
 from lichen.common.continual import make_method
 from lichen.common.continual.method import Part, Scored, together
-from lichen.common.continual.stream import Stage, fields_of, rows_of, stages
+from lichen.common.continual.stream import Stage, fields_of, rows_by_task, rows_of, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import save_models
 from lichen.common.plan import Plan, plan_from_json
@@ -97,11 +97,21 @@ class OwnData:
         """By task of the stream, as `validation_by_task`."""
         return self._score_by_task(state, self._test, stage)
 
-    def add_counts(self, reports: list[records.EvaluateReport]) -> Metrics | None:
-        """Metrics of the clients' hold-outs together."""
+    def add_counts(self, reports: list[records.EvaluateReport], stage: Stage) -> tuple[Metrics, dict[str, Metrics | None]]:
+        """Metrics of the clients' hold-outs together, and by task of the stream until the stage."""
+        sizes = {len(report.counts) for report in reports}
+        if len(sizes) != 1 or 0 in sizes or len(reports[0].counts) % (stage.number + 1):
+            raise LichenError(Code.FRAME_INVALID, f"{len(reports[0].counts)} counts are not those of {stage.number + 1} tasks")
         counts = [sum(column) for column in zip(*(report.counts for report in reports), strict=True)]
         losses = [report.loss_sum for report in reports if report.loss_sum is not None]
-        return self.task.scores_from(counts, sum(losses) if len(losses) == len(reports) else None).metrics()
+        each = len(counts) // (stage.number + 1)
+        by_task = [counts[start : start + each] for start in range(0, len(counts), each)]
+        whole = [sum(column) for column in zip(*by_task, strict=True)]
+        tasks = self.plan.continual.stream[: stage.number + 1]
+        return (
+            self.task.scores_from(whole, sum(losses) if len(losses) == len(reports) else None).metrics(),
+            {task.name: self.task.scores_from(own, None).metrics() for task, own in zip(tasks, by_task, strict=False)},
+        )
 
     def show(self, state: State) -> None:
         """Let the network have these tensors."""
@@ -152,16 +162,11 @@ class OwnData:
         if not self.plan.continual.stream:
             every = [list(range(table.num_rows))]
             return _Split(self.task.encode(columns), every, every)
-        by_task = [rows_of(self.plan, task, columns) for task in self.plan.continual.stream]
-        kept = sorted(set().union(*by_task))  # what is of no task may bear labels that the plan has not
-        place = {row: number for number, row in enumerate(kept)}
-        encoded = self.task.encode({field: [columns[field][row] for row in kept] for field in self.task.fields})
-        first: dict[int, int] = {}
-        for number, rows in enumerate(by_task):
-            for row in rows:
-                first.setdefault(row, number)
-        apart = ([row for row in rows if first[row] == number] for number, rows in enumerate(by_task))
-        return _Split(encoded, *([[place[row] for row in rows] for rows in sets] for sets in (by_task, apart)))
+        stream = self.plan.continual.stream
+        kept, apart = rows_by_task(self.plan, len(stream) - 1, columns)  # what is of no task may bear labels that the plan has not
+        columns = {field: [values[row] for row in kept] for field, values in columns.items()}
+        encoded = self.task.encode({field: columns[field] for field in self.task.fields})
+        return _Split(encoded, [rows_of(self.plan, task, columns) for task in stream], apart)
 
 
 @app.main()  # type: ignore[untyped-decorator]

@@ -170,13 +170,13 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
         self.aggregate_train(number, self._messages.ask(messages, timeout, grid, self._told, self.state, self._enough))
         self._add_to_average(number)
+        if task and number == stage.last:
+            self._end_task(task, stage)
         every = self.plan.evaluation.federated_every
         # only then, since to write a model takes the disk's time
         messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid)) if every and not number % every else []
         if messages:
             self.aggregate_evaluate(number, self._messages.ask(messages, timeout, grid, self._told, self.state))
-        if task and number == stage.last:
-            self._end_task(task, stage)
         self._told.seconds = round(time.monotonic() - began, 3)
         self.state.round = number
 
@@ -307,17 +307,20 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Metrics over all hold-outs together."""
         reports: list[records.EvaluateReport] = []
+        stage = stage_of(self.plan, self._told.round)
         for report, _ in self._replies.reports(records.EvaluateReport, replies, self._told):
             try:
                 self._replies.charge_evaluation(report, self.state)
-                self._evaluator.add_counts([report])  # alone first, so that one client's nonsense is its own failure
+                self._evaluator.add_counts([report], stage)  # alone first, so that one client's nonsense is its own failure
             except LichenError as error:
                 note_failure(self._told, report.client, error.code, error.what)
                 continue
             reports.append(report)
-        found = self._evaluator.add_counts(sorted(reports, key=lambda report: report.client)) if reports else None
+        if not reports:
+            return None
+        found, self._told.federated_by_task = self._evaluator.add_counts(sorted(reports, key=lambda report: report.client), stage)
         self._told.federated = found
-        return MetricRecord({name: value for name, value in found.items() if value is not None}) if found else None
+        return MetricRecord({name: value for name, value in found.items() if value is not None})
 
 
 def _errors(by_client: Mapping[str, int | None]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from lichen.common.aggregation import KEPT, MEMORY, MERGED, part_of
 from lichen.common.continual.stream import stage_of
@@ -37,8 +37,8 @@ class Evaluator(Protocol):
         """The same on the rows of each task of the stream, after a stage or before the first; empty if there is no split."""
         ...
 
-    def add_counts(self, reports: list[records.EvaluateReport]) -> Metrics | None:
-        """Metrics of the clients' hold-outs together.
+    def add_counts(self, reports: list[records.EvaluateReport], stage: Stage) -> tuple[Metrics, dict[str, Metrics | None]]:
+        """Metrics of the clients' hold-outs together, and by task of the stream until the stage.
 
         Raises:
             LichenError: FRAME_INVALID, if the counts of one are no counts of this task.
@@ -147,8 +147,9 @@ class Teller:
         if scored:
             told.validation = self._evaluator.validation(model, stage)
         if stage.task is not None and told.round == stage.last:
-            told.by_task = self._evaluator.validation_by_task(model, stage)
-            self._versions.add(stage, model, told.by_task, told.epsilon)
+            told.by_task = self._evaluator.validation_by_task(model, stage) or told.federated_by_task
+            split: Literal["validation", "hold-outs"] = "validation" if self._evaluator.has_validation else "hold-outs"
+            self._versions.add(stage, model, told.by_task, told.epsilon, split)
         if self._central:
             self._directory.save_for_operator(told)
         self._result.rounds.append(told.without_cohort() if self._central else told)

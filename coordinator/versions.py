@@ -43,7 +43,9 @@ class Version(BaseModel):
     epsilon: float | None = None
     """The largest client's ε until then; null without differential privacy."""
     validation: dict[str, Metrics | None] = Field(default_factory=dict)
-    """By task of the stream, of the coordinator's validation rows; empty where it has none."""
+    """By task of the stream, of the coordinator's validation rows, or of the clients' hold-outs; empty where neither was scored."""
+    split: Literal["validation", "hold-outs"] = "validation"
+    """Which of the two."""
     held_back: str | None = None
     """Why it is not what is exported; null for one that is."""
     at: float
@@ -85,7 +87,14 @@ class Versions:
         digest = self._plan.sha256()
         self._write(Version(number=0, task=START, round=0, parent=None, plan_sha256=digest, validation=validation, at=time.time()))
 
-    def add(self, stage: Stage, model: State, validation: dict[str, Metrics | None], epsilon: float | None) -> None:
+    def add(
+        self,
+        stage: Stage,
+        model: State,
+        validation: dict[str, Metrics | None],
+        epsilon: float | None,
+        split: Literal["validation", "hold-outs"] = "validation",
+    ) -> None:
         """Keep the model as it is at a stage's end; one that was kept already, before a crash, is replaced.
 
         Args:
@@ -93,6 +102,7 @@ class Versions:
             model: after its last round.
             validation: by task of the stream.
             epsilon: the largest client's so far.
+            split: what was scored.
         """
         from lichen.common.tensor_files import write_tensors
 
@@ -106,6 +116,7 @@ class Versions:
             plan_sha256=self._plan.sha256(),
             epsilon=epsilon,
             validation=validation,
+            split=split,
             held_back=self._fault(before, validation),
             at=time.time(),
         )
@@ -183,7 +194,7 @@ class Versions:
             return None
         tasks = [task.name for task in self._plan.continual.stream]
         rows = {version.number: [measured(version.validation.get(task)) for task in tasks] for version in found if version.validation}
-        return summary_of(tasks, "validation", rows, self.held_back())
+        return summary_of(tasks, found[-1].split, rows, self.held_back())
 
     def _fault(self, before: list[Version], validation: dict[str, Metrics | None]) -> str | None:
         """Why a version with these scores is held back: how much it lacks, on an earlier task, of the best version before."""
@@ -202,7 +213,7 @@ class Versions:
 
 
 def summary_of(
-    tasks: list[str], split: Literal["test", "validation"], rows: dict[int, list[float | None]], held_back: dict[str, str]
+    tasks: list[str], split: Literal["test", "validation", "hold-outs"], rows: dict[int, list[float | None]], held_back: dict[str, str]
 ) -> Continual:
     """The result's section.
 

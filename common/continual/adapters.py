@@ -56,6 +56,11 @@ class Adapters(Method):
         check_one_model(self.plan, refuse)
         check_features(self.plan, refuse)
         check_sums(self.plan, refuse)
+        if self.plan.evaluation.federated_every:
+            refuse(
+                "continual.method: adapters with federated evaluation: finished adapters and the router are at the coordinator alone",
+                "Set evaluation.federated_every: 0; the coordinator's own validation rows are scored by task.",
+            )
         if self.plan.model.adapter.kind == "full":
             refuse("continual.method: adapters keeps one adapter a task, and kind full has none", "Set model.adapter.kind: lora.")
         if any(stage.rounds == 1 for stage in stages(self.plan)):

@@ -44,8 +44,12 @@ def measures(matrix: Sequence[Row], start: Row | None = None) -> Measures:
 
 
 def drift(matrix: Sequence[Row]) -> list[float | None]:
-    """How much new data differ from what was learned, by task: what a model lacks on a task's rows, before it is trained on them, of its
-    mean score on the tasks before. None for the first, and where there are no scores; as `matrix` has it in `measures`.
+    """How much new data differ from what was learned, by task; None for the first, and where there are no scores.
+
+    It is what a model lacks on a task's rows, before it is trained on them, of its mean score on the tasks before.
+
+    Args:
+        matrix: as in `measures`.
     """
     found: list[float | None] = [None]
     for task in range(1, len(matrix)):

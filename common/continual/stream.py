@@ -90,6 +90,23 @@ def rows_of(plan: Plan, task: StreamTask, columns: Mapping[str, Sequence[object]
     return sorted(kept)
 
 
+def rows_by_task(plan: Plan, last: int, columns: Mapping[str, Sequence[object]]) -> tuple[list[int], list[list[int]]]:
+    """The rows of all tasks until one, ascending, and for each task the places among them of its own; a row is of its first task alone.
+
+    Args:
+        plan: one with a stream.
+        last: the number of the task (from 0).
+        columns: as in `rows_of`.
+    """
+    of_tasks = [rows_of(plan, task, columns) for task in plan.continual.stream[: last + 1]]
+    kept = sorted(set().union(*of_tasks))
+    place, seen, found = {row: number for number, row in enumerate(kept)}, set[int](), []
+    for rows in of_tasks:
+        found.append([place[row] for row in rows if row not in seen])
+        seen.update(rows)
+    return kept, found
+
+
 def labels_until(plan: Plan, number: int) -> tuple[str, ...]:
     """The labels among which the model chooses after a task (its number, from 0): those of all tasks so far, in the plan's order.
 

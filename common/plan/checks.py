@@ -101,11 +101,6 @@ def _check_stream(plan: Plan, refuse: Callable[[str, str], None]) -> None:
             "cohort.mode: buffered with continual.stream: an update may come when another task is learned",
             "Nearest valid: cohort.mode: synchronous.",
         )
-    if plan.evaluation.federated_every:
-        refuse(
-            "federated evaluation with continual.stream, which is not built: hold-outs are of all tasks",
-            "Set evaluation.federated_every: 0; the coordinator's own validation rows are scored by task.",
-        )
     if plan.privacy.audit.canaries:
         refuse("privacy.audit.canaries with continual.stream: they are of no task", "Set privacy.audit.canaries: 0.")
 

@@ -173,7 +173,7 @@ def _bounds(plan: Plan, result: Result) -> dict[str, Bound]:
         return {EVERY: bound}
     failed = {name for told in result.rounds for name in told.errors}
     whole = result.status == "finished" and result.engine != "flower"  # stock Flower may ask twice, and a round under way is not told yet
-    segments = len(plan.continual.stream) if one_task_each(plan) else 2 if plan.evaluation.federated_every else 1
+    segments = (len(plan.continual.stream) if one_task_each(plan) else 1) + bool(plan.evaluation.federated_every)
     gated = Bound(
         epsilon=privacy.epsilon,
         delta=privacy.delta,
@@ -295,7 +295,7 @@ def _assumptions(plan: Plan, *, central: bool) -> Iterator[str]:
         "ε bounds the mechanism on real numbers. Floats are guarded, not proven: sums are noised in 64 bits and rounded to a grid that is "
         "coarse beside a float's own and fine beside the noise (Mironov 2012)."
     )
-    of = "rows of each task" if one_task_each(plan) else "training rows, held-out rows"
+    of = "training rows of each task, held-out rows" if one_task_each(plan) else "training rows, held-out rows"
     yield f"A client's segments ({of}) are disjoint: one record is in one of them{_segments(plan)}."
     yield "This run alone: what earlier or later runs spend on the same rows adds to it, and is kept in the node's ledger."
     yield "Each client's data are its own: who has rows at several clients adds up their ε and δ."

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lichen.common.continual.measures import drift, measures
-from lichen.common.continual.stream import fields_of, labels_until, rounds_of_tasks, rows_of, stage_of, stage_size, stages
+from lichen.common.continual.stream import fields_of, labels_until, rounds_of_tasks, rows_by_task, rows_of, stage_of, stage_size, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.privacy.schedule import planned_steps, rounds_of_a_unit
@@ -98,6 +98,13 @@ def test_noise_is_for_the_rounds_in_which_a_unit_is_read() -> None:
     assert [rounds_of_a_unit(entity, stage) for stage in stages(entity)] == [6, 6]
 
 
+def test_a_row_of_two_tasks_is_of_the_first_where_each_counts_once() -> None:
+    plan = plan_of({"between": {"year": [2000, 2003]}}, {"between": {"year": [2002, 2005]}})
+    columns = {"year": [1999, 2004, 2002, 2000], "label": ["a"] * 4}
+    assert rows_by_task(plan, 1, columns) == ([1, 2, 3], [[1, 2], [0]])
+    assert rows_by_task(plan, 0, columns) == ([2, 3], [[0, 1]])
+
+
 @pytest.mark.parametrize(
     ("tasks", "changes", "reason"),
     [
@@ -107,7 +114,6 @@ def test_noise_is_for_the_rounds_in_which_a_unit_is_read() -> None:
         ([{**ONE, "rounds": 6}, TWO], {}, "have 6 rounds together, and 1 leave theirs out, and rounds is 6"),
         ([ONE, TWO], {"aggregation": {"average_last": 4}}, "above the rounds of the shortest task (3)"),
         ([ONE, TWO], {"cohort": {"mode": "buffered"}}, "when another task is learned"),
-        ([ONE, TWO], {"evaluation": {"federated_every": 1}}, "which is not built"),
         ([ONE, TWO], {"privacy": {"unit": "example", "audit": {"canaries": 4}}}, "they are of no task"),
     ],
 )
@@ -123,6 +129,7 @@ def test_a_stream_that_would_not_do_is_refused(tasks: list[dict[str, Any]], chan
         ("adapters", {"aggregation": {"rule": "nested"}}, "clients of several ranks"),
         ("adapters", {"model": {"adapter": {"kind": "full"}}}, "kind full has none"),
         ("adapters", {"rounds": 2}, "two rounds a task"),
+        ("adapters", {"evaluation": {"federated_every": 1}}, "at the coordinator alone"),
         ("adapters", {"model": {"head": {"pooling": "pooler"}}}, "mean pooling"),
         ("adapters", {"transfer": {"uplink": {"codec": "topk"}}}, "lose a part"),
         ("adapters", {"privacy": {"unit": "client", "noise": "central"}, "cohort": {"population": 4}}, "a clip of their own"),

@@ -156,7 +156,7 @@ def test_a_record_pays_for_its_task_and_a_person_in_all_for_the_sum(tmp_path: Pa
         assert min(client.segments.values()) > 7.0, "each task may spend what a record has"
     statement = result.privacy.statement
     assert statement is not None
-    assert any("rows of each task" in line and "no record in two tasks" in line for line in statement.assumptions)
+    assert any("training rows of each task" in line and "no record in two tasks" in line for line in statement.assumptions)
     entity = run(plan_of(stream, privacy=PRIVATE | {"unit": "entity", "unit_field": "site"}), tmp_path / "entity", "inprocess")
     assert all(client.segments.keys() == {"train"} and client.epsilon <= 8.0 for client in entity.privacy.clients.values())
 
@@ -184,6 +184,25 @@ def test_every_rule_may_learn_a_stream(tmp_path: Path, plan_of: Callable[..., Pl
                 assert not state[beside(name, B)].any()
                 assert tensor.any()
                 assert state[beside(name, A)].any()
+
+
+@pytest.mark.parametrize("privacy", [{}, PRIVATE])
+def test_hold_outs_are_scored_by_task_where_the_coordinator_has_no_rows(
+    tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any], privacy: dict[str, Any]
+) -> None:
+    evaluation = {"federated_every": 2, "validation_fraction": 0.0}
+    data = {key: value for key, value in csv_plan["simulation"]["data"].items() if key != "test"}
+    changes = {"evaluation": evaluation, "simulation": csv_plan["simulation"] | {"data": data}}
+    result = run(plan_of(**changes, **({"privacy": privacy} if privacy else {})), tmp_path, "inprocess")
+    assert [sorted(line.federated_by_task) for line in result.rounds] == [[], ["fields"], [], ["banks", "fields"]]
+    found = told(result)
+    assert (found.split, len(found.matrix), found.matrix[0][1]) == ("hold-outs", 2, None)
+    assert found.matrix[0][0] == result.rounds[1].federated_by_task["fields"]["accuracy"]  # type: ignore[index]
+    if not privacy:
+        assert found.matrix[1][1] > 0.9 > 0.5 > found.matrix[1][0]
+    for client in result.privacy.clients.values():
+        assert client.segments.keys() == {"train:fields", "train:banks", "holdout"}
+        assert client.epsilon <= 8.0
 
 
 def test_rows_of_no_task_are_left_out_whatever_their_label(tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any]) -> None:
