@@ -200,9 +200,9 @@ def test_an_evaluation_reads_no_row_that_is_spent(
     seen: list[int] = []
     score = trainer.task.score
 
-    def counted(network: Any, data: Any, size: int) -> Any:
-        seen.append(len(data))
-        return score(network, data, size)
+    def counted(network: Any, data: Any, size: int, rows: list[int]) -> Any:
+        seen.append(len(rows))
+        return score(network, data, size, rows)
 
     monkeypatch.setattr(trainer.task, "score", counted)
     assert not ask(home, plan, kind=records.EVALUATE).has_error()
