@@ -234,7 +234,10 @@ def _train(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[Re
         report = report.model_copy(update={"rank": rank})
     records.check_release(report, private=plan.private, central=plan.central)
     content = RecordDict({"report": records.to_config(report)})
-    _put_update(content, node, plan, asked.number, str(message.metadata.run_id), trained.delta)
+    if make_method(plan).gathers(asked.round):  # sums, which no codec rounds
+        records.put_update(content, trained.delta, None, 0, node.spool, durable=not node.simulated)
+    else:
+        _put_update(content, node, plan, asked.number, str(message.metadata.run_id), trained.delta)
     return content
 
 

@@ -125,7 +125,8 @@ class OwnData:
         if split is None:
             return None
         sets = self._rows[split].apart[: stage.number + 1]
-        found = self._scored(state, split, sets, stage.number)
+        if not (found := self._scored(state, split, sets, stage.number)):
+            return None
         metrics = together(self.task, [one.scores for one in found.values()]).metrics()
         for key in next(iter(found.values())).shares:
             shares = [(share, len(sets[number])) for number, one in found.items() if (share := one.shares[key]) is not None]

@@ -83,22 +83,26 @@ def give_out(run: Path, number: int) -> None:
     Raises:
         LichenError: NO_MODEL; MODEL_NOT_FOUND, if the base is not here; OUTPUT_UNUSABLE.
     """
+    from lichen.coordinator.report import write_report
     from lichen.coordinator.versions import Versions
 
     new, old = run / "model.new", run / "model.old"
     try:
-        for left in (new, old):  # by an attempt that was killed
+        if old.exists() and not (run / "model").exists():  # an attempt was killed
+            old.rename(run / "model")
+        for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
         _write_version(run, number, new)
+        if (run / "model").exists():
+            (run / "model").rename(old)
+        new.rename(run / "model")
         versions, result = Versions(run, load_plan(run / "plan.yaml")), read_result(run)
         versions.choose(number)
         if result.continual is not None:
             told = {"held_back": versions.held_back(), "given_out": versions.given_out()}
             result.continual = result.continual.model_copy(update=told)
             write_atomically(run / "result.json", result.model_dump_json(indent=2) + "\n")
-        if (run / "model").exists():
-            (run / "model").rename(old)
-        new.rename(run / "model")
+            write_report(run)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(run)) from None

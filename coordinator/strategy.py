@@ -13,8 +13,9 @@ from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy import Strategy
 
 from lichen.common import records
+from lichen.common.aggregation import KEPT, part_of
 from lichen.common.codec.registry import downlink_codec
-from lichen.common.continual import make_method
+from lichen.common.continual import make_method, training_rounds
 from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code, LichenError, name_of
 from lichen.common.result import Result, Round
@@ -185,7 +186,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         state = self.state
         if self.plan.aggregation.average_last > 1:
             final = self._mean_of_last()
-            state.model = self._downlink.add({name: final[name] - tensor for name, tensor in state.model.items()}, state)
+            step = {name: final[name] - tensor for name, tensor in state.model.items() if part_of(name) != KEPT}
+            state.model = self._downlink.add(step, state)
         self._learn(self._method.ended(state.model, state.memory, stage, self._start))
         for client, history in state.spent.items():
             state.spent_before.setdefault(client, {})[task] = history
@@ -284,7 +286,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         state.model = self._downlink.add(whole, state, room)
 
     def _add_to_average(self, number: int) -> None:
-        if number > stage_of(self.plan, number).last - self.plan.aggregation.average_last:
+        if number in training_rounds(self.plan, stage_of(self.plan, number))[-self.plan.aggregation.average_last :]:
             model, sums = folded(self.plan, self.state.model), self.state.average
             self.state.average = {name: sums[name] + tensor if sums else tensor for name, tensor in model.items()}
 

@@ -10,6 +10,7 @@ from lichen.common import records
 from lichen.common.aggregation import update_like
 from lichen.common.codec.layout import Layout
 from lichen.common.codec.registry import uplink_codec
+from lichen.common.continual import make_method
 from lichen.common.errors import LichenError
 from lichen.common.model.adapter import State, check_finite
 from lichen.coordinator.aggregation import make_rule
@@ -56,7 +57,8 @@ class Updates:
         Raises:
             LichenError: as `records.get_update`.
         """
-        return records.get_update(one.message.content, self._spool, self._codec, self._like(one, model))
+        codec = None if make_method(self._plan).gathers(one.report.round) else self._codec  # sums travel as they are
+        return records.get_update(one.message.content, self._spool, codec, self._like(one, model))
 
     def is_usable(self, reply: Message, round: int, model: State) -> bool:
         """Whether a reply to training seems to bear an update for the sum. It charges nothing, and tells nobody."""

@@ -117,7 +117,8 @@ class Versions:
             epsilon=epsilon,
             validation=validation,
             split=split,
-            held_back=self._fault(before, validation),
+            # a cohort's hold-outs are others each time, and under privacy noised: a fall of theirs says little of the model
+            held_back=self._fault(before, validation) if split == "validation" else None,
             at=time.time(),
         )
         folder = self._folder / version.name
@@ -190,10 +191,10 @@ class Versions:
     def summary(self) -> Continual | None:
         """What they tell on the validation rows; None before the first."""
         found = self.all()
-        if not found:
+        if not any(version.validation for version in found):
             return None
         tasks = [task.name for task in self._plan.continual.stream]
-        rows = {version.number: [measured(version.validation.get(task)) for task in tasks] for version in found if version.validation}
+        rows = {version.number: [measured(version.validation.get(task)) for task in tasks] for version in found}
         return summary_of(tasks, found[-1].split, rows, self.held_back())
 
     def _fault(self, before: list[Version], validation: dict[str, Metrics | None]) -> str | None:

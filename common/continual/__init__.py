@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lichen.common.continual.method import Method
+    from lichen.common.continual.stream import Stage
     from lichen.common.plan import Plan
+
+
+def training_rounds(plan: Plan, stage: Stage) -> list[int]:
+    """The rounds of a stage in which a model is trained; all, where none is."""
+    method, every = make_method(plan), list(range(stage.first, stage.last + 1))
+    return [round for round in every if not method.gathers(round)] or every
 
 
 @lru_cache(maxsize=64)

@@ -32,16 +32,13 @@ class Analytic(Method):
         """It solves for a head, once a task, and exactly."""
         check_features(self.plan, refuse)
         check_sums(self.plan, refuse)
-        kind, transfer = self.plan.model.adapter.kind, self.plan.transfer
+        kind = self.plan.model.adapter.kind
         if kind != "head":
             refuse(f"continual.method: analytic solves for the head, and model.adapter.kind is {kind}", "Set model.adapter.kind: head.")
         if any(stage.rounds != 1 for stage in stages(self.plan)):
             refuse("continual.method: analytic has one round a task: a second would count rows twice", "Set rounds to the number of tasks.")
-        if (transfer.uplink.codec, transfer.downlink.codec) != ("none", "none"):
-            refuse(
-                "continual.method: analytic is exact, and codecs round what travels",
-                "Set transfer.uplink.codec: none and transfer.downlink.codec: none.",
-            )
+        if self.plan.transfer.downlink.codec != "none":
+            refuse("continual.method: analytic is exact, and codecs round what travels", "Set transfer.downlink.codec: none.")
 
     def gathers(self, round: int) -> Literal["features", "gradients"] | None:
         """Always."""

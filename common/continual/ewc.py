@@ -71,9 +71,11 @@ class EWC(Method):
         if not whole:  # in the first task
             return []
         scale = self.plan.continual.ewc.weight * sum(tensor.numel() for tensor in fisher.values()) / whole
+        local = self.plan.local
+        most = 1 / max(local.learning_rate, local.head_learning_rate or 0)  # a step of plain SGD then reaches the anchor, and not beyond it
         found = []
         for name, tensor in trained.items():
-            anchor, strength = (part.to(tensor.device) for part in (kept[_ANCHOR + name], scale * fisher[name]))
+            anchor, strength = (part.to(tensor.device) for part in (kept[_ANCHOR + name], (scale * fisher[name]).clamp(max=most)))
             found.append(Pull(name, partial(_towards, anchor=anchor, strength=strength)))
         return found
 

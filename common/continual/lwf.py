@@ -33,7 +33,7 @@ class LwF(Method):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        self._taught: OrderedDict[str, Encoded] = OrderedDict()
+        self._taught: OrderedDict[str, tuple[Encoded, Encoded]] = OrderedDict()  # of what rows, and those with the answers
 
     def check(self, refuse: Refuse) -> None:
         """It needs tasks, and one model."""
@@ -59,16 +59,16 @@ class LwF(Method):
         for tensor in before.values():
             digest.update(tensor.numpy().tobytes())
         key = digest.hexdigest()
-        if key not in self._taught:
+        if key not in self._taught or self._taught[key][0] is not data:  # the same texts may have other labels
             state = model.state()
             model.load(state | before)
             task.choose_among(labels_until(self.plan, stage.number - 1))
-            self._taught[key] = task.taught(model.network, data, _AT_ONCE)
+            self._taught[key] = data, task.taught(model.network, data, _AT_ONCE)
             model.load(state)
         self._taught.move_to_end(key)
         if len(self._taught) > _KNOWN:
             self._taught.popitem(last=False)
-        return self._taught[key]
+        return self._taught[key][1]
 
     def ended(self, model: State, memory: State, stage: Stage, start: State) -> Learned:
         """The model as it is becomes the one before."""

@@ -285,5 +285,3 @@ def check_sums(plan: Plan, refuse: Refuse) -> None:
             f"continual.method: {method} under unit: client, which is not built: its sums need a clip of their own",
             "Nearest valid: privacy.unit: example.",
         )
-    if plan.transfer.uplink.codec == "topk" or plan.transfer.uplink.error_feedback:
-        refuse(f"continual.method: {method} sends sums, of which topk and error feedback lose a part", "Set transfer.uplink.codec: eden.")

@@ -32,6 +32,12 @@ class Replay(Method):
                 "Leave it out, and set continual.replay.share.",
             )
 
+        if self.plan.private and not self.plan.central and self.plan.privacy.sample_rate is None:
+            refuse(
+                "continual.method: replay under differential privacy needs privacy.sample_rate: by the batch, each task would have another",
+                "Set privacy.sample_rate.",
+            )
+
     def rows(self, stage: Stage, columns: Mapping[str, Sequence[object]]) -> list[int]:
         """The task's, and of each earlier one those that are kept."""
         found = set(super().rows(stage, columns))

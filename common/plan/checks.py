@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lichen.common.aggregation import RULES
-from lichen.common.continual import make_method
-from lichen.common.continual.stream import labels_until, rounds_of_tasks
+from lichen.common.continual import make_method, training_rounds
+from lichen.common.continual.stream import labels_until, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan.plan import Plan
 
@@ -91,9 +91,9 @@ def _check_stream(plan: Plan, refuse: Callable[[str, str], None]) -> None:
             f"the tasks of continual.stream have {given} rounds together{least}, and rounds is {plan.rounds}",
             f"Set rounds: {given + left_out}{' or more' if left_out else ''}.",
         )
-    if plan.aggregation.average_last > (shortest := min(rounds_of_tasks(plan))):
+    if plan.aggregation.average_last > (shortest := min(len(training_rounds(plan, stage)) for stage in stages(plan))):
         refuse(
-            f"aggregation.average_last ({plan.aggregation.average_last}) is above the rounds of the shortest task ({shortest})",
+            f"aggregation.average_last ({plan.aggregation.average_last}) is above the rounds of the shortest task that train ({shortest})",
             f"Set it to at most {shortest}.",
         )
     if plan.cohort.mode == "buffered":

@@ -77,7 +77,7 @@ def plan_of(scenario: str, method: str, epsilon: float, settings: Sequence[str] 
         settings = [setting for setting in settings if not setting.startswith("rounds=")]
         tasks = len(load_plan(path).continual.stream)
         changes += ["continual.method=analytic", "model.adapter={kind: head}", f"rounds={tasks}", "aggregation.average_last=1"]
-        changes += ["transfer.uplink.codec=none", "transfer.downlink.codec=none"]
+        changes.append("transfer.downlink.codec=none")
         changes += ["local.steps=1", "privacy.sample_rate=1.0", "continual.analytic.ridge=100.0"] if private else []
     else:
         changes.append(f"continual.method={method}")

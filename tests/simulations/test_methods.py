@@ -448,3 +448,33 @@ def test_a_task_that_has_ended_scores_the_same_with_its_adapter_kept(tmp_path: P
     assert same(states(tmp_path, plan)[1], {name.removeprefix("model/"): tensor for name, tensor in checkpoint.items() if "model/" in name})
     name = next(name for name in first if part_of(name) == A)
     assert first[f"kept.{beside(name, HELD_A)}"].shape == first[name].shape, "of two tasks one is earlier"
+
+
+def test_the_mean_of_the_last_rounds_is_of_those_that_train(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("adapters", transfer=EXACT, aggregation={"average_last": 2})
+    run(plan, tmp_path, "inprocess")
+    second = load_file(tmp_path / "checkpoints" / "round-00005.safetensors")
+    kept = states(tmp_path, plan)[1]
+    (name,) = (name for name in second if name.startswith("average/") and name.endswith("classifier.weight"))
+    # the sum's first summand is round 5's model, since round 4 gathered; the mean is with round 6's
+    model = name.removeprefix("average/")
+    assert torch.equal(second[name], second[f"model/{model}"])
+    assert not torch.allclose(kept[f"{MEMORY}.1.{model}"], second[name], atol=1e-4)
+
+
+def test_labels_that_were_put_right_are_trained_on(plan_of: Callable[..., Plan], tiny_rows: Callable[..., Any]) -> None:
+    from lichen.common import tasks
+
+    tasks.workbench.cache_clear()
+    plan = plan_of("lwf", SITES)
+    task, model, _ = tasks.workbench(plan)
+    rows = tiny_rows(12, 0)
+    first, other = (
+        task.encode({"text": [row["text"] for row in rows], "label": labels})
+        for labels in ([row["label"] for row in rows], ["crop"] * len(rows))
+    )
+    method, stage = make_method(plan), stages(plan)[1]
+    taught = method.examples(task, model, first, stage)
+    assert method.examples(task, model, first, stage) is taught, "else what frozen layers gave would be computed again"
+    assert method.examples(task, model, other, stage).labels.tolist() == other.labels.tolist()
+    tasks.workbench.cache_clear()

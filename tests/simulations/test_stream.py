@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,12 +16,14 @@ from typer.testing import CliRunner
 
 from lichen.common.aggregation import MERGED, A, B, beside, part_of
 from lichen.common.continual.measures import measures
+from lichen.common.continual.stream import stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
 from lichen.common.model.export import load_saved
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.result import Result, read_result
 from lichen.common.tasks import make_task
+from lichen.coordinator.app import OwnData
 from lichen.coordinator.export import app, export_model
 from lichen.coordinator.run_directory import RunDirectory
 from lichen.coordinator.versions import Versions
@@ -203,6 +207,32 @@ def test_hold_outs_are_scored_by_task_where_the_coordinator_has_no_rows(
     for client in result.privacy.clients.values():
         assert client.segments.keys() == {"train:fields", "train:banks", "holdout"}
         assert client.epsilon <= 8.0
+
+
+def test_a_task_without_validation_rows_has_no_score_and_ends_nothing(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of()
+    run(plan, tmp_path / "run", "inprocess")
+    kept = tmp_path / "run" / "simulation" / "validation.parquet"
+    rows = [row for row in pq.read_table(kept).to_pylist() if row["label"] == "money"]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "late.parquet")
+    own = OwnData(plan, tmp_path / "late.parquet", None)
+    state = models_of(tmp_path / "run", plan)[0]
+    first, second = stages(plan)
+    assert own.validation(state, first) is None
+    assert own.validation_by_task(state, first)["fields"] is None
+    assert own.validation(state, second) is not None
+    assert own.final(state) is not None
+
+
+def test_ends_that_were_not_scored_keep_their_place_in_r(tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any]) -> None:
+    data = {key: value for key, value in csv_plan["simulation"]["data"].items() if key != "test"}
+    evaluation = {"federated_every": 4, "validation_fraction": 0.0}
+    plan = plan_of(evaluation=evaluation, simulation=csv_plan["simulation"] | {"data": data})
+    found = told(run(plan, tmp_path, "inprocess"))
+    assert found.matrix[0] == [None, None]
+    assert None not in found.matrix[1]
+    assert (found.bwt, found.drift) == (None, [None, None])
+    assert found.acc is not None
 
 
 def test_rows_of_no_task_are_left_out_whatever_their_label(tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any]) -> None:

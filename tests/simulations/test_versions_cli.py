@@ -97,6 +97,16 @@ def test_what_is_given_out_can_be_taken_back_and_forth(lichen: Callable[..., Any
     assert caught.value.code is Code.NO_MODEL
 
 
+def test_a_rollback_that_was_killed_between_two_moves_is_done_again(lichen: Callable[..., Any], home: tuple[Path, Path]) -> None:
+    directory = home[1]
+    (directory / "model").rename(directory / "model.old")
+    (directory / "model.new").mkdir()
+    lichen("rollback", "1")
+    assert (directory / "model" / "adapter_config.json").exists()
+    assert not (directory / "model.old").exists()
+    assert "rolled back to 1-fields" in (directory / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_that_goes_on_is_not_rolled_back(lichen: Callable[..., Any], home: tuple[Path, Path]) -> None:
     store = Home(home[0]).open_store()
     store.set_run_status(7, "running")
