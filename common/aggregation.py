@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lichen.common.continual import make_method, training_rounds
+from lichen.common.continual import make_method
 from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code, LichenError
 
@@ -89,7 +89,8 @@ def phase_of(plan: Plan, round: int) -> frozenset[str]:
     phases = properties(plan).phases
     if len(phases) == 1:
         return phases[0]
-    before = sum(earlier < round for earlier in training_rounds(plan, stage_of(plan, round)))
+    method = make_method(plan)
+    before = sum(not method.gathers(earlier) for earlier in range(stage_of(plan, round).first, round))
     return phases[before % len(phases)]
 
 

@@ -35,6 +35,7 @@ def test_a_federation_finishes_rounds_at_64_kbit_and_500_ms_with_loss() -> None:
     assert "64 kbit/s" in told(Conditions(), found, bench_cuts(2, 100))
 
 
+@pytest.mark.long
 def test_a_cut_costs_what_was_on_its_way() -> None:
     found = bench_cuts(4, 400)
     assert found["uncut"] < 1.1 * found["payload"]

@@ -26,6 +26,7 @@ def small(csv_plan: dict[str, Any]) -> list[str]:
     return [*model, *stream, *few, f"simulation.data={data}"]
 
 
+@pytest.mark.long
 def test_each_method_is_run_and_held_between_sequential_and_joint(small: list[str], tmp_path: Path) -> None:
     options = [word for setting in small for word in ("--set", setting)]
     command = ["continual", "--full", "--methods", "sequential,adapters", "--seeds", "0,1"]
