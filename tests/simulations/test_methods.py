@@ -201,6 +201,10 @@ def test_the_noise_of_sums_is_the_plans(plan_of: Callable[..., Plan], csv_plan: 
     # σ = 2 for each of 4 sums, over 0.5 · 4 draws that a unit is expected in: 2 · √4 / 2
     assert float(gathered([]).std()) == pytest.approx(2.0, rel=0.02)
     assert float((gathered(units).mean(0) - gathered([]).mean(0)).norm()) > 1
+    faint = Segment(1e-3, 1.0, 1)  # of all rows as one unit, with hardly any noise
+    alone = Private([list(range(len(rows)))], faint, 40, Gate(faint))
+    sums = trainer.run(Job(start, data, 1, SeededSource(0), private=alone)).delta
+    assert 0.3 < sum(float(tensor.square().sum()) for tensor in sums.values()) ** 0.5 < 1.1, "a unit of many rows moves no more than one"
     with pytest.raises(Exception, match="beyond what was reserved"):
         trainer.run(Job(start, data, 1, SeededSource(0), private=Private(units, segment, 40, Gate(segment._replace(steps=3)))))
 
