@@ -21,6 +21,7 @@ from lichen.client.hardware import Hardware, is_kept_in
 from lichen.client.locks import HomeLocks
 from lichen.client.mailbox import Mailbox
 from lichen.client.status import State, StatusFile, is_paused
+from lichen.client.watching import Watcher
 from lichen.client.witness import Witness
 from lichen.client.worker import Limits, OutOfMemoryError, Worker, trim
 from lichen.common import records
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from flwr.app import Message
 
     from lichen.client.policy import Policy
+    from lichen.common.channel.fleet_pb2 import News
     from lichen.common.hardware import Profile
     from lichen.common.plan import Plan
 
@@ -72,6 +74,7 @@ class Agent:
         self._unknown: set[str] = set()  # trainings whose speed could not be measured
         self._rows: dict[tuple[str, int | None], int] = {}  # at once, by training and memory limit, where memory was not enough for more
         self._connected = False
+        self._watcher = Watcher(self.home, self._tell_news)
         self._witness = Witness(self.home)
         self._connection = connection.Connection(
             address,
@@ -95,7 +98,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: then whoever runs that stops us
                 loop.add_signal_handler(number, self.stop)
-        renewal = asyncio.create_task(self._renew())
+        beside = [asyncio.create_task(self._renew()), asyncio.create_task(self._watcher.run())]
         try:
             await asyncio.to_thread(self._locks.hold_data)
             await self._tell_profile()
@@ -105,8 +108,9 @@ class Agent:
             self._note(error)
             raise
         finally:
-            renewal.cancel()
-            await asyncio.gather(renewal, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
             await self._worker.stop()
             self._status.change(state="stopped", connected=False, worker_pid=None)
             self._mailbox.close()
@@ -124,10 +128,11 @@ class Agent:
         private = True  # until the plan says otherwise
         run = str(message.metadata.run_id)
         try:
-            if is_paused(self.home):
-                raise LichenError(Code.AGENT_PAUSED, "the owner has paused this node", fix="lichen client pause --resume")
             plan, assignment = await asyncio.to_thread(_assignment, message)
             private, round = plan.private, assignment.round
+            self._watcher.begin(message.metadata.run_id, plan)  # whatever stands in the way now may be gone later
+            if is_paused(self.home):
+                raise LichenError(Code.AGENT_PAUSED, "the owner has paused this node", fix="lichen client pause --resume")
             self._status.change(run=run, round=round)
             reply = await self._do(message, plan, assignment)
             if not reply.has_error():
@@ -151,6 +156,8 @@ class Agent:
         if plan.private:
             await asyncio.to_thread(self._witness.check)
         kind = message.metadata.message_type
+        if kind == records.PREPARE:
+            await self._watcher.look()
         work = _WORK[kind]
         log.info("%s, round %d of %s", work, assignment.round, plan.name)
         self._status.change(state=work)
@@ -166,7 +173,10 @@ class Agent:
             if plan.local.partial:  # it ends in time by itself
                 until += longer
         records.spend_time(message, loop.time() - began)
-        return await self._have_done(message, plan, assignment, limits, until)
+        if kind != records.TRAIN:
+            return await self._have_done(message, plan, assignment, limits, until)
+        async with self._watcher.reading():
+            return await self._have_done(message, plan, assignment, limits, until)
 
     async def _have_done(self, message: Message, plan: Plan, assignment: records.Assignment, limits: Limits, until: float) -> Message:
         """The worker's reply. Where memory was not enough it begins anew with half the rows at once, in a new process.
@@ -264,6 +274,10 @@ class Agent:
             profile = self._hardware.profile(work_of(plan), rows, self._connection.speeds, self._worker.memory_mb)
         self._hardware.told(profile)
         return profile
+
+    def _tell_news(self, news: News) -> None:
+        self._connection.tell_news(news)
+        self._status.change(new_rows=news.rows)
 
     # --- beside ---
 

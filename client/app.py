@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from lichen.client import canaries
+from lichen.client import arrivals, canaries
 from lichen.client.chain import bring_up
-from lichen.client.data import CACHE, Split, fingerprints, load, read_manifest, said, stamp
+from lichen.client.data import CACHE, Split, declared_size, fingerprints, load, read_manifest, said, stamp
 from lichen.client.gate import Gate
 from lichen.client.jobs import Job, Private
 from lichen.client.ledger import open_ledger
@@ -35,7 +35,7 @@ from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.codec.feedback import corrected, lost
 from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
 from lichen.common.continual import make_method
-from lichen.common.continual.stream import fields_of, labels_until, rows_by_task, stage_of, stage_size, stages
+from lichen.common.continual.stream import fields_of, is_online, labels_until, rows_by_task, stage_of, stage_size, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.hardware import rounded
 from lichen.common.plan import Plan, plan_from_json
@@ -216,7 +216,8 @@ def _train(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[Re
     trainer = trainer_of(own)
     start = _cut(node, plan, asked.assignment, _model(node, plan, message))
     trainer.model.load(start)  # what does not fit is refused before it is charged
-    rows = _rows(node, own, "train", trainer, asked.round)
+    rows = _rows(node, own, "train", trainer, asked.round, str(message.metadata.run_id))
+    known = rows
     if plan.privacy.audit.canaries:
         rows = _with_canaries(node, plan, str(message.metadata.run_id), trainer, rows)
     if not plan.private:
@@ -230,6 +231,8 @@ def _train(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[Re
         trained, report = yield from _train_central(node, plan, asked, message, trainer, start, rows)
     else:
         trained, report = yield from _train_private(node, plan, asked, message, trainer, start, rows)
+    if not node.simulated:
+        _note_read(node.home, str(message.metadata.run_id), known)
     if (rank := _rank(node, plan, asked.assignment)) != plan.model.adapter.rank:
         report = report.model_copy(update={"rank": rank})
     records.check_release(report, private=plan.private, central=plan.central)
@@ -357,7 +360,7 @@ def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving
         raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")
     trainer = trainer_of(own)
     trainer.model.load(_model(node, plan, message))
-    rows = _rows(node, own, "holdout", trainer, round)
+    rows = _rows(node, own, "holdout", trainer, round, str(message.metadata.run_id))
     if not plan.private:
         counts, loss = _scored(trainer, own, rows, range(len(rows.encoded)), round)
         report = records.EvaluateReport(client=node.name, round=round, counts=counts.tolist(), loss_sum=loss)
@@ -397,7 +400,9 @@ def _scored(trainer: Trainer, plan: Plan, rows: Rows, readable: Iterable[int], r
 def _prepare(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:
     yield from ()  # it asks for no training
     own = own_plan(plan, asked.assignment, node.rows)
-    _rows(node, own, "train", trainer_of(own), asked.round)
+    trainer = trainer_of(own)
+    if not is_online(plan):  # whose batch begins with its first training
+        _rows(node, own, "train", trainer, asked.round, str(message.metadata.run_id))
     return RecordDict()
 
 
@@ -409,7 +414,7 @@ def _probe(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[Re
     return RecordDict({"report": records.to_config(records.ProbeReport(tokens_per_s=rounded(speed)))})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """A split's rows, encoded."""
 
@@ -421,6 +426,8 @@ class Rows:
     declared_size: int | None
     by_task: list[list[int]]
     """Of held-out rows those of each task until the stage, each in its first; all in one without a stream."""
+    known_by: list[int]
+    """Fingerprints of the rows, by which a later online run knows that they are not new; of a simulated node none."""
 
     @property
     def segments(self) -> frozenset[int]:
@@ -432,17 +439,25 @@ class Rows:
         return [unit for unit, own in zip(self.units, self.read_from, strict=True) if own <= readable]
 
 
-def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer, round: int) -> Rows:
+def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer, round: int, run: str) -> Rows:
     number = stage_of(plan, round).number
-    if not plan.private:
-        return _read_rows(node.home, plan, split, trainer, number, (stamp(node.home),), False)
-    with open_ledger(node.home, own=node.simulated) as ledger:  # another ledger knows nothing of this one's data segments
-        changed = (stamp(node.home), ledger.id)
-    return _read_rows(node.home, plan, split, trainer, number, changed, node.simulated)
+    batch = None
+    if is_online(plan):
+        if node.simulated:
+            batch = arrivals.dealt(declared_size(node.home), number, len(stages(plan)))
+        else:
+            batch = arrivals.take(node.home, plan, run, number)
+    changed: tuple[object, ...] = (stamp(node.home),)
+    if plan.private:
+        with open_ledger(node.home, own=node.simulated) as ledger:  # another ledger knows nothing of this one's data segments
+            changed += (ledger.id,)
+    return _read_rows(node.home, plan, split, trainer, number, changed, node.simulated, batch)
 
 
 @functools.lru_cache(maxsize=64)
-def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, number: int, changed: object, simulated: bool) -> Rows:
+def _read_rows(
+    home: Path, plan: Plan, split: Split, trainer: Trainer, number: int, changed: object, simulated: bool, batch: arrivals.Batch | None
+) -> Rows:
     """Those of a stage, by its number. Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
     entity = plan.privacy.unit_field
     if plan.private and (entity or split == "holdout") and any(source.holdout >= 1 for source in read_manifest(home).sources):
@@ -457,14 +472,18 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, number: i
     columns = {field: data.column(field) for field in data.fields}
     count, size, stage = len(data), data.declared_size, stages(plan)[number]
     by_task = [list(range(count))]
+    known_by = _known_by(home, plan, columns, batch.key if batch else None) if batch or not simulated else []
     if stage.task is not None:
-        if split == "holdout":
+        if batch is not None:
+            kept, size = [row for row, one in enumerate(known_by) if batch.holds(one)], batch.declared_size
+        elif split == "holdout":
             kept, by_task = rows_by_task(plan, number, columns)
         else:
             kept = make_method(plan).rows(stage, columns)
         if not kept and split == "train" and not plan.private:
             raise LichenError(Code.DATA_EMPTY, f"no rows of task {stage.task.name}", where=str(home / "data.yaml"))
         columns = {field: [values[row] for row in kept] for field, values in columns.items()}
+        known_by = [known_by[row] for row in kept] if known_by else []
         count, size = len(kept), None if size is None else stage_size(plan, stage, size)
     encoded = trainer.task.encode({field: columns[field] for field in trainer.task.fields})
     owners: dict[object, list[int]] = {}
@@ -473,7 +492,7 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, number: i
         owners.setdefault(owner, []).append(row)
     units = list(owners.values())
     if not plan.private:
-        return Rows(encoded, units, [], size, by_task)
+        return Rows(encoded, units, [], size, by_task, known_by)
     # A row is known by what it says: with another label, or another entity's name on it, it is the same row.
     says = [columns[field] for field in trainer.task.fields if field != plan.task.label_field]
     with open_ledger(home, own=simulated) as ledger:
@@ -483,7 +502,22 @@ def _read_rows(home: Path, plan: Plan, split: Split, trainer: Trainer, number: i
         of = ledger.assign(split, found, apart=reads_apart(plan))
     together = {unit: frozenset([*(of[row] for row in rows), *([of[count + unit]] if entity else [])]) for unit, rows in enumerate(units)}
     shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
-    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size, by_task)
+    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size, by_task, known_by)
+
+
+def _known_by(home: Path, plan: Plan, columns: Mapping[str, Sequence[object]], key: bytes | None) -> list[int]:
+    """The fingerprints of rows under a key, or the home's own."""
+    if key is None:
+        with arrivals.Arrivals(home) as kept:
+            key = kept.key
+    return fingerprints(key, "row", arrivals.says(plan, columns))
+
+
+@functools.lru_cache(maxsize=1)
+def _note_read(home: Path, run: str, rows: Rows) -> None:
+    """Keep that a run trains on rows, once; those of an online run's batch are kept already."""
+    with arrivals.Arrivals(home) as kept:
+        kept.note(run, rows.known_by)
 
 
 def _with_canaries(node: Node, plan: Plan, run: str, trainer: Trainer, rows: Rows) -> Rows:

@@ -114,6 +114,7 @@ def status(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         "last error": f"{_when(facts['last_error_at'])}: {facts['last_error']}" if facts["last_error"] else None,
         "memory": f"agent {facts['memory_mb']} MB, worker {facts['worker_memory_mb'] or 0} MB" if facts["memory_mb"] else None,
         "rows at once": f"{facts['rows']}, since memory was not enough for more" if facts["rows"] else None,
+        "new rows": f"{facts['new_rows']} declared, told for the online run" if facts["new_rows"] is not None else None,
         "profile told": _profile(facts["profile"]) if facts["profile"] else None,
     }
     for key, value in told.items():
@@ -159,6 +160,9 @@ def data_add(
     declared_size: Annotated[
         int | None, typer.Option(help="A public constant that stands for the number of rows.", min=1, show_default=False)
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="A folder that new files come to, for online runs; the declared size is each file's.")
+    ] = False,
     holdout: Annotated[float, typer.Option(help="Kept for local evaluation: below 1 a share, from 1 a number of rows.", min=0)] = 0.1,
     text_rows: Annotated[str, typer.Option(help="What a row of a text file is: line or document.")] = "line",
     home: Home = DEFAULT_HOME,
@@ -175,6 +179,7 @@ def data_add(
         declared_size=declared_size,
         holdout=holdout,
         text_rows="document" if text_rows == "document" else "line",
+        watch=watch,
     )
     typer.echo(f"added {source.path}: {', '.join(f'{name} = {column}' for name, column in source.fields.items())}")
     if declared_size is None:
@@ -197,6 +202,7 @@ def data_check(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     else:
         for source in report.sources:
             declared = source.declared_size or "none: plans with differential privacy are refused"
+            declared = f"{declared} a file" if source.watch else declared
             typer.echo(f"{source.path}: {', '.join(source.kinds)}, files {source.files}, declared size {declared}")
             typer.echo(f"  {source.train} rows to train on, {source.holdout} held out, {source.repeated} repeated, {source.bad_rows} bad")
             if source.labels:

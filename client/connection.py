@@ -23,7 +23,7 @@ from lichen.client.chain import steps_from
 from lichen.client.mailbox import Mailbox
 from lichen.client.status import CLOCK_OFF
 from lichen.common.channel import framing
-from lichen.common.channel.fleet_pb2 import Ack, AgentFrame, Bye, Envelope, Hello, LedgerState, Profile, Welcome
+from lichen.common.channel.fleet_pb2 import Ack, AgentFrame, Bye, Envelope, Hello, LedgerState, News, Profile, Welcome
 from lichen.common.channel.refusal import explain
 from lichen.common.channel.retry import jittered
 from lichen.common.channel.spool import Spool
@@ -159,6 +159,7 @@ class Connection:
         self._collected = 0.0
         self._clock_off = 0.0
         self._profile = Profile()
+        self._news = News()
         self._speeds: tuple[float | None, float | None] = (None, None)
 
     def stop(self) -> None:
@@ -173,6 +174,13 @@ class Connection:
             self._profile = profile
             if self._stream is not None:
                 self._stream.link.send(AgentFrame(profile=profile))
+
+    def tell_news(self, news: News) -> None:
+        """Tell the coordinator this of new data, now and on every new stream: before any reply that is made later."""
+        if news != self._news:
+            self._news = news
+            if self._stream is not None:
+                self._stream.link.send(AgentFrame(news=news))
 
     @property
     def speeds(self) -> tuple[float | None, float | None]:
@@ -285,7 +293,7 @@ class Connection:
         link: Link[AgentFrame] = Link(AgentFrame, self.spool, self._locks, call.write, self._timing)
         stream = _Stream(link)
         async with asyncio.timeout(self._timing.handshake):
-            hello = Hello(protocol=framing.PROTOCOL, version=version("lichen"), profile=self._profile)
+            hello = Hello(protocol=framing.PROTOCOL, version=version("lichen"), profile=self._profile, news=self._news)
             await call.write(AgentFrame(hello=hello).SerializeToString())
             data = await next_frame(call)
             if data is None:

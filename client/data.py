@@ -12,16 +12,17 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple, Self
 from unicodedata import normalize
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lichen.client.readers import BadRow, Reader, Row, TextRows, refuse, to_table
+from lichen.client.readers import BadRow, Reader, Row, TextRows, find_files, refuse, to_table
 from lichen.common.errors import Code, LichenError
 from lichen.common.private_files import write_private
 
@@ -51,6 +52,8 @@ class Source(BaseModel):
     """Rows kept for local evaluation: below 1 a share, from 1 a number."""
     text_rows: TextRows = "line"
     """What one row of a text file is."""
+    watch: bool = False
+    """Whether it is a folder that new files come to: `declared_size` is each file's then."""
     added_at: str
     """When the owner added it (ISO 8601)."""
 
@@ -60,6 +63,12 @@ class Source(BaseModel):
         if value >= 1 and value != int(value):
             raise ValueError("must be a share below 1 or a whole number of rows")
         return value
+
+    @model_validator(mode="after")
+    def _files_are_apart(self) -> Self:
+        if self.watch and self.holdout >= 1:
+            raise ValueError("holdout of a watched folder must be a share below 1, so that no file moves another's rows")
+        return self
 
 
 class Manifest(BaseModel):
@@ -118,6 +127,7 @@ class SourceReport:
         characters: for each text field the shortest, median and longest length in characters.
         repeated: rows that equal an earlier one.
         declared_size: as in `data.yaml`.
+        watch: as in `data.yaml`.
     """
 
     path: str
@@ -131,6 +141,7 @@ class SourceReport:
     characters: dict[str, tuple[int, int, int]]
     repeated: int
     declared_size: int | None
+    watch: bool
 
 
 @dataclass(frozen=True)
@@ -198,6 +209,7 @@ def add_source(
     declared_size: int | None = None,
     holdout: float = 0.1,
     text_rows: TextRows = "line",
+    watch: bool = False,
 ) -> Source:
     """Check a file or folder, and write it into `data.yaml`; the entry of a path that is there already is replaced.
 
@@ -208,6 +220,7 @@ def add_source(
         declared_size: the public constant for its number of training rows; needed under differential privacy.
         holdout: share (below 1) or number of rows kept for local evaluation.
         text_rows: what one row of a text file is.
+        watch: whether it is a folder that new files come to; it may be empty, and ``declared_size`` is each file's.
 
     Raises:
         LichenError: DATA_NOT_FOUND, DATA_FORMAT, DATA_FIELD, DATA_ROW, DATA_EMPTY for the data; DATA_DECLARED_SIZE for a size below 1;
@@ -216,6 +229,8 @@ def add_source(
     if declared_size is not None and declared_size < 1:
         raise LichenError(Code.DATA_DECLARED_SIZE, f"declared size {declared_size} is below 1", fix="Give a public constant, such as 4096.")
     place = path.expanduser().resolve()
+    if watch and place.exists() and not place.is_dir():
+        raise LichenError(Code.DATA_NOT_FOUND, "not a folder, and no files come to a file", where=str(path), fix="Leave --watch out.")
     base = home.resolve()
     try:
         source = Source(
@@ -224,13 +239,14 @@ def add_source(
             declared_size=declared_size,
             holdout=holdout,
             text_rows=text_rows,
+            watch=watch,
             added_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         raise LichenError(Code.DATA_FIELD, f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}", where=str(path)) from None
     manifest = read_manifest(home) if (home / MANIFEST).exists() else Manifest(holdout_key=secrets.token_hex(16))
-    if not count_training(home, source, manifest.holdout_key):
+    if not count_training(home, source, manifest.holdout_key) and not watch:
         raise LichenError(Code.DATA_EMPTY, "every row is held out", where=str(path), fix="Lower --holdout.")
     others = tuple(other for other in manifest.sources if other.path != source.path)
     write_manifest(home, manifest.model_copy(update={"sources": (*others, source)}))
@@ -271,23 +287,54 @@ def load(home: Path, split: Split, fields: Sequence[str], *, fault: Callable[[Ro
         raise LichenError(Code.DATA_EMPTY, "no sources", where=str(home / MANIFEST))
     tables: list[Any] = []
     for source in manifest.sources:
-        if missing := [field for field in fields if field not in source.fields]:
-            what = f"no column is mapped to {', '.join(map(repr, missing))}; mapped: {', '.join(source.fields)}"
-            raise LichenError(Code.DATA_FIELD, what, where=source.path, fix=f"Add it again with --field {missing[0]}=COLUMN.")
+        _check_fields(source, fields)
         left_out = _LeftOut(source.path)
         reader = _reader(home, source, left_out if fault else refuse, apart=fault is not None)
         rows: Iterator[Row] = (row for side, row in _sides(home, source, manifest.holdout_key, reader) if side == split)
         if fault:
             rows = left_out.without(rows, fault)
-        tables.append(to_table(reader, rows, home).select(list(fields)))
+        table = to_table(reader, rows, home)
         left_out.tell()
+        if not table.num_rows and source.watch and not fault:
+            continue  # no row has a type yet
+        tables.append(table.select(list(fields)))
         if tables[-1].schema != tables[0].schema:
             what = f"its types differ from those of {manifest.sources[0].path}: {_types(tables[-1])}, not {_types(tables[0])}"
             raise LichenError(Code.DATA_FIELD, what, where=source.path, fix="Export both alike.")
-    table = pa.concat_tables(tables)
+    table = pa.concat_tables(tables or [pa.schema([(field, pa.string()) for field in fields]).empty_table()])
     if split == "train" and table.num_rows == 0 and not fault:
         raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(home / MANIFEST))
-    return LocalData(table, _declared(manifest) if split == "train" else None)
+    return LocalData(table, _declared(home, manifest) if split == "train" else None)
+
+
+class Piece(NamedTuple):
+    """What comes at once: a file of a watched folder, or any other source whole."""
+
+    home: Path
+    source: Source
+    """Its path is the piece's."""
+    holdout_key: str
+
+    def training_rows(self, fields: Sequence[str]) -> Iterator[Row]:
+        """Its rows to train on, every value as text; those that can't be used are left out. Raises as `load`."""
+        _check_fields(self.source, fields)
+        reader = _reader(self.home, self.source, lambda _: None, apart=True)
+        return (row for side, row in _sides(self.home, self.source, self.holdout_key, reader) if side == "train")
+
+    def state(self) -> tuple[tuple[str, int, int], ...]:
+        """What tells whether it has changed: path, size and time of change of each file."""
+        return _state([self.home / self.source.path])
+
+
+def pieces(home: Path) -> Iterator[Piece]:
+    """What this node's data consist of. Raises as `load`."""
+    manifest = read_manifest(home)
+    for source in manifest.sources:
+        if not source.watch:
+            yield Piece(home, source, manifest.holdout_key)
+            continue
+        for file, _ in find_files(home / source.path, empty=True):
+            yield Piece(home, source.model_copy(update={"path": str(file)}), manifest.holdout_key)
 
 
 def declared_size(home: Path) -> int | None:
@@ -296,13 +343,22 @@ def declared_size(home: Path) -> int | None:
     Raises:
         LichenError: as `read_manifest`.
     """
-    return _declared(read_manifest(home)) if (home / MANIFEST).exists() else None
+    return _declared(home, read_manifest(home)) if (home / MANIFEST).exists() else None
 
 
-def _declared(manifest: Manifest) -> int | None:
-    sizes = [source.declared_size for source in manifest.sources]
-    known = [size for size in sizes if size is not None]
-    return sum(known) if len(known) == len(sizes) else None
+def _declared(home: Path, manifest: Manifest) -> int | None:
+    total = 0
+    for source in manifest.sources:
+        if source.declared_size is None:
+            return None
+        total += source.declared_size * (len(find_files(home / source.path, empty=True)) if source.watch else 1)
+    return total
+
+
+def _check_fields(source: Source, fields: Sequence[str]) -> None:
+    if missing := [field for field in fields if field not in source.fields]:
+        what = f"no column is mapped to {', '.join(map(repr, missing))}; mapped: {', '.join(source.fields)}"
+        raise LichenError(Code.DATA_FIELD, what, where=source.path, fix=f"Add it again with --field {missing[0]}=COLUMN.")
 
 
 def said(value: object) -> str:
@@ -337,11 +393,16 @@ def stamp(home: Path) -> tuple[tuple[str, int, int], ...]:
     Raises:
         LichenError: as :func:`read_manifest`.
     """
-    places = [home / MANIFEST]
-    for source in read_manifest(home).sources:
-        place = home / source.path
-        places += sorted(place.rglob("*")) if place.is_dir() else [place]
-    return tuple((str(place), found.st_size, found.st_mtime_ns) for place in places if place.exists() and (found := place.stat()))
+    return _state([home / MANIFEST, *(home / source.path for source in read_manifest(home).sources)])
+
+
+def _state(places: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+    found = []
+    for place in (inside for given in places for inside in (sorted(given.rglob("*")) if given.is_dir() else [given])):
+        with suppress(FileNotFoundError):  # it may go meanwhile
+            told = place.stat()
+            found.append((str(place), told.st_size, told.st_mtime_ns))
+    return tuple(found)
 
 
 def check(home: Path, *, limit: int = 20) -> DataReport:
@@ -396,6 +457,7 @@ def _report(home: Path, source: Source, manifest: Manifest, limit: int) -> Sourc
         characters={field: (min(found), sorted(found)[len(found) // 2], max(found)) for field, found in lengths.items()},
         repeated=repeated,
         declared_size=source.declared_size,
+        watch=source.watch,
     )
 
 
@@ -434,7 +496,7 @@ class _LeftOut:
 
 
 def _reader(home: Path, source: Source, on_bad: Callable[[BadRow], None] = refuse, *, apart: bool = False) -> Reader:
-    return Reader(home / source.path, source.fields, text_rows=source.text_rows, on_bad=on_bad, apart=apart)
+    return Reader(home / source.path, source.fields, text_rows=source.text_rows, on_bad=on_bad, apart=apart, empty=source.watch)
 
 
 def _sides(home: Path, source: Source, holdout_key: str, reader: Reader | None = None) -> Iterator[tuple[Split, Row]]:

@@ -76,6 +76,7 @@ class Reader:
         on_bad: told of each bad row, which is then left out; by default it raises.
         apart: whether a row can be used may depend on that row alone, which privacy needs: all values are read as text, whatever type other
             rows have, a JSON row without a column is a bad row also where it is the first, and no rows are no error.
+        empty: whether no files and no rows are no error: of a folder that files come to.
 
     Iterating raises LichenError: DATA_NOT_FOUND, DATA_FORMAT (no known kind, or damaged as a whole), DATA_FIELD (no such column) and
     DATA_EMPTY (a file of no bytes, or no row at all), besides what ``on_bad`` raises.
@@ -89,8 +90,10 @@ class Reader:
         text_rows: TextRows = "line",
         on_bad: Callable[[BadRow], None] = refuse,
         apart: bool = False,
+        empty: bool = False,
     ) -> None:
-        self.files = find_files(path, empty=apart)
+        self.files = find_files(path, empty=apart or empty)
+        self._empty = apart or empty
         self._apart = apart
         self._path = path
         self._fields = dict(fields)
@@ -123,7 +126,7 @@ class Reader:
                         self._on_bad(BadRow(str(file), number, reason))
             except OSError as error:
                 raise LichenError(Code.DATA_NOT_FOUND, f"can't be read: {error.strerror or error}", where=str(file)) from None
-        if not seen and not self._apart:
+        if not seen and not self._empty:
             raise LichenError(Code.DATA_EMPTY, "no rows", where=str(self._path), fix="Check that the export ran to its end.")
 
     def _raw(self, file: Path, kind: Kind) -> Iterator[tuple[int, Row | str]]:

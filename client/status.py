@@ -45,6 +45,8 @@ class AgentStatus:
     """Of the process that holds the model; None before the first message."""
     rows: int | None = None
     """Rows that pass through the model at once, after memory was not enough for more."""
+    new_rows: int | None = None
+    """The declared size of what is new for the online run, as the coordinator is told; None where there was no such run."""
 
 
 class StatusFile:

@@ -19,7 +19,7 @@ from lichen.common import records
 from lichen.common.aggregation import MEMORY, part_of
 from lichen.common.continual import make_method
 from lichen.common.continual.method import Part, Scored, together
-from lichen.common.continual.stream import Stage, fields_of, rows_by_task, rows_of, stages
+from lichen.common.continual.stream import Stage, fields_of, is_online, is_stream, rows_by_task, rows_of, stages, tasks_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import save_models
 from lichen.common.plan import Plan, plan_from_json
@@ -32,7 +32,7 @@ from lichen.coordinator.report import write_report
 from lichen.coordinator.run_directory import RunDirectory, versions
 from lichen.coordinator.strategy import FederatedStrategy
 from lichen.coordinator.telling import privacy_of
-from lichen.coordinator.versions import Versions, measured, summary_of
+from lichen.coordinator.versions import Versions, measured, scored_tasks, summary_of
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State
@@ -46,7 +46,7 @@ _CACHE = "cache"
 class _Split(NamedTuple):
     encoded: Any
     by_task: list[list[int]]
-    """The numbers of the rows of each task of the stream; of all rows without a stream."""
+    """The numbers of the rows of each task of the stream; of all rows without a stream, and in an online run."""
     apart: list[list[int]]
     """The same, but a row that is of several tasks is of the first alone."""
 
@@ -107,7 +107,7 @@ class OwnData:
         each = len(counts) // (stage.number + 1)
         by_task = [counts[start : start + each] for start in range(0, len(counts), each)]
         whole = [sum(column) for column in zip(*by_task, strict=True)]
-        tasks = self.plan.continual.stream[: stage.number + 1]
+        tasks = tasks_of(self.plan)[: stage.number + 1]
         return (
             self.task.scores_from(whole, sum(losses) if len(losses) == len(reports) else None).metrics(),
             {task.name: self.task.scores_from(own, None).metrics() for task, own in zip(tasks, by_task, strict=False)},
@@ -138,7 +138,8 @@ class OwnData:
         if split is None:
             return {}
         found = self._scored(state, split, self._rows[split].by_task, -1 if stage is None else stage.number)
-        return {task.name: found[number].metrics() if number in found else None for number, task in enumerate(self.plan.continual.stream)}
+        names = enumerate(scored_tasks(self.plan))
+        return {name: found[number].metrics() if number in found else None for number, name in names}
 
     def _scored(self, state: State, split: Path, sets: list[list[int]], last: int) -> dict[int, Scored]:
         """By number those of the tasks' rows of which there are any."""
@@ -181,6 +182,7 @@ def main(grid: Grid, context: Context) -> None:
     plan = plan_from_json(str(config["plan"]))
     directory = RunDirectory(Path(str(config["directory"])), plan)
     engine: Any = str(config["engine"])
+    _check_engine(plan, engine)
     spool = Path(str(config["spool"])) if "spool" in config else None
     result = Result(
         run_id=str(context.run_id),
@@ -213,7 +215,7 @@ def main(grid: Grid, context: Context) -> None:
         statement = make_statement(plan, result.model_copy(update={"status": "finished"}))
         save_models(directory.path / "model", plan, own.model, own.task.tokenizer, statement, final, own.show)
         result.final = own.final(final)
-        if plan.continual.stream:
+        if is_stream(plan):
             result.continual = _told_of_tasks(Versions(directory.path, plan), own)
         result.status = "finished"
     except LichenError as error:
@@ -237,11 +239,22 @@ def main(grid: Grid, context: Context) -> None:
             log.exception("report.html was not written")  # the run stands without it
 
 
+def _check_engine(plan: Plan, engine: str) -> None:
+    """Refuse what an engine can't do."""
+    if engine == "flower" and is_online(plan):
+        raise LichenError(
+            Code.PLAN_UNSOUND,
+            "continual.mode: online, and stock Flower's nodes can't tell that new data came",
+            where="plan",
+            fix="Submit the plan to a lichen coordinator.",
+        )
+
+
 def _told_of_tasks(versions: Versions, own: OwnData) -> Continual | None:
     """R on the test rows, each version scored once, or if there are none on the validation rows; and which version is given out."""
     tasks, every = [task.name for task in own.plan.continual.stream], stages(own.plan)
     scores, given_out = {0: own.test_by_task(own.start, None)}, versions.given_out()
-    if not scores[0]:
+    if not scores[0] or is_online(own.plan):
         summary = versions.summary()
         return summary and summary.model_copy(update={"given_out": given_out})
     found = versions.all()

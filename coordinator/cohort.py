@@ -6,10 +6,10 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lichen.common import records
-from lichen.common.errors import Code, LichenError
+from lichen.common.errors import Code, LichenError, name_of
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -20,6 +20,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05
+NEWS_S = 1.0
+"""Seconds after which a coordinator that waits for new data looks at its nodes again, whatever wakes it before."""
+
+
+@runtime_checkable
+class TellsNews(Protocol):
+    """A grid whose nodes tell how much new data they have."""
+
+    def new_rows(self) -> dict[int, int]:
+        """By the ids of the nodes that are there how many new rows they declare."""
+        ...
+
+    def wait_for_news(self, timeout: float) -> None:
+        """Wait until that changes, at most so many seconds."""
+        ...
 
 
 class Cohorts:
@@ -34,7 +49,7 @@ class Cohorts:
     def __init__(self, plan: Plan, name: Callable[[int], str], central: CentralDP | None) -> None:
         self._plan, self._name, self._central = plan, name, central
 
-    def choose(self, round: int, grid: Grid, state: ServerState) -> list[int]:
+    def choose(self, round: int, grid: Grid, state: ServerState, among: frozenset[str] | None = None) -> list[int]:
         """A seeded draw of `cohort.asked` of the connected nodes, waiting for `cohort.size`; a secret one by `CentralDP`.
 
         Drawn from them in the order of their names, where the grid knows them: ids are random, and other in a simulation. Nodes that
@@ -43,7 +58,7 @@ class Cohorts:
         Raises:
             LichenError: COHORT_TOO_SMALL, if fewer than `cohort.minimum` may be drawn; never under `unit: client`.
         """
-        nodes = self.wait_for_nodes(round, grid)
+        nodes = self.wait_for_nodes(round, grid, among)
         if self._central:
             return sorted(self._central.draw(nodes, round))
         here = len(nodes)
@@ -58,14 +73,64 @@ class Cohorts:
             )
         return draw_cohort(self._plan, nodes, round)
 
-    def wait_for_nodes(self, round: int, grid: Grid) -> list[int]:
+    def wait_for_data(self, round: int, grid: Grid, state: ServerState, meet: Callable[[list[int]], list[str]]) -> list[int]:
+        """The cohort of a batch's first round: a draw as `choose` makes it among those that have enough new data, once they are enough.
+
+        Where the grid's nodes can't tell, in a simulation, all have.
+
+        Args:
+            round: that one.
+            grid: the way to the nodes.
+            state: before the round.
+            meet: asks nodes to look, before they are first counted; returns the messages' ids.
+
+        Raises:
+            LichenError: as `choose`; what the grid's `interrupt` was given.
+        """
+        news = grid if isinstance(grid, TellsNews) else None
+        if news is None:
+            return self.choose(round, grid, state)
+        online, met, asked, told = self._plan.continual.online, set[int](), set[str](), -1
+        while True:
+            here = list(grid.get_node_ids())
+            if strangers := [node for node in here if node not in met]:
+                asked.update(meet(strangers))
+                met.update(strangers)
+            for reply in grid.pull_messages(sorted(asked)):
+                asked.discard(reply.metadata.reply_to_message_id)
+                if reply.has_error():
+                    name, code = self._name(reply.metadata.src_node_id), reply.error.code
+                    log.warning("%s can't look for new data: error %d (%s)", name, code, name_of(code))
+            rows = news.new_rows()
+            ready = self.with_budget(records.TRAIN, [node for node in here if rows.get(node, 0) >= online.rows], state)
+            if len(ready) >= online.clients:
+                return draw_cohort(self._plan, sorted(ready, key=self._name), round)
+            if len(ready) != told:
+                told = len(ready)
+                log.info("round %d waits: %d of %d clients have %d new rows", round, told, online.clients, online.rows)
+            news.wait_for_news(NEWS_S)
+
+    def choose_again(self, round: int, grid: Grid, state: ServerState) -> list[int]:
+        """The cohort of a batch's later round: as `choose`, among those that its first one asked.
+
+        Raises:
+            LichenError: as `choose`.
+        """
+        return self.choose(round, grid, state, among=frozenset(state.batch))
+
+    def wait_for_nodes(self, round: int, grid: Grid, among: frozenset[str] | None = None) -> list[int]:
         """The connected nodes, by name, once they are `cohort.size`, or those that are there when the deadline has passed."""
-        size = self._plan.cohort.size
+        size = self._plan.cohort.size if among is None else min(self._plan.cohort.size, len(among))
         until = time.monotonic() + self._plan.cohort.deadline_s
-        if (here := len(list(grid.get_node_ids()))) < size:
-            log.info("round %d waits: %d nodes are connected, cohort.size is %d", round, here, size)
-        while len(nodes := sorted(grid.get_node_ids(), key=self._name)) < size and time.monotonic() < until:
+
+        def here() -> list[int]:
+            return sorted((node for node in grid.get_node_ids() if among is None or self._name(node) in among), key=self._name)
+
+        if len(nodes := here()) < size:
+            log.info("round %d waits: %d nodes are connected, %d are wanted", round, len(nodes), size)
+        while len(nodes) < size and time.monotonic() < until:
             time.sleep(POLL_S)
+            nodes = here()
         return nodes
 
     def with_budget(self, kind: str, nodes: list[int], state: ServerState) -> list[int]:

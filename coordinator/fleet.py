@@ -113,14 +113,14 @@ class FleetServer:
         try:
             node, fingerprint = await asyncio.to_thread(admit, self.store, context.auth_context())
             async with asyncio.timeout(self.timing.handshake):
-                profile = await take_hello(context)
+                profile, news = await take_hello(context)
         except LichenError as error:
             log.warning("refused an agent from %s: %s", context.peer(), one_line(error))
             await refuse(context, error)
         except TimeoutError:
             log.warning("refused an agent from %s: no hello within %g s", context.peer(), self.timing.handshake)
             return
-        session = Session(self, node, context, profile)
+        session = Session(self, node, context, profile, news)
         old, self._sessions[node.node_id] = self._sessions.get(node.node_id), session
         if old is not None:
             old.link.fail(LichenError(Code.AGENT_IN_USE, f"another agent attached as {node.name!r}", fix="Stop one of the two."))
@@ -141,6 +141,10 @@ class FleetServer:
     def attached(self, session: Session) -> None:
         """Tell who waits for nodes that one is there."""
         log.info("node %s is attached", session.node.name)
+        self.changed()
+
+    def changed(self) -> None:
+        """Wake who waits for nodes, or for what they tell."""
         with self._changed:
             self._changed.notify_all()
 
@@ -158,6 +162,16 @@ class FleetServer:
         """What an attached node tells of its machine; None if it tells nothing, or is not here. From any thread."""
         session = self._sessions.get(node_id)
         return session.profile if session else None
+
+    def new_rows(self, run_id: int) -> dict[int, int]:
+        """By the ids of the nodes that are attached how many new rows they declare for an online run. From any thread."""
+        told = [(item.node.node_id, item.news) for item in list(self._sessions.values()) if item.welcomed]
+        return {node_id: news.rows for node_id, news in told if news.run_id == run_id}
+
+    def wait(self, timeout: float) -> None:
+        """Wait until a node comes, or tells something new, at most ``timeout`` seconds. Not for the event loop's thread."""
+        with self._changed:
+            self._changed.wait(timeout)
 
     def wait_for_nodes(self, count: int, timeout: float | None = None) -> bool:
         """Wait until ``count`` nodes are attached; False after ``timeout`` seconds. Not for the event loop's thread."""

@@ -104,6 +104,14 @@ class GrpcGrid(Grid):  # type: ignore[misc]
         """What a node tells of its machine; None if it tells nothing, or is not attached now."""
         return self._fleet.profile_of(node_id)
 
+    def new_rows(self) -> dict[int, int]:
+        """By the ids of the nodes that are attached how many new rows they declare for this run, if it is online."""
+        return self._fleet.new_rows(self._run_id)
+
+    def wait_for_news(self, timeout: float) -> None:
+        """Wait until a node comes, or tells of new rows, at most ``timeout`` seconds."""
+        self._fleet.wait(timeout)
+
     def wait_for_nodes(self, count: int, timeout: float | None = None) -> list[int]:
         """Wait until ``count`` nodes are attached, at most ``timeout`` seconds; the ids of those that are there then."""
         self._fleet.wait_for_nodes(count, timeout)

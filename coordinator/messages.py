@@ -70,16 +70,24 @@ class Messages:
             state: before the round.
             wanted: so many that are ready are enough, where the grid can call the others off.
         """
+        messages = self._preparing(nodes, round, grid, state)
+        began = time.monotonic()
+        replies, _ = _answers(messages, timeout, grid, lambda reply: not reply.has_error(), wanted)
+        ready = sum(not reply.has_error() for reply in replies)
+        log.info("round %d: %d of %d nodes are ready, after %.1f s", round, ready, len(messages), time.monotonic() - began)
+
+    def announce(self, nodes: Iterable[int], round: int, grid: Grid, state: ServerState) -> list[str]:
+        """Let nodes know of an online run whose round they may be in, so that they look for new data; returns the messages' ids."""
+        return list(grid.push_messages(self._preparing(nodes, round, grid, state)))
+
+    def _preparing(self, nodes: Iterable[int], round: int, grid: Grid, state: ServerState) -> list[Message]:
         assignment = self.assignment(records.PREPARE, round, state)
         messages = []
         for node in nodes:
             own = self._assign(node, 0) if self._assign else {}
             content = RecordDict({"assignment": records.to_config(assignment.model_copy(update=own))})
             messages.append(grid.create_message(content, records.PREPARE, node, str(round)))
-        began = time.monotonic()
-        replies, _ = _answers(messages, timeout, grid, lambda reply: not reply.has_error(), wanted)
-        ready = sum(not reply.has_error() for reply in replies)
-        log.info("round %d: %d of %d nodes are ready, after %.1f s", round, ready, len(messages), time.monotonic() - began)
+        return messages
 
     def to_nodes(
         self, kind: str, nodes: Iterable[int], arrays: ArrayRecord, grid: Grid, told: Round, state: ServerState

@@ -62,6 +62,8 @@ class ServerState:
     """What was added to the model in the last rounds, oldest first, as far as it is kept."""
     held: dict[str, str] = field(default_factory=dict)
     """By client the digest of the model that it had last; under `unit: client` not kept in the checkpoint."""
+    batch: list[str] = field(default_factory=list)
+    """Of an online run the clients whose new data the batch under way is."""
     trained: dict[str, int] = field(default_factory=dict)
     """Under `mode: buffered` by client the trainings that are settled: used, failed or called off."""
     told: Round | None = None
@@ -196,6 +198,7 @@ class RunDirectory:
             "clip": state.clip,
             "chain": [[link.before, link.added.digest, link.added.length] for link in state.chain],
             "held": {} if self.plan.central else state.held,
+            "batch": state.batch,
             "trained": state.trained,
             "told": state.told.model_dump_json() if state.told else None,
         }
@@ -245,6 +248,7 @@ class RunDirectory:
             clip=about.get("clip"),
             chain=[ChainLink(before, PayloadRef(digest, length)) for before, digest, length in about.get("chain", [])],
             held=about.get("held", {}),
+            batch=about.get("batch", []),
             trained=about.get("trained", {}),
             told=Round.model_validate_json(told) if (told := about.get("told")) else None,
         )
@@ -253,7 +257,7 @@ class RunDirectory:
         return self.path / "checkpoints" / f"round-{round:05d}.safetensors"
 
     def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("round-*.safetensors"))
+        return sorted((self.path / "checkpoints").glob("round-*.safetensors"), key=lambda path: int(path.stem.removeprefix("round-")))
 
     # --- what is told ---
 

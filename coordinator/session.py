@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import grpc.aio
 
 from lichen.common.channel import framing
-from lichen.common.channel.fleet_pb2 import Cancel, CoordinatorFrame, Envelope, LedgerState, Receipt, Welcome
+from lichen.common.channel.fleet_pb2 import Cancel, CoordinatorFrame, Envelope, LedgerState, News, Receipt, Welcome
 from lichen.common.channel.transfer import Link, PayloadMissingError, next_frame
 from lichen.common.errors import Code, LichenError
 from lichen.common.hardware import Profile, from_frame
@@ -31,10 +31,16 @@ class Session:
     """One agent's live stream."""
 
     def __init__(
-        self, fleet: FleetServer, node: Node, context: grpc.aio.ServicerContext[bytes, bytes], profile: Profile | None = None
+        self,
+        fleet: FleetServer,
+        node: Node,
+        context: grpc.aio.ServicerContext[bytes, bytes],
+        profile: Profile | None = None,
+        news: News | None = None,
     ) -> None:
         self.node = node
         self.profile = profile
+        self.news = news or News()
         self.welcomed = False
         self.link: Link[CoordinatorFrame] = Link(CoordinatorFrame, fleet.spool, fleet.locks, context.write, fleet.timing)
         self._fleet = fleet
@@ -115,6 +121,9 @@ class Session:
                 await asyncio.to_thread(self._fleet.store.ack, frame.ack.message_id, self.node.node_id)
             case "profile":
                 self.profile = from_frame(frame.profile)
+            case "news":
+                self.news = frame.news
+                self._fleet.changed()
             case "bye":
                 return False
             case _:
@@ -174,8 +183,8 @@ class Session:
         return await self._fleet.save_reply(message_id, self.node.node_id, data)
 
 
-async def take_hello(context: grpc.aio.ServicerContext[bytes, bytes]) -> Profile | None:
-    """Take an agent's first frame; returns what it tells of its machine.
+async def take_hello(context: grpc.aio.ServicerContext[bytes, bytes]) -> tuple[Profile | None, News]:
+    """Take an agent's first frame; returns what it tells of its machine and of new data.
 
     Raises:
         LichenError: FRAME_INVALID or PROTOCOL_VERSION.
@@ -189,4 +198,4 @@ async def take_hello(context: grpc.aio.ServicerContext[bytes, bytes]) -> Profile
             f"the agent speaks protocol {frame.hello.protocol} (lichen {frame.hello.version}), this coordinator {framing.PROTOCOL}",
             fix="Install the coordinator's version of lichen.",
         )
-    return from_frame(frame.hello.profile)
+    return from_frame(frame.hello.profile), frame.hello.news

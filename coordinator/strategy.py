@@ -16,7 +16,7 @@ from lichen.common import records
 from lichen.common.aggregation import KEPT, part_of
 from lichen.common.codec.registry import downlink_codec
 from lichen.common.continual import make_method, training_rounds
-from lichen.common.continual.stream import stage_of
+from lichen.common.continual.stream import is_online, is_stream, stage_of
 from lichen.common.errors import Code, LichenError, name_of
 from lichen.common.result import Result, Round
 from lichen.coordinator.aggregation.central_dp import CentralDP
@@ -80,6 +80,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._start: State
         self._told: Round
         self._used: list[int] = []
+        self._waited = 0.0
+        """Seconds that the round under way waited for new data."""
         self._unprepared = prepare
         # a Poisson cohort is never cut short, however many were drawn
         self._enough = plan.cohort.size if plan.cohort.oversample > 1 else None
@@ -151,7 +153,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
         With it goes what the continual method keeps.
         """
-        if self.plan.continual.stream:
+        if is_stream(self.plan):
             versions = Versions(self.directory.path, self.plan)
             return versions.state(versions.current())
         return self._mean_of_last() | self.state.memory
@@ -164,8 +166,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._teller.resume(self.state, num_rounds)
 
     def _round(self, number: int, num_rounds: int, grid: Grid, timeout: float) -> None:
-        began = time.monotonic()
-        stage = stage_of(self.plan, number)
+        began, stage = time.monotonic(), stage_of(self.plan, number)
+        self._waited = 0.0
         task = stage.task.name if stage.task else None
         self._told = Round(round=number, task=task, participants=0, failed=0, uplink_bytes=0, downlink_bytes=0, seconds=0)
         messages = list(self.configure_train(number, self._arrays(), ConfigRecord(), grid))
@@ -178,7 +180,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         messages = list(self.configure_evaluate(number, self._arrays(), ConfigRecord(), grid)) if every and not number % every else []
         if messages:
             self.aggregate_evaluate(number, self._messages.ask(messages, timeout, grid, self._told, self.state))
-        self._told.seconds = round(time.monotonic() - began, 3)
+        self._told.seconds = round(time.monotonic() - began - self._waited, 3)
         self.state.round = number
 
     def _end_task(self, task: str, stage: Stage) -> None:
@@ -214,10 +216,23 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             return []
         nodes = self.directory.load_cohort(server_round)
         if nodes is None:
-            nodes = self._cohorts.choose(server_round, grid, self.state)
+            nodes = self._choose(server_round, grid)
             self.directory.save_cohort(server_round, nodes)
             self._prepare(server_round, nodes, grid)
+        if is_online(self.plan):
+            self.state.batch = sorted(map(self._name, nodes))
         return self._messages.to_nodes(records.TRAIN, nodes, arrays, grid, self._told, self.state)
+
+    def _choose(self, number: int, grid: Grid) -> list[int]:
+        if not is_online(self.plan):
+            return self._cohorts.choose(number, grid, self.state)
+        if number != stage_of(self.plan, number).first:
+            return self._cohorts.choose_again(number, grid, self.state)
+        self._teller.settle()  # data may come in days: what was done so far is told before
+        began = time.monotonic()
+        nodes = self._cohorts.wait_for_data(number, grid, self.state, lambda new: self._messages.announce(new, number, grid, self.state))
+        self._waited = time.monotonic() - began
+        return nodes
 
     def _prepare(self, number: int, nodes: Iterable[int], grid: Grid) -> None:
         """Before the first round that is begun since the start: later ones find most nodes ready, and wait for nobody who is not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from lichen.common.aggregation import KEPT, MEMORY, MERGED, part_of
-from lichen.common.continual.stream import stage_of
+from lichen.common.continual.stream import is_stream, stage_of
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import one_task_each
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
@@ -69,7 +69,7 @@ class Teller:
     def resume(self, state: ServerState, num_rounds: int) -> None:
         """Tell what was told already, and the round of the checkpoint if a crash came before its score: it is scored now."""
         self._result.rounds = self._directory.load_rounds(state.round)
-        if self._plan.continual.stream and not state.round:
+        if is_stream(self._plan) and not state.round:
             self._versions.add_start(self._evaluator.validation_by_task(state.whole, None))
         if state.round:
             self.tell_privacy(state)

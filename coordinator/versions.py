@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lichen.common.continual.measures import drift, measures
-from lichen.common.continual.stream import Stage
+from lichen.common.continual.stream import Stage, is_online, tasks_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import Continual, Metrics, write_atomically
 
@@ -21,6 +21,8 @@ FOLDER = "versions"
 FORMAT: Final = 1
 START = "start"
 """The task of version 0, the model before the first round."""
+EVERY = "all rows"
+"""In place of a task: all the coordinator's rows, which are of no batch of an online run."""
 MEASURED = "accuracy"
 """The metric that R is made of, and `continual.tolerance` is about."""
 
@@ -110,7 +112,7 @@ class Versions:
         before = [version for version in self.all() if 0 < version.number < number]
         version = Version(
             number=number,
-            task=self._plan.continual.stream[stage.number].name,
+            task=tasks_of(self._plan)[stage.number].name,
             round=stage.last,
             parent=number - 1,
             plan_sha256=self._plan.sha256(),
@@ -189,8 +191,11 @@ class Versions:
             self._write(chosen.model_copy(update={"held_back": None}))
 
     def summary(self) -> Continual | None:
-        """What they tell on the validation rows; None before the first."""
+        """What they tell on the validation rows; None before the first. Of an online run there is no R."""
         found = self.all()
+        if is_online(self._plan):
+            names = [version.task for version in found if version.number]
+            return summary_of(names, "validation", {}, self.held_back()) if names else None
         if not any(version.validation for version in found):
             return None
         tasks = [task.name for task in self._plan.continual.stream]
@@ -200,7 +205,7 @@ class Versions:
     def _fault(self, before: list[Version], validation: dict[str, Metrics | None]) -> str | None:
         """Why a version with these scores is held back: how much it lacks, on an earlier task, of the best version before."""
         tolerance = self._plan.continual.tolerance
-        for task in (version.task for version in before):
+        for task in [EVERY] if is_online(self._plan) else [version.task for version in before]:
             now = measured(validation.get(task))
             best = max((score for version in before if (score := measured(version.validation.get(task))) is not None), default=None)
             if now is not None and best is not None and best - now > tolerance:
@@ -211,6 +216,11 @@ class Versions:
         folder = self._folder / version.name
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "version.json", version.model_dump_json(indent=2) + "\n")
+
+
+def scored_tasks(plan: Plan) -> list[str]:
+    """By what names a version's scores are kept: its plan's tasks, or `EVERY`."""
+    return [EVERY] if is_online(plan) else [task.name for task in plan.continual.stream]
 
 
 def summary_of(

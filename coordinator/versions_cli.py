@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from lichen.common.continual.stream import is_stream
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import load_plan
 from lichen.coordinator.cli_tools import DEFAULT_HOME, HomeOption, JsonOption, RunArgument, do, print_json, print_table
-from lichen.coordinator.versions import Version, Versions, measured
+from lichen.coordinator.versions import Version, Versions, measured, scored_tasks
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -28,7 +29,7 @@ def versions(run: RunArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOpt
     if as_json:
         print_json([version.model_dump(mode="json") for version in every])
         return
-    tasks = [task.name for task in load_plan(directory / "plan.yaml").continual.stream]
+    tasks = scored_tasks(load_plan(directory / "plan.yaml"))
     given_out = found.given_out()
     print_table(
         ("version", "parent", "round", "ε", *tasks, ""),
@@ -64,7 +65,7 @@ def diff(
         if number not in by_number:
             found.find(number)  # which tells what there is
     before, after = by_number[first], by_number[second]
-    tasks = [task.name for task in load_plan(directory / "plan.yaml").continual.stream]
+    tasks = scored_tasks(load_plan(directory / "plan.yaml"))
     rows = {task: _pairs(before, after, task) for task in tasks}
     if as_json:
         print_json({task: {key: {"first": a, "second": b} for key, (a, b) in metrics.items()} for task, metrics in rows.items()})
@@ -109,8 +110,8 @@ def _versions(run: str, home: Path) -> tuple[Versions, Path]:
     """
     directory = Path(do(home, "run", run=run)["directory"])
     plan = load_plan(directory / "plan.yaml")
-    if not plan.continual.stream:
-        raise LichenError(Code.NO_MODEL, "the run's plan has no continual.stream, so its model has no versions", where=str(directory))
+    if not is_stream(plan):
+        raise LichenError(Code.NO_MODEL, "the run's plan has no stream of tasks, so its model has no versions", where=str(directory))
     return Versions(directory, plan), directory
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0b\x66leet.proto\x12\x0flichen.fleet.v1\"\xe0\x03\n\nAgentFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.lichen.fleet.v1.HelloH\x00\x12-\n\x08\x65nvelope\x18\x02 \x01(\x0b\x32\x19.lichen.fleet.v1.EnvelopeH\x00\x12#\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x14.lichen.fleet.v1.AckH\x00\x12\'\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x16.lichen.fleet.v1.ChunkH\x00\x12%\n\x04want\x18\x05 \x01(\x0b\x32\x15.lichen.fleet.v1.WantH\x00\x12%\n\x04stop\x18\x06 \x01(\x0b\x32\x15.lichen.fleet.v1.StopH\x00\x12+\n\x07missing\x18\x07 \x01(\x0b\x32\x18.lichen.fleet.v1.MissingH\x00\x12/\n\theartbeat\x18\x08 \x01(\x0b\x32\x1a.lichen.fleet.v1.HeartbeatH\x00\x12#\n\x03\x62ye\x18\t \x01(\x0b\x32\x14.lichen.fleet.v1.ByeH\x00\x12%\n\x04seen\x18\n \x01(\x0b\x32\x15.lichen.fleet.v1.SeenH\x00\x12+\n\x07profile\x18\x0b \x01(\x0b\x32\x18.lichen.fleet.v1.ProfileH\x00\x42\x07\n\x05\x66rame\"\xcb\x03\n\x10\x43oordinatorFrame\x12+\n\x07welcome\x18\x01 \x01(\x0b\x32\x18.lichen.fleet.v1.WelcomeH\x00\x12-\n\x08\x65nvelope\x18\x02 \x01(\x0b\x32\x19.lichen.fleet.v1.EnvelopeH\x00\x12+\n\x07receipt\x18\x03 \x01(\x0b\x32\x18.lichen.fleet.v1.ReceiptH\x00\x12\'\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x16.lichen.fleet.v1.ChunkH\x00\x12%\n\x04want\x18\x05 \x01(\x0b\x32\x15.lichen.fleet.v1.WantH\x00\x12%\n\x04stop\x18\x06 \x01(\x0b\x32\x15.lichen.fleet.v1.StopH\x00\x12+\n\x07missing\x18\x07 \x01(\x0b\x32\x18.lichen.fleet.v1.MissingH\x00\x12/\n\theartbeat\x18\x08 \x01(\x0b\x32\x1a.lichen.fleet.v1.HeartbeatH\x00\x12)\n\x06\x63\x61ncel\x18\t \x01(\x0b\x32\x17.lichen.fleet.v1.CancelH\x00\x12%\n\x04seen\x18\n \x01(\x0b\x32\x15.lichen.fleet.v1.SeenH\x00\x42\x07\n\x05\x66rame\"U\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x07profile\x18\x03 \x01(\x0b\x32\x18.lichen.fleet.v1.Profile\"\x9c\x01\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\x03\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x13\n\x0boutstanding\x18\x05 \x03(\t\x12,\n\x06ledger\x18\x06 \x01(\x0b\x32\x1c.lichen.fleet.v1.LedgerState\x12\x0c\n\x04time\x18\x07 \x01(\x01\"@\n\x0bLedgerState\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"]\n\x08\x45nvelope\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x12,\n\x06ledger\x18\x03 \x01(\x0b\x32\x1c.lichen.fleet.v1.LedgerState\"\x19\n\x03\x41\x63k\x12\x12\n\nmessage_id\x18\x01 \x01(\t\"-\n\x07Receipt\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x0e\n\x06stored\x18\x02 \x01(\x08\"\x1d\n\x06\x43\x61ncel\x12\x13\n\x0bmessage_ids\x18\x01 \x03(\t\"&\n\x04Want\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"C\n\x05\x43hunk\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04tell\x18\x04 \x01(\x08\"\x06\n\x04Seen\"\x16\n\x04Stop\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x19\n\x07Missing\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\xa8\x01\n\x07Profile\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x11\n\tmemory_mb\x18\x02 \x01(\r\x12\x0f\n\x07threads\x18\x03 \x01(\r\x12\x0c\n\x04work\x18\x04 \x01(\x0c\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\r\x12\x15\n\rrows_per_step\x18\x06 \x01(\r\x12\x17\n\x0f\x64ownload_kbit_s\x18\x07 \x01(\r\x12\x15\n\rupload_kbit_s\x18\x08 \x01(\r\"\x0b\n\tHeartbeat\"\x13\n\x03\x42ye\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r2U\n\x05\x46leet\x12L\n\x06\x41ttach\x12\x1b.lichen.fleet.v1.AgentFrame\x1a!.lichen.fleet.v1.CoordinatorFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0b\x66leet.proto\x12\x0flichen.fleet.v1\"\x87\x04\n\nAgentFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.lichen.fleet.v1.HelloH\x00\x12-\n\x08\x65nvelope\x18\x02 \x01(\x0b\x32\x19.lichen.fleet.v1.EnvelopeH\x00\x12#\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x14.lichen.fleet.v1.AckH\x00\x12\'\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x16.lichen.fleet.v1.ChunkH\x00\x12%\n\x04want\x18\x05 \x01(\x0b\x32\x15.lichen.fleet.v1.WantH\x00\x12%\n\x04stop\x18\x06 \x01(\x0b\x32\x15.lichen.fleet.v1.StopH\x00\x12+\n\x07missing\x18\x07 \x01(\x0b\x32\x18.lichen.fleet.v1.MissingH\x00\x12/\n\theartbeat\x18\x08 \x01(\x0b\x32\x1a.lichen.fleet.v1.HeartbeatH\x00\x12#\n\x03\x62ye\x18\t \x01(\x0b\x32\x14.lichen.fleet.v1.ByeH\x00\x12%\n\x04seen\x18\n \x01(\x0b\x32\x15.lichen.fleet.v1.SeenH\x00\x12+\n\x07profile\x18\x0b \x01(\x0b\x32\x18.lichen.fleet.v1.ProfileH\x00\x12%\n\x04news\x18\x0c \x01(\x0b\x32\x15.lichen.fleet.v1.NewsH\x00\x42\x07\n\x05\x66rame\"\xcb\x03\n\x10\x43oordinatorFrame\x12+\n\x07welcome\x18\x01 \x01(\x0b\x32\x18.lichen.fleet.v1.WelcomeH\x00\x12-\n\x08\x65nvelope\x18\x02 \x01(\x0b\x32\x19.lichen.fleet.v1.EnvelopeH\x00\x12+\n\x07receipt\x18\x03 \x01(\x0b\x32\x18.lichen.fleet.v1.ReceiptH\x00\x12\'\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x16.lichen.fleet.v1.ChunkH\x00\x12%\n\x04want\x18\x05 \x01(\x0b\x32\x15.lichen.fleet.v1.WantH\x00\x12%\n\x04stop\x18\x06 \x01(\x0b\x32\x15.lichen.fleet.v1.StopH\x00\x12+\n\x07missing\x18\x07 \x01(\x0b\x32\x18.lichen.fleet.v1.MissingH\x00\x12/\n\theartbeat\x18\x08 \x01(\x0b\x32\x1a.lichen.fleet.v1.HeartbeatH\x00\x12)\n\x06\x63\x61ncel\x18\t \x01(\x0b\x32\x17.lichen.fleet.v1.CancelH\x00\x12%\n\x04seen\x18\n \x01(\x0b\x32\x15.lichen.fleet.v1.SeenH\x00\x42\x07\n\x05\x66rame\"z\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x07profile\x18\x03 \x01(\x0b\x32\x18.lichen.fleet.v1.Profile\x12#\n\x04news\x18\x04 \x01(\x0b\x32\x15.lichen.fleet.v1.News\"\x9c\x01\n\x07Welcome\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\x03\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x13\n\x0boutstanding\x18\x05 \x03(\t\x12,\n\x06ledger\x18\x06 \x01(\x0b\x32\x1c.lichen.fleet.v1.LedgerState\x12\x0c\n\x04time\x18\x07 \x01(\x01\"@\n\x0bLedgerState\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"]\n\x08\x45nvelope\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x12,\n\x06ledger\x18\x03 \x01(\x0b\x32\x1c.lichen.fleet.v1.LedgerState\"\x19\n\x03\x41\x63k\x12\x12\n\nmessage_id\x18\x01 \x01(\t\"-\n\x07Receipt\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x0e\n\x06stored\x18\x02 \x01(\x08\"\x1d\n\x06\x43\x61ncel\x12\x13\n\x0bmessage_ids\x18\x01 \x03(\t\"&\n\x04Want\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"C\n\x05\x43hunk\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04tell\x18\x04 \x01(\x08\"\x06\n\x04Seen\"\x16\n\x04Stop\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x19\n\x07Missing\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\xa8\x01\n\x07Profile\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x11\n\tmemory_mb\x18\x02 \x01(\r\x12\x0f\n\x07threads\x18\x03 \x01(\r\x12\x0c\n\x04work\x18\x04 \x01(\x0c\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\r\x12\x15\n\rrows_per_step\x18\x06 \x01(\r\x12\x17\n\x0f\x64ownload_kbit_s\x18\x07 \x01(\r\x12\x15\n\rupload_kbit_s\x18\x08 \x01(\r\"$\n\x04News\x12\x0e\n\x06run_id\x18\x01 \x01(\x03\x12\x0c\n\x04rows\x18\x02 \x01(\x03\"\x0b\n\tHeartbeat\"\x13\n\x03\x42ye\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r2U\n\x05\x46leet\x12L\n\x06\x41ttach\x12\x1b.lichen.fleet.v1.AgentFrame\x1a!.lichen.fleet.v1.CoordinatorFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,39 +32,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_AGENTFRAME']._serialized_start=33
-  _globals['_AGENTFRAME']._serialized_end=513
-  _globals['_COORDINATORFRAME']._serialized_start=516
-  _globals['_COORDINATORFRAME']._serialized_end=975
-  _globals['_HELLO']._serialized_start=977
-  _globals['_HELLO']._serialized_end=1062
-  _globals['_WELCOME']._serialized_start=1065
-  _globals['_WELCOME']._serialized_end=1221
-  _globals['_LEDGERSTATE']._serialized_start=1223
-  _globals['_LEDGERSTATE']._serialized_end=1287
-  _globals['_ENVELOPE']._serialized_start=1289
-  _globals['_ENVELOPE']._serialized_end=1382
-  _globals['_ACK']._serialized_start=1384
-  _globals['_ACK']._serialized_end=1409
-  _globals['_RECEIPT']._serialized_start=1411
-  _globals['_RECEIPT']._serialized_end=1456
-  _globals['_CANCEL']._serialized_start=1458
-  _globals['_CANCEL']._serialized_end=1487
-  _globals['_WANT']._serialized_start=1489
-  _globals['_WANT']._serialized_end=1527
-  _globals['_CHUNK']._serialized_start=1529
-  _globals['_CHUNK']._serialized_end=1596
-  _globals['_SEEN']._serialized_start=1598
-  _globals['_SEEN']._serialized_end=1604
-  _globals['_STOP']._serialized_start=1606
-  _globals['_STOP']._serialized_end=1628
-  _globals['_MISSING']._serialized_start=1630
-  _globals['_MISSING']._serialized_end=1655
-  _globals['_PROFILE']._serialized_start=1658
-  _globals['_PROFILE']._serialized_end=1826
-  _globals['_HEARTBEAT']._serialized_start=1828
-  _globals['_HEARTBEAT']._serialized_end=1839
-  _globals['_BYE']._serialized_start=1841
-  _globals['_BYE']._serialized_end=1860
-  _globals['_FLEET']._serialized_start=1862
-  _globals['_FLEET']._serialized_end=1947
+  _globals['_AGENTFRAME']._serialized_end=552
+  _globals['_COORDINATORFRAME']._serialized_start=555
+  _globals['_COORDINATORFRAME']._serialized_end=1014
+  _globals['_HELLO']._serialized_start=1016
+  _globals['_HELLO']._serialized_end=1138
+  _globals['_WELCOME']._serialized_start=1141
+  _globals['_WELCOME']._serialized_end=1297
+  _globals['_LEDGERSTATE']._serialized_start=1299
+  _globals['_LEDGERSTATE']._serialized_end=1363
+  _globals['_ENVELOPE']._serialized_start=1365
+  _globals['_ENVELOPE']._serialized_end=1458
+  _globals['_ACK']._serialized_start=1460
+  _globals['_ACK']._serialized_end=1485
+  _globals['_RECEIPT']._serialized_start=1487
+  _globals['_RECEIPT']._serialized_end=1532
+  _globals['_CANCEL']._serialized_start=1534
+  _globals['_CANCEL']._serialized_end=1563
+  _globals['_WANT']._serialized_start=1565
+  _globals['_WANT']._serialized_end=1603
+  _globals['_CHUNK']._serialized_start=1605
+  _globals['_CHUNK']._serialized_end=1672
+  _globals['_SEEN']._serialized_start=1674
+  _globals['_SEEN']._serialized_end=1680
+  _globals['_STOP']._serialized_start=1682
+  _globals['_STOP']._serialized_end=1704
+  _globals['_MISSING']._serialized_start=1706
+  _globals['_MISSING']._serialized_end=1731
+  _globals['_PROFILE']._serialized_start=1734
+  _globals['_PROFILE']._serialized_end=1902
+  _globals['_NEWS']._serialized_start=1904
+  _globals['_NEWS']._serialized_end=1940
+  _globals['_HEARTBEAT']._serialized_start=1942
+  _globals['_HEARTBEAT']._serialized_end=1953
+  _globals['_BYE']._serialized_start=1955
+  _globals['_BYE']._serialized_end=1974
+  _globals['_FLEET']._serialized_start=1976
+  _globals['_FLEET']._serialized_end=2061
 # @@protoc_insertion_point(module_scope)

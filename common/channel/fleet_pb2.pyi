@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AgentFrame(_message.Message):
-    __slots__ = ("hello", "envelope", "ack", "chunk", "want", "stop", "missing", "heartbeat", "bye", "seen", "profile")
+    __slots__ = ("hello", "envelope", "ack", "chunk", "want", "stop", "missing", "heartbeat", "bye", "seen", "profile", "news")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ENVELOPE_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class AgentFrame(_message.Message):
     BYE_FIELD_NUMBER: _ClassVar[int]
     SEEN_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    NEWS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     envelope: Envelope
     ack: Ack
@@ -30,7 +31,8 @@ class AgentFrame(_message.Message):
     bye: Bye
     seen: Seen
     profile: Profile
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
+    news: News
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ..., news: _Optional[_Union[News, _Mapping]] = ...) -> None: ...
 
 class CoordinatorFrame(_message.Message):
     __slots__ = ("welcome", "envelope", "receipt", "chunk", "want", "stop", "missing", "heartbeat", "cancel", "seen")
@@ -57,14 +59,16 @@ class CoordinatorFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., seen: _Optional[_Union[Seen, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "version", "profile")
+    __slots__ = ("protocol", "version", "profile", "news")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    NEWS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     profile: Profile
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
+    news: News
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ..., news: _Optional[_Union[News, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol", "version", "node_id", "name", "outstanding", "ledger", "time")
@@ -179,6 +183,14 @@ class Profile(_message.Message):
     download_kbit_s: int
     upload_kbit_s: int
     def __init__(self, device: _Optional[str] = ..., memory_mb: _Optional[int] = ..., threads: _Optional[int] = ..., work: _Optional[bytes] = ..., tokens_per_s: _Optional[int] = ..., rows_per_step: _Optional[int] = ..., download_kbit_s: _Optional[int] = ..., upload_kbit_s: _Optional[int] = ...) -> None: ...
+
+class News(_message.Message):
+    __slots__ = ("run_id", "rows")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    run_id: int
+    rows: int
+    def __init__(self, run_id: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()

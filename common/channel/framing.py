@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from lichen.common.channel.fleet_pb2 import AgentFrame, CoordinatorFrame
 from lichen.common.errors import Code, LichenError
 
-PROTOCOL = 3
+PROTOCOL = 4
 SERVICE = "lichen.fleet.v1.Fleet"
 METHOD = f"/{SERVICE}/Attach"
 
@@ -22,6 +22,7 @@ MAX_ENVELOPE = 4 << 20  # bytes of a message without its payload: a plan and som
 MAX_CHUNK = 256 << 10
 MAX_IDS = 10_000  # message ids in one frame
 MAX_PAYLOAD = 1 << 40
+MAX_ROWS = 1 << 40
 CONNECT_SECONDS = 10.0
 LONGEST_ATTEMPT = 30.0
 _MAX_FRAME = MAX_ENVELOPE + 4096
@@ -143,6 +144,7 @@ def _greeting(frame: Any) -> None:
 def _hello(frame: Any) -> None:
     _greeting(frame)
     _profile(frame.profile)
+    _news(frame.news)
 
 
 def _welcome(frame: Any) -> None:
@@ -162,6 +164,11 @@ def _profile(frame: Any) -> None:
         raise frame_invalid(f"a digest of {len(frame.work)} bytes")
 
 
+def _news(frame: Any) -> None:
+    if frame.run_id < 0 or not 0 <= frame.rows <= MAX_ROWS:
+        raise frame_invalid(f"{frame.rows} new rows")
+
+
 _CHECKS = {
     "hello": _hello,
     "welcome": _welcome,
@@ -174,6 +181,7 @@ _CHECKS = {
     "stop": _digest,
     "missing": _digest,
     "profile": _profile,
+    "news": _news,
 }
 
 

@@ -35,6 +35,8 @@ RULES: Mapping[str, Rule] = {
     "Profile.rows_per_step": Rule.DECLARED,
     "Profile.download_kbit_s": Rule.MACHINE,
     "Profile.upload_kbit_s": Rule.MACHINE,
+    "News.run_id": Rule.PROTOCOL,
+    "News.rows": Rule.DECLARED,  # by the data's owner; that they came, the owner tells by putting them there
     # enrolment.proto
     "EnrolRequest.protocol": Rule.PROTOCOL,
     "EnrolRequest.secret": Rule.PROTOCOL,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lichen.common.aggregation import MEMORY, RULES, part_of
-from lichen.common.continual.stream import Stage, labels_until, rows_of
+from lichen.common.continual.stream import Stage, is_stream, labels_until, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +252,7 @@ def head_of(state: Mapping[str, torch.Tensor]) -> str:
 
 def check_stream(plan: Plan, refuse: Refuse) -> None:
     """Refuse a plan without tasks, where a method keeps old ones."""
-    if not plan.continual.stream:
+    if not is_stream(plan):
         refuse(f"continual.method: {plan.continual.method} without a continual.stream: there is nothing old", "List its tasks.")
 
 

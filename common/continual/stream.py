@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,10 +33,24 @@ class Stage(NamedTuple):
         return self.last - self.first + 1
 
 
+def is_stream(plan: Plan) -> bool:
+    """Whether the run has tasks, one after another: the plan's, or batches of what comes."""
+    return bool(plan.continual.stream) or is_online(plan)
+
+
+def is_online(plan: Plan) -> bool:
+    """Whether its tasks are batches of what comes."""
+    return plan.continual.mode == "online"
+
+
+def tasks_of(plan: Plan) -> tuple[StreamTask, ...]:
+    """The tasks of the run, in order; batches bear numbers from 1. None without a stream."""
+    return _batches(plan.rounds // plan.continual.online.rounds) if is_online(plan) else plan.continual.stream
+
+
 def stages(plan: Plan) -> tuple[Stage, ...]:
     """The parts of a run, in order; one, where the plan has no stream."""
-    tasks = plan.continual.stream
-    if not tasks:
+    if not (tasks := tasks_of(plan)):
         return (Stage(0, 1, plan.rounds, None),)
     ends = list(accumulate(rounds_of_tasks(plan)))
     return tuple(Stage(number, end - length + 1, end, task) for number, (task, end, length) in enumerate(_with_lengths(tasks, ends)))
@@ -49,6 +64,8 @@ def stage_of(plan: Plan, round: int) -> Stage:
 
 def rounds_of_tasks(plan: Plan) -> list[int]:
     """Rounds of each task: its own, or an equal share of what the others leave, of which the first tasks have one more if need be."""
+    if is_online(plan):
+        return [plan.continual.online.rounds] * len(tasks_of(plan))
     tasks = plan.continual.stream
     open_ = [number for number, task in enumerate(tasks) if task.rounds is None]
     left = plan.rounds - sum(task.rounds or 0 for task in tasks)
@@ -57,8 +74,8 @@ def rounds_of_tasks(plan: Plan) -> list[int]:
 
 
 def stage_size(plan: Plan, stage: Stage, declared_size: int) -> int:
-    """What stands for a node's number of rows in a stage: a public share of the size that the owner declares."""
-    if stage.task is None:
+    """What stands for a node's number of rows in a stage: a public share of the size that the owner declares, or a batch's own."""
+    if stage.task is None or is_online(plan):
         return declared_size
     own = stage.task.share or 1 / len(plan.continual.stream)
     return max(1, round(declared_size * (own + make_method(plan).added_share(stage))))
@@ -117,6 +134,13 @@ def labels_until(plan: Plan, number: int) -> tuple[str, ...]:
         return plan.task.labels
     seen = {label for task in tasks for label in task.labels}
     return tuple(label for label in plan.task.labels if label in seen)
+
+
+@lru_cache(maxsize=8)
+def _batches(count: int) -> tuple[StreamTask, ...]:
+    from lichen.common.plan.continual import StreamTask
+
+    return tuple(StreamTask(name=f"batch-{number + 1}") for number in range(count))
 
 
 def _with_lengths(tasks: Sequence[StreamTask], ends: Sequence[int]) -> list[tuple[StreamTask, int, int]]:

@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 from lichen.common.aggregation import RULES
 from lichen.common.continual import make_method, training_rounds
-from lichen.common.continual.stream import labels_until, stages
+from lichen.common.continual.stream import is_online, is_stream, labels_until, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan.plan import Plan
+
+MOST_BATCHES = 10_000
+"""Of an online run: one a day for 27 years."""
 
 
 def check_sound(plan: Plan, *, where: str = "plan") -> None:
@@ -75,9 +78,61 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
 
 def _check_stream(plan: Plan, refuse: Callable[[str, str], None]) -> None:
     """What a stream of tasks must be, and what is not built for one."""
-    tasks = plan.continual.stream
-    if not tasks:
+    if not is_stream(plan):
         return
+    if is_online(plan):
+        _check_online(plan, refuse)
+    else:
+        _check_planned(plan, refuse)
+    if plan.aggregation.average_last > (shortest := min(len(training_rounds(plan, stage)) for stage in stages(plan))):
+        refuse(
+            f"aggregation.average_last ({plan.aggregation.average_last}) is above the rounds of the shortest task that train ({shortest})",
+            f"Set it to at most {shortest}.",
+        )
+    if plan.cohort.mode == "buffered":
+        refuse(
+            "cohort.mode: buffered with a stream of tasks: an update may come when another task is learned",
+            "Nearest valid: cohort.mode: synchronous.",
+        )
+    if plan.privacy.audit.canaries:
+        refuse("privacy.audit.canaries with a stream of tasks: they are of no task", "Set privacy.audit.canaries: 0.")
+
+
+def _check_online(plan: Plan, refuse: Callable[[str, str], None]) -> None:
+    """What batches of new data must be, and what is not built for them."""
+    online, method = plan.continual.online, plan.continual.method
+    if plan.continual.stream:
+        refuse("continual.mode: online with a continual.stream: a run has the one or the other", "Leave the stream out.")
+    if plan.rounds % online.rounds or plan.rounds // online.rounds > MOST_BATCHES:
+        refuse(
+            f"rounds ({plan.rounds}) are not those of 1 to {MOST_BATCHES} batches of {online.rounds} (continual.online.rounds)",
+            f"Set rounds: {online.rounds * min(MOST_BATCHES, max(1, plan.rounds // online.rounds))}.",
+        )
+    if online.clients < plan.cohort.minimum:
+        refuse(
+            f"continual.online.clients ({online.clients}) is below cohort.minimum ({plan.cohort.minimum}): a batch of so few would fail",
+            f"Set it to {plan.cohort.minimum} or more.",
+        )
+    if method in {"adapters", "olora", "replay"}:
+        refuse(
+            f"continual.method: {method} with mode: online, which is not built: it keeps something of each batch for ever",
+            "Nearest valid: continual.method: lwf, ewc, analytic or sequential.",
+        )
+    if plan.central:
+        refuse(
+            "continual.mode: online with unit: client: who is asked would tell who has new data, and cohorts are to stay secret",
+            "Nearest valid: privacy.unit: example.",
+        )
+    if plan.evaluation.federated_every:
+        refuse(
+            "evaluation.federated_every with continual.mode: online, which is not built: hold-outs are of no batch",
+            "Set evaluation.federated_every: 0.",
+        )
+
+
+def _check_planned(plan: Plan, refuse: Callable[[str, str], None]) -> None:
+    """What the tasks of a plan must be."""
+    tasks = plan.continual.stream
     for task in tasks:
         if strangers := sorted(set(task.labels) - set(plan.task.labels)):
             refuse(f"continual.stream, {task.name}: {strangers} are not among task.labels", "Name labels of task.labels.")
@@ -91,18 +146,6 @@ def _check_stream(plan: Plan, refuse: Callable[[str, str], None]) -> None:
             f"the tasks of continual.stream have {given} rounds together{least}, and rounds is {plan.rounds}",
             f"Set rounds: {given + left_out}{' or more' if left_out else ''}.",
         )
-    if plan.aggregation.average_last > (shortest := min(len(training_rounds(plan, stage)) for stage in stages(plan))):
-        refuse(
-            f"aggregation.average_last ({plan.aggregation.average_last}) is above the rounds of the shortest task that train ({shortest})",
-            f"Set it to at most {shortest}.",
-        )
-    if plan.cohort.mode == "buffered":
-        refuse(
-            "cohort.mode: buffered with continual.stream: an update may come when another task is learned",
-            "Nearest valid: cohort.mode: synchronous.",
-        )
-    if plan.privacy.audit.canaries:
-        refuse("privacy.audit.canaries with continual.stream: they are of no task", "Set privacy.audit.canaries: 0.")
 
 
 def _check_assign(plan: Plan, refuse: Callable[[str, str], None]) -> None:

@@ -36,9 +36,7 @@ class StreamTask(Section):
         return (*self.where, *(field for field in self.between if field not in self.where))
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if not self.labels and not self.where and not self.between:
-            raise ValueError("a task needs labels, where or between: they tell which rows it is of")
+    def _bounds_are_bounds(self) -> Self:
         for field, values in self.where.items():
             if not values:
                 raise ValueError(f"where.{field} names no value")
@@ -106,9 +104,26 @@ class Replay(Section):
     """In place of that: so many rows of each label of an earlier task, fewer where a client has no more; not under differential privacy."""
 
 
+class Online(Section):
+    """Of `mode: online`."""
+
+    rounds: int = Field(default=1, ge=1)
+    """Rounds of training on each batch; the plan's `rounds` are those of all batches."""
+    clients: int = Field(default=2, ge=1)
+    """A batch begins when so many clients have enough new data."""
+    rows: int = Field(default=1, ge=1)
+    """What is enough: new rows, as many as their owner declares."""
+    read_again: bool = False
+    """Whether rows are new that another run has trained on. No row is ever in two batches of one run."""
+
+
 class Continual(Section):
     """Learning that goes on: tasks and data keep coming, and old ones are not forgotten."""
 
+    mode: Literal["planned", "online"] = "planned"
+    """`planned`: the tasks are those of `stream`.
+    `online`: a task is a batch of what has come to the clients since the last one, and begins when enough of them have enough."""
+    online: Online = Online()
     method: Literal["sequential", "analytic", "lwf", "adapters", "ewc", "olora", "replay"] = "sequential"
     """What keeps the old.
     `sequential`: nothing; each task is trained from where the last one ended. What the others are held against.
@@ -132,7 +147,10 @@ class Continual(Section):
     held back: it is kept, and the run goes on from it, but what is exported is the last that was not."""
 
     @model_validator(mode="after")
-    def _names_are_distinct(self) -> Self:
+    def _tasks_are_told_apart(self) -> Self:
+        for task in self.stream:
+            if not task.labels and not task.where and not task.between:
+                raise ValueError(f"task {task.name} needs labels, where or between: they tell which rows it is of")
         names = [task.name for task in self.stream]
         if len(set(names)) != len(names):
             raise ValueError("two tasks of the stream have one name")

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lichen.common.continual.stream import Stage, stages
+from lichen.common.continual.stream import Stage, is_stream, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, noise_multiplier
 
@@ -57,7 +57,7 @@ def one_task_each(plan: Plan) -> bool:
 
 def reads_apart(plan: Plan) -> bool:
     """Whether units of a stream are charged by the tasks that they are read in: those that are read in other tasks lie apart."""
-    return bool(plan.continual.stream) and plan.privacy.unit == "example"
+    return is_stream(plan) and plan.privacy.unit == "example"
 
 
 def rounds_of_a_unit(plan: Plan, stage: Stage | None = None) -> int:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lichen.common.channel.rules import RULES
 from lichen.common.continual import make_method
+from lichen.common.continual.stream import tasks_of
 from lichen.common.privacy.schedule import one_task_each
 from lichen.common.records import CENTRAL_PAYLOAD_RULE, PAYLOAD_RULE, EvaluateReport, Rule, TrainReport
 
@@ -173,7 +174,7 @@ def _bounds(plan: Plan, result: Result) -> dict[str, Bound]:
         return {EVERY: bound}
     failed = {name for told in result.rounds for name in told.errors}
     whole = result.status == "finished" and result.engine != "flower"  # stock Flower may ask twice, and a round under way is not told yet
-    segments = (len(plan.continual.stream) if one_task_each(plan) else 1) + bool(plan.evaluation.federated_every)
+    segments = (len(tasks_of(plan)) if one_task_each(plan) else 1) + bool(plan.evaluation.federated_every)
     gated = Bound(
         epsilon=privacy.epsilon,
         delta=privacy.delta,

@@ -1,0 +1,181 @@
+"""Which of a node's rows are new, and which batch of an online run each was read in.
+
+A row is known by a keyed fingerprint of what it says, so that a file which is renamed, or exported again in another order or format, is
+not new. No row and no text is kept, and nothing of this leaves the node but what `new_rows` counts: sizes that the owner declares.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lichen.client.data import fingerprints, pieces
+from lichen.common.database import Database
+from lichen.common.errors import Code, LichenError
+
+if TYPE_CHECKING:
+    from lichen.common.plan import Plan
+
+FILE = "arrivals.sqlite"
+FORMAT = 1
+_AT_ONCE = 500  # fingerprints looked up: SQLite takes 999 parameters and more
+_SCHEMA = """
+CREATE TABLE about (key BLOB NOT NULL) STRICT;
+CREATE TABLE reads (
+    fingerprint INTEGER NOT NULL, run TEXT NOT NULL, batch INTEGER NOT NULL, PRIMARY KEY (fingerprint, run)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE batches (
+    run TEXT NOT NULL, number INTEGER NOT NULL, declared INTEGER NOT NULL, at REAL NOT NULL, PRIMARY KEY (run, number)
+) STRICT
+"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one batch of an online run, on this node."""
+
+    key: bytes
+    """Of its rows' fingerprints."""
+    declared_size: int | None
+    """The size of the data that they came in, as declared; None where a simulated node has declared none."""
+    rows: frozenset[int] = frozenset()
+    dealt: tuple[int, int] | None = None
+    """In place of them, in a simulation, to which no files come: this of so many equal parts of all rows."""
+
+    def holds(self, fingerprint: int) -> bool:
+        """Whether a row is of it."""
+        return fingerprint in self.rows if self.dealt is None else fingerprint % self.dealt[1] == self.dealt[0]
+
+
+class New(NamedTuple):
+    """What no run has read yet."""
+
+    declared_size: int
+    """Of the pieces of data that hold any of it, together."""
+    rows: list[int]
+    """Fingerprints."""
+
+
+class Arrivals(Database):
+    """What was read by which run (SQLite), in the node's home; several processes may use it at once.
+
+    Args:
+        home: the node's.
+
+    Raises:
+        LichenError: STORE_VERSION, if a newer lichen wrote the file.
+    """
+
+    def __init__(self, home: Path) -> None:
+        os.close(os.open(home / FILE, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it as open as the umask allows
+        super().__init__(home / FILE, _SCHEMA, FORMAT)
+        with self._transaction(durable=False) as db:
+            db.execute("INSERT INTO about (key) SELECT ? WHERE NOT EXISTS (SELECT 1 FROM about)", (secrets.token_bytes(32),))
+            self.key = bytes(db.execute("SELECT key FROM about").fetchone()[0])
+
+    def __enter__(self) -> Arrivals:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def unread(self, run: str, rows: Sequence[int], *, again: bool) -> list[int]:
+        """Those of some fingerprints that this run has not read; unless ``again``, that no run has."""
+        read: set[int] = set()
+        for start in range(0, len(rows), _AT_ONCE):
+            part = rows[start : start + _AT_ONCE]
+            marks = ",".join("?" * len(part))
+            query = f"SELECT fingerprint FROM reads WHERE fingerprint IN ({marks})"  # noqa: S608 - question marks
+            found = self._rows(f"{query} AND run = ?", *part, run) if again else self._rows(query, *part)
+            read.update(one for (one,) in found)
+        return [one for one in rows if one not in read]
+
+    def note(self, run: str, rows: Iterable[int], batch: int = 0) -> None:
+        """Keep that a run has read rows; of those that it had read before nothing changes."""
+        with self._transaction() as db:
+            db.executemany("INSERT OR IGNORE INTO reads (fingerprint, run, batch) VALUES (?, ?, ?)", ((one, run, batch) for one in rows))
+
+    def begin(self, run: str, number: int, new: New) -> None:
+        """Let a batch (its number, from 0) be of these rows, on the disk when this returns; one that has begun stays what it is."""
+        with self._transaction() as db:
+            values = (run, number, new.declared_size, time.time())
+            if db.execute("INSERT OR IGNORE INTO batches (run, number, declared, at) VALUES (?, ?, ?, ?)", values).rowcount:
+                rows = ((one, run, number) for one in new.rows)
+                db.executemany("INSERT OR IGNORE INTO reads (fingerprint, run, batch) VALUES (?, ?, ?)", rows)
+
+    def batch(self, run: str, number: int) -> Batch | None:
+        """A batch that has begun; None for another."""
+        if not (found := self._rows("SELECT declared FROM batches WHERE run = ? AND number = ?", run, number)):
+            return None
+        rows = self._rows("SELECT fingerprint FROM reads WHERE run = ? AND batch = ?", run, number)
+        return Batch(self.key, int(found[0][0]), frozenset(one for (one,) in rows))
+
+
+def says(plan: Plan, columns: Mapping[str, Sequence[object]]) -> list[Sequence[object]]:
+    """The columns by which rows are known: what the task reads but for the label, since a row with another label is the same row."""
+    return [columns[plan.task.text_field]]
+
+
+def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict[str, object] | None = None) -> New:
+    """What an online run may read as new here.
+
+    Args:
+        home: the node's.
+        plan: the run's.
+        run: its name.
+        arrivals: the home's.
+        settled: by path the state of pieces without anything new, which are passed over while it stays; added to.
+
+    Raises:
+        LichenError: DATA_DECLARED_SIZE, if a piece that has new rows has no declared size; as `lichen.client.data.load`.
+    """
+    size, found = 0, []
+    for piece in pieces(home):
+        state = piece.state()
+        if settled is not None and settled.get(piece.source.path) == state:
+            continue
+        rows = list(piece.training_rows((plan.task.text_field,)))
+        columns = {plan.task.text_field: [row[plan.task.text_field] for row in rows]}
+        own = arrivals.unread(run, fingerprints(arrivals.key, "row", says(plan, columns)), again=plan.continual.online.read_again)
+        if not own:
+            if settled is not None:
+                settled[piece.source.path] = state
+            continue
+        if piece.source.declared_size is None:
+            raise LichenError(
+                Code.DATA_DECLARED_SIZE,
+                "no declared size, and the true one is not told",
+                where=piece.source.path,
+                fix="Add the source again with --declared-size N; of a watched folder it is each file's.",
+            )
+        size += piece.source.declared_size
+        found += own
+    return New(size, found)
+
+
+def take(home: Path, plan: Plan, run: str, number: int) -> Batch:
+    """The rows of a batch (its number, from 0): as it has begun, or from now on those that are new.
+
+    Raises:
+        LichenError: DATA_EMPTY, if nothing is new; as `new_rows`.
+    """
+    with Arrivals(home) as arrivals:
+        if (found := arrivals.batch(run, number)) is None:
+            new = new_rows(home, plan, run, arrivals)
+            if not new.rows:
+                raise LichenError(Code.DATA_EMPTY, "no new rows since the last batch", where=str(home / "data.yaml"))
+            arrivals.begin(run, number, new)
+            found = arrivals.batch(run, number)
+    if found is None:
+        raise LichenError(Code.INTERNAL, f"batch {number} was begun, and is not there", where=str(home / FILE))
+    return found
+
+
+def dealt(declared_size: int | None, number: int, count: int) -> Batch:
+    """A batch of a simulated node: one of ``count`` parts of all its rows."""
+    return Batch(b"", None if declared_size is None else max(1, declared_size // count), dealt=(number, count))

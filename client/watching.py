@@ -1,0 +1,143 @@
+"""How an agent finds that new data has come for an online run, and what it says of it: the size that its owner declares, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from lichen.client.data import stamp
+from lichen.client.status import is_paused
+from lichen.common.channel.fleet_pb2 import News
+from lichen.common.continual.stream import is_online
+from lichen.common.errors import LichenError
+from lichen.common.private_files import write_private
+
+if TYPE_CHECKING:
+    from lichen.common.plan import Plan
+
+FORMAT: Final = 1
+FILE = "watched.json"
+EVERY = 1.0
+"""Seconds between two looks at the files; a change counts once two looks have found the same, since a file may be in the writing."""
+_SHARE = 20  # a look takes at most one part in so many of the time
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The online run that was asked for last."""
+
+    run: int
+    plan: Plan
+
+
+class Watcher:
+    """Looks at this node's data for an online run that its owner's policy permits.
+
+    Args:
+        home: the node's.
+        tell: sends what there is.
+    """
+
+    def __init__(self, home: Path, tell: Callable[[News], None]) -> None:
+        self._home, self._tell = home, tell
+        self._watched = _read(home / FILE)
+        self._begun = asyncio.Event()
+        self._settled: dict[str, object] = {}
+        self._looking = asyncio.Lock()
+
+    def begin(self, run: int, plan: Plan) -> None:
+        """Watch for this run from now on, also after a restart; one that is not online ends it."""
+        watched = Watched(run, plan) if is_online(plan) else None
+        if watched != self._watched:
+            self._watched, self._settled = watched, {}
+            kept = {"format": FORMAT, "run": run, "plan": plan.canonical_json()} if watched else {"format": FORMAT}
+            write_private(self._home / FILE, json.dumps(kept).encode())
+            self._tell(News())
+        if watched:
+            self._begun.set()
+
+    async def run(self) -> None:
+        """Look whenever files have changed, until cancelled."""
+        if self._watched:
+            self._begun.set()
+        seen: object = None
+        looked: object = None  # unless that failed: what stood in the way, such as a plan not approved yet, may be gone
+        told = ""
+        while True:
+            await self._begun.wait()
+            if (watched := self._watched) is None:
+                self._begun.clear()
+                continue
+            began = time.monotonic()
+            now: object = None
+            try:
+                now = (watched.run, is_paused(self._home), await asyncio.to_thread(stamp, self._home))
+                if now == seen != looked:
+                    await self.look()
+                    looked = now
+            except LichenError as error:
+                if told != (told := str(error)):
+                    log.warning("new data is not counted: %s", error)
+            seen = now
+            await asyncio.sleep(max(EVERY, _SHARE * (time.monotonic() - began)))
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """While what is new may be read: it is told of no more, and afterwards again what is left, before any answer is sent."""
+        if self._watched:
+            self._tell(News(run_id=self._watched.run))
+        try:
+            yield
+        finally:
+            try:
+                await self.look()
+            except LichenError as error:
+                log.warning("new data is not counted: %s", error)
+
+    async def look(self) -> None:
+        """Count what is new, and tell it.
+
+        Raises:
+            LichenError: POLICY_…, if the owner does not permit the run; as `new_rows`. Then nothing is told to be there.
+        """
+        async with self._looking:
+            if (watched := self._watched) is None:
+                return
+            rows = 0
+            try:
+                rows = await asyncio.to_thread(self._count, watched)
+            finally:
+                self._tell(News(run_id=watched.run, rows=rows))
+
+    def _count(self, watched: Watched) -> int:
+        from lichen.client.arrivals import Arrivals, new_rows
+        from lichen.client.policy import enforce
+
+        if is_paused(self._home):
+            return 0
+        enforce(self._home, watched.plan, datetime.now().astimezone())
+        with Arrivals(self._home) as arrivals:
+            return new_rows(self._home, watched.plan, str(watched.run), arrivals, self._settled).declared_size
+
+
+def _read(path: Path) -> Watched | None:
+    """What was watched before a restart; nothing where the file can't be understood: the coordinator asks again."""
+    from lichen.common.plan import plan_from_json
+
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT or "run" not in document:
+            return None
+        return Watched(int(document["run"]), plan_from_json(str(document["plan"])))
+    except (OSError, ValueError, KeyError, TypeError, LichenError):
+        return None
