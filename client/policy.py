@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from lichen.common.aggregation import properties
+from lichen.common.continual.stream import is_online
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import resolve_base
 from lichen.common.plan import Number, Plan
@@ -74,6 +75,8 @@ class Policy(_Section):
     """Whether all weights may be tuned (model.adapter.kind: full)."""
     evaluation: bool = True
     """Whether models may be scored on this node's held-out rows for the coordinator (evaluation.federated_every)."""
+    online: bool = True
+    """Whether the coordinator may be told that new data came, and its declared size (continual.mode: online)."""
     canaries: bool = False
     """Whether a plan may add made-up, wrong rows to those trained on here (privacy.audit), to test its privacy. They cost accuracy."""
     threads: int | None = Field(default=None, ge=1)
@@ -190,6 +193,8 @@ class Policy(_Section):
             yield _told("privacy.audit.canaries", plan.privacy.audit.canaries, "canaries", False)
         if plan.evaluation.federated_every and not self.evaluation:
             yield _told("evaluation.federated_every", plan.evaluation.federated_every, "evaluation", False)
+        if is_online(plan) and not self.online:
+            yield _told("continual.mode", "online", "online", False)
 
     def _privacy_refusals(self, plan: Plan) -> Iterator[str]:
         asked, permitted = plan.privacy, self.privacy

@@ -154,7 +154,7 @@ def test_rows_that_arrive_train_when_the_old_ones_are_spent(tmp_path: Path, tiny
     assert records_of(home) == [("train", 40), ("train", 20)]
     with Ledger(home) as ledger:
         assert sorted(ledger.entries()[-1].charged) == [2]
-    rows = client_app._rows(client_app.Node(context(home)), plan, "train", client_app.trainer_of(plan), 1)
+    rows = client_app._rows(client_app.Node(context(home)), plan, "train", client_app.trainer_of(plan), 1, "1")
     assert rows.readable_units(frozenset({2})) == [[row] for row in range(40, 60)]
 
 
@@ -163,7 +163,7 @@ def test_an_entity_that_is_written_in_several_ways_is_one_unit(tmp_path: Path, t
     rows = [row | {"patient": name} for row, name in zip(unlike(tiny_rows(6), "x"), names, strict=True)]
     home = write_home(tmp_path / "home", rows, holdout=0.0, fields={**FIELDS, "patient": "patient"})
     plan = plan_of(privacy={"unit": "entity", "unit_field": "patient"})
-    read = client_app._rows(client_app.Node(context(home)), plan, "train", client_app.trainer_of(plan), 1)
+    read = client_app._rows(client_app.Node(context(home)), plan, "train", client_app.trainer_of(plan), 1, "1")
     assert read.units == [[0, 1], [2, 3, 4], [5]]
 
 
@@ -177,7 +177,7 @@ def test_an_entity_brings_its_rows_and_its_own_history(tmp_path: Path, tiny_rows
     # new rows of an old patient, old rows under new names, and a new patient
     more = [{**row, "who": who} for row, who in zip(unlike(tiny_rows(6), "y"), [0, 0, 0, 7, 7, 7], strict=True)]
     write_rows(home, [*more, *({**row, "who": 9} for row in rows[:6])])
-    read = client_app._rows(client_app.Node(context(home)), plan, "train", client_app.trainer_of(plan), 1)
+    read = client_app._rows(client_app.Node(context(home)), plan, "train", client_app.trainer_of(plan), 1, "1")
     assert dict(zip((tuple(unit) for unit in read.units), read.read_from, strict=True)) == {
         (0, 1, 2): {1, 2},
         (3, 4, 5): {2},
@@ -192,7 +192,7 @@ def test_an_evaluation_reads_no_row_that_is_spent(
     home = write_home(tmp_path / "home", unlike(tiny_rows(60), "x"), holdout=0.5)
     plan = plan_of(evaluation={"federated_every": 1})
     node, trainer = client_app.Node(context(home)), client_app.trainer_of(plan)
-    before = len(client_app._rows(node, plan, "holdout", trainer, 1).units)
+    before = len(client_app._rows(node, plan, "holdout", trainer, 1, "1").units)
     with Ledger(home) as ledger:
         ledger.write_off()
     assert ask(home, plan, kind=records.EVALUATE).error.code == Code.PRIVACY_BUDGET
@@ -206,7 +206,7 @@ def test_an_evaluation_reads_no_row_that_is_spent(
 
     monkeypatch.setattr(trainer.task, "score", counted)
     assert not ask(home, plan, kind=records.EVALUATE).has_error()
-    assert seen == [len(client_app._rows(node, plan, "holdout", trainer, 1).units) - before]
+    assert seen == [len(client_app._rows(node, plan, "holdout", trainer, 1, "1").units) - before]
     assert 0 < seen[0] < before
 
 

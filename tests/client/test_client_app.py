@@ -597,7 +597,7 @@ def test_entities_are_units(tmp_path: Path, tiny_rows: Rows, plan_of: Callable[.
         tmp_path / "node", with_patients(tiny_rows(40)), fields={"text": "text", "label": "label", "patient": "who"}, holdout=0.0
     )
     plan = plan_of(privacy={"unit": "entity", "unit_field": "patient"})
-    rows = client_app._rows(client_app.Node(context_of(home)), plan, "train", client_app.trainer_of(plan), 1)
+    rows = client_app._rows(client_app.Node(context_of(home)), plan, "train", client_app.trainer_of(plan), 1, "1")
     owners = load(home, "train", ("patient",)).column("patient")
     assert len(rows.units) == 7
     assert sorted(row for unit in rows.units for row in unit) == list(range(40))

@@ -106,6 +106,7 @@ LIMITS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"privacy": {"unit": "example", "epsilon": 3.5, "audit": {"canaries": 9}}},
         "privacy.audit.canaries asks 9; canaries permits False",
     ),
+    ({"online": False}, {"continual": {"mode": "online"}}, "continual.mode asks online; online permits False"),
     ({"hours": "22:00-06:00"}, {}, "the time is 12:00; hours permits 22:00-06:00"),
 ]
 
