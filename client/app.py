@@ -41,7 +41,7 @@ from lichen.common.hardware import rounded
 from lichen.common.plan import Plan, plan_from_json
 from lichen.common.privacy.clipping import clipped
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
-from lichen.common.privacy.schedule import one_task_each, planned_central, planned_evaluation, planned_steps, reads_apart
+from lichen.common.privacy.schedule import evaluations, one_task_each, planned_central, planned_evaluation, planned_steps, reads_apart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -355,12 +355,13 @@ def _train_central(
 def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[RecordDict]:
     yield from ()  # it asks for no training
     round, own = asked.round, own_plan(plan, asked.assignment, node.rows)
-    every = plan.evaluation.federated_every  # what the policy has permitted
-    if not every or round % every:
+    every, before = plan.evaluation.federated_every, asked.assignment.before  # what the policy has permitted
+    begins = is_online(plan) and round == stage_of(plan, round).first
+    if not every or (not begins if before else round % every):
         raise LichenError(Code.FRAME_INVALID, f"the plan asks for no evaluation in round {round}")
     trainer = trainer_of(own)
     trainer.model.load(_model(node, plan, message))
-    rows = _rows(node, own, "holdout", trainer, round, str(message.metadata.run_id))
+    rows = _rows(node, own, "holdout", trainer, round, str(message.metadata.run_id), before=before)
     if not plan.private:
         counts, loss = _scored(trainer, own, rows, range(len(rows.encoded)), round)
         report = records.EvaluateReport(client=node.name, round=round, counts=counts.tolist(), loss_sum=loss)
@@ -368,13 +369,15 @@ def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving
         segment = planned_evaluation(plan)
         run, message_id = str(message.metadata.run_id), message.metadata.message_id
         with open_ledger(node.home, own=node.simulated) as ledger:
-            ahead = (plan.rounds - round) // every
+            ahead = evaluations(plan, after=round)
             grant = ledger.reserve("holdout", run, message_id, round, segment, _limits(node, plan), rows.segments, ahead=ahead)
             segment = grant.segment
             Gate(segment).step(segment)
             readable = [row for unit in rows.readable_units(grant.readable) for row in unit]
             exact, _ = _scored(trainer, own, rows, readable, round)
-            noise = _source(node, "holdout", plan.seed, node.name, round).normal(exact.shape, segment.noise_multiplier)
+            noise = _source(node, "holdout", plan.seed, node.name, round, *(["before"] if before else [])).normal(
+                exact.shape, segment.noise_multiplier
+            )
             ledger.released("holdout", run, message_id, again=node.simulated)
         # whole noise: the fraction of a sum of a count and a float would tell the count (Mironov 2012)
         counts = exact + noise.round().numpy()
@@ -439,24 +442,27 @@ class Rows:
         return [unit for unit, own in zip(self.units, self.read_from, strict=True) if own <= readable]
 
 
-def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer, round: int, run: str) -> Rows:
+def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer, round: int, run: str, *, before: bool = False) -> Rows:
+    """Those of a round's stage; of a batch that is about to begin, ``before`` it has."""
     number = stage_of(plan, round).number
-    batch = None
+    batches = None
     if is_online(plan):
         if node.simulated:
-            batch = arrivals.dealt(declared_size(node.home), number, len(stages(plan)))
+            batches = arrivals.dealt(declared_size(node.home), len(stages(plan)))
+        elif split == "train":
+            batches = arrivals.take(node.home, plan, run, number)
         else:
-            batch = arrivals.take(node.home, plan, run, number)
+            batches = arrivals.until(node.home, plan, run, number, new=before)
     changed: tuple[object, ...] = (stamp(node.home),)
     if plan.private:
         with open_ledger(node.home, own=node.simulated) as ledger:  # another ledger knows nothing of this one's data segments
             changed += (ledger.id,)
-    return _read_rows(node.home, plan, split, trainer, number, changed, node.simulated, batch)
+    return _read_rows(node.home, plan, split, trainer, number, changed, node.simulated, batches)
 
 
 @functools.lru_cache(maxsize=64)
 def _read_rows(
-    home: Path, plan: Plan, split: Split, trainer: Trainer, number: int, changed: object, simulated: bool, batch: arrivals.Batch | None
+    home: Path, plan: Plan, split: Split, trainer: Trainer, number: int, changed: object, simulated: bool, batches: arrivals.Batches | None
 ) -> Rows:
     """Those of a stage, by its number. Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
     entity = plan.privacy.unit_field
@@ -472,10 +478,11 @@ def _read_rows(
     columns = {field: data.column(field) for field in data.fields}
     count, size, stage = len(data), data.declared_size, stages(plan)[number]
     by_task = [list(range(count))]
-    known_by = _known_by(home, plan, columns, batch.key if batch else None) if batch or not simulated else []
+    known_by = _known_by(home, plan, columns, batches.key if batches else None) if batches or not simulated else []
     if stage.task is not None:
-        if batch is not None:
-            kept, size = [row for row, one in enumerate(known_by) if batch.holds(one)], batch.declared_size
+        if batches is not None:
+            kept, by_task = _rows_by_batch(batches.of(known_by), number, alone=split == "train")
+            size = batches.declared_size
         elif split == "holdout":
             kept, by_task = rows_by_task(plan, number, columns)
         else:
@@ -503,6 +510,15 @@ def _read_rows(
     together = {unit: frozenset([*(of[row] for row in rows), *([of[count + unit]] if entity else [])]) for unit, rows in enumerate(units)}
     shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
     return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size, by_task, known_by)
+
+
+def _rows_by_batch(batch_of: Sequence[int | None], number: int, *, alone: bool) -> tuple[list[int], list[list[int]]]:
+    """The rows of a batch, ``alone`` or with those before it, and for each batch the places among them of its own."""
+    kept = [row for row, batch in enumerate(batch_of) if batch is not None and (batch == number if alone else batch <= number)]
+    by_batch: list[list[int]] = [[] for _ in range(number + 1)]
+    for place, row in enumerate(kept):
+        by_batch[batch_of[row] or 0].append(place)
+    return kept, by_batch
 
 
 def _known_by(home: Path, plan: Plan, columns: Mapping[str, Sequence[object]], key: bytes | None) -> list[int]:

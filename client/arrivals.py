@@ -36,29 +36,33 @@ CREATE TABLE batches (
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The rows of one batch of an online run, on this node."""
+class Batches:
+    """Of which batch of an online run a node's rows are."""
 
     key: bytes
-    """Of its rows' fingerprints."""
+    """Of the rows' fingerprints."""
     declared_size: int | None
-    """The size of the data that they came in, as declared; None where a simulated node has declared none."""
-    rows: frozenset[int] = frozenset()
-    dealt: tuple[int, int] | None = None
-    """In place of them, in a simulation, to which no files come: this of so many equal parts of all rows."""
+    """The size of the data that the last batch came in, as declared; None where none is needed or, in a simulation, declared."""
+    rows: frozenset[tuple[int, int]] = frozenset()
+    """Fingerprints, each with the number of its batch (from 0)."""
+    dealt: int | None = None
+    """In place of them, in a simulation, to which no files come: so many batches, to which all rows are dealt."""
 
-    def holds(self, fingerprint: int) -> bool:
-        """Whether a row is of it."""
-        return fingerprint in self.rows if self.dealt is None else fingerprint % self.dealt[1] == self.dealt[0]
+    def of(self, fingerprints: Sequence[int]) -> list[int | None]:
+        """The number of each row's batch; None for a row that is of none of them."""
+        if self.dealt is not None:
+            return [one % self.dealt for one in fingerprints]
+        known = dict(self.rows)
+        return [known.get(one) for one in fingerprints]
 
 
 class New(NamedTuple):
     """What no run has read yet."""
 
     declared_size: int
-    """Of the pieces of data that hold any of it, together."""
+    """Of the pieces of data that hold any rows of it to train on, together."""
     rows: list[int]
-    """Fingerprints."""
+    """Fingerprints, those of held-out rows in these pieces too."""
 
 
 class Arrivals(Database):
@@ -108,12 +112,16 @@ class Arrivals(Database):
                 rows = ((one, run, number) for one in new.rows)
                 db.executemany("INSERT OR IGNORE INTO reads (fingerprint, run, batch) VALUES (?, ?, ?)", rows)
 
-    def batch(self, run: str, number: int) -> Batch | None:
-        """A batch that has begun; None for another."""
+    def batch(self, run: str, number: int) -> Batches | None:
+        """A batch that has begun, alone; None for another."""
         if not (found := self._rows("SELECT declared FROM batches WHERE run = ? AND number = ?", run, number)):
             return None
-        rows = self._rows("SELECT fingerprint FROM reads WHERE run = ? AND batch = ?", run, number)
-        return Batch(self.key, int(found[0][0]), frozenset(one for (one,) in rows))
+        rows = self._rows("SELECT fingerprint, batch FROM reads WHERE run = ? AND batch = ?", run, number)
+        return Batches(self.key, int(found[0][0]), frozenset(rows))
+
+    def until(self, run: str, number: int) -> frozenset[tuple[int, int]]:
+        """The fingerprints of all batches until one, each with the number of its batch."""
+        return frozenset(self._rows("SELECT fingerprint, batch FROM reads WHERE run = ? AND batch <= ?", run, number))
 
 
 def says(plan: Plan, columns: Mapping[str, Sequence[object]]) -> list[Sequence[object]]:
@@ -134,15 +142,16 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
     Raises:
         LichenError: DATA_DECLARED_SIZE, if a piece that has new rows has no declared size; as `lichen.client.data.load`.
     """
-    size, found = 0, []
+    size, new = 0, list[int]()
     for piece in pieces(home):
         state = piece.state()
         if settled is not None and settled.get(piece.source.path) == state:
             continue
-        rows = list(piece.training_rows((plan.task.text_field,)))
-        columns = {plan.task.text_field: [row[plan.task.text_field] for row in rows]}
-        own = arrivals.unread(run, fingerprints(arrivals.key, "row", says(plan, columns)), again=plan.continual.online.read_again)
-        if not own:
+        found = list(piece.rows((plan.task.text_field,)))
+        known = fingerprints(arrivals.key, "row", says(plan, {plan.task.text_field: [row[plan.task.text_field] for _, row in found]}))
+        sides = {one: side for one, (side, _) in zip(known, found, strict=True)}
+        own = arrivals.unread(run, list(sides), again=plan.continual.online.read_again)
+        if all(sides[one] == "holdout" for one in own):
             if settled is not None:
                 settled[piece.source.path] = state
             continue
@@ -154,12 +163,12 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
                 fix="Add the source again with --declared-size N; of a watched folder it is each file's.",
             )
         size += piece.source.declared_size
-        found += own
-    return New(size, found)
+        new += own
+    return New(size, new)
 
 
-def take(home: Path, plan: Plan, run: str, number: int) -> Batch:
-    """The rows of a batch (its number, from 0): as it has begun, or from now on those that are new.
+def take(home: Path, plan: Plan, run: str, number: int) -> Batches:
+    """A batch (its number, from 0): as it has begun, or from now on of the rows that are new.
 
     Raises:
         LichenError: DATA_EMPTY, if nothing is new; as `new_rows`.
@@ -176,6 +185,19 @@ def take(home: Path, plan: Plan, run: str, number: int) -> Batch:
     return found
 
 
-def dealt(declared_size: int | None, number: int, count: int) -> Batch:
-    """A batch of a simulated node: one of ``count`` parts of all its rows."""
-    return Batch(b"", None if declared_size is None else max(1, declared_size // count), dealt=(number, count))
+def until(home: Path, plan: Plan, run: str, number: int, *, new: bool) -> Batches:
+    """All batches until one (its number, from 0); if that has not begun, and ``new``, it is of the rows that are new, and stays not begun.
+
+    Raises:
+        LichenError: as `new_rows`.
+    """
+    with Arrivals(home) as arrivals:
+        rows = arrivals.until(run, number)
+        if new and arrivals.batch(run, number) is None:
+            rows |= {(one, number) for one in new_rows(home, plan, run, arrivals).rows}
+        return Batches(arrivals.key, None, rows)
+
+
+def dealt(declared_size: int | None, count: int) -> Batches:
+    """The batches of a simulated node, so many, to which all its rows are dealt."""
+    return Batches(b"", None if declared_size is None else max(1, declared_size // count), dealt=count)

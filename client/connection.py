@@ -306,6 +306,10 @@ class Connection:
             await asyncio.to_thread(self._witness.remember, frame.welcome.ledger)  # before any message is wanted
         stream.welcome = frame.welcome
         self._stream = stream
+        if self._profile != hello.profile:  # told while this stream was being made
+            link.send(AgentFrame(profile=self._profile))
+        if self._news != hello.news:
+            link.send(AgentFrame(news=self._news))
         self._tell("connected")
         log.info("connected to %s as %s", self.address, frame.welcome.name)
         await self._reconcile(stream, set(frame.welcome.outstanding))

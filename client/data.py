@@ -315,11 +315,11 @@ class Piece(NamedTuple):
     """Its path is the piece's."""
     holdout_key: str
 
-    def training_rows(self, fields: Sequence[str]) -> Iterator[Row]:
-        """Its rows to train on, every value as text; those that can't be used are left out. Raises as `load`."""
+    def rows(self, fields: Sequence[str]) -> Iterator[tuple[Split, Row]]:
+        """Its rows with their sides, every value as text; those that can't be used are left out. Raises as `load`."""
         _check_fields(self.source, fields)
         reader = _reader(self.home, self.source, lambda _: None, apart=True)
-        return (row for side, row in _sides(self.home, self.source, self.holdout_key, reader) if side == "train")
+        return _sides(self.home, self.source, self.holdout_key, reader)
 
     def state(self) -> tuple[tuple[str, int, int], ...]:
         """What tells whether it has changed: path, size and time of change of each file."""

@@ -189,6 +189,9 @@ class Policy(_Section):
                 yield _told("model.adapter.kind", "full", "full_tuning", False)
         elif self.max_rank is not None and plan.model.adapter.rank > self.max_rank:
             yield _told("model.adapter.rank", plan.model.adapter.rank, "max_rank", self.max_rank)
+        yield from self._reading_refusals(plan)
+
+    def _reading_refusals(self, plan: Plan) -> Iterator[str]:
         if plan.privacy.audit.canaries and not self.canaries:
             yield _told("privacy.audit.canaries", plan.privacy.audit.canaries, "canaries", False)
         if plan.evaluation.federated_every and not self.evaluation:

@@ -99,6 +99,9 @@ class Assignment(_Record):
     seconds: Annotated[float | None, Field(gt=0), Rule.DECLARED] = None
     """Under `local.partial`: until the deadline, from when this came."""
 
+    before: Annotated[bool, Rule.DECLARED] = False
+    """Of an evaluation: before a batch of an online run begins, on its rows too, of which none was trained on."""
+
     @property
     def number(self) -> int:
         """Counts the node's trainings: never the same for two of them, so that draws and noise are others."""

@@ -56,6 +56,10 @@ class Round(_Section):
     """Metrics on the clients' hold-outs, where the plan asks for them; noised under differential privacy."""
     federated_by_task: dict[str, Metrics | None] = Field(default_factory=dict)
     """The same by task of the stream until then."""
+    before_by_task: dict[str, Metrics | None] = Field(default_factory=dict)
+    """Of an online run the same just before a batch begins, on its hold-outs too."""
+    drift: float | None = None
+    """How much lower accuracy was then on that batch's hold-outs than, in the mean, on those of the batches before."""
     epsilon: float | None = None
     """The largest client's ε so far."""
     uplink_bytes: int | None

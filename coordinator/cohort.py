@@ -73,7 +73,9 @@ class Cohorts:
             )
         return draw_cohort(self._plan, nodes, round)
 
-    def wait_for_data(self, round: int, grid: Grid, state: ServerState, meet: Callable[[list[int]], list[str]]) -> list[int]:
+    def wait_for_data(
+        self, round: int, grid: Grid, state: ServerState, meet: Callable[[list[int]], list[str]], least: int = 0
+    ) -> tuple[list[int], int]:
         """The cohort of a batch's first round: a draw as `choose` makes it among those that have enough new data, once they are enough.
 
         Where the grid's nodes can't tell, in a simulation, all have.
@@ -83,13 +85,17 @@ class Cohorts:
             grid: the way to the nodes.
             state: before the round.
             meet: asks nodes to look, before they are first counted; returns the messages' ids.
+            least: rows that they are to have together.
+
+        Returns:
+            The nodes, and how many new rows those have together that have enough; 0 where they can't tell.
 
         Raises:
             LichenError: as `choose`; what the grid's `interrupt` was given.
         """
         news = grid if isinstance(grid, TellsNews) else None
         if news is None:
-            return self.choose(round, grid, state)
+            return self.choose(round, grid, state), 0
         online, met, asked, told = self._plan.continual.online, set[int](), set[str](), -1
         while True:
             here = list(grid.get_node_ids())
@@ -103,8 +109,9 @@ class Cohorts:
                     log.warning("%s can't look for new data: error %d (%s)", name, code, name_of(code))
             rows = news.new_rows()
             ready = self.with_budget(records.TRAIN, [node for node in here if rows.get(node, 0) >= online.rows], state)
-            if len(ready) >= online.clients:
-                return draw_cohort(self._plan, sorted(ready, key=self._name), round)
+            together = sum(rows[node] for node in ready)
+            if len(ready) >= online.clients and together >= least:
+                return draw_cohort(self._plan, sorted(ready, key=self._name), round), together
             if len(ready) != told:
                 told = len(ready)
                 log.info("round %d waits: %d of %d clients have %d new rows", round, told, online.clients, online.rows)

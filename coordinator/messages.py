@@ -90,12 +90,15 @@ class Messages:
         return messages
 
     def to_nodes(
-        self, kind: str, nodes: Iterable[int], arrays: ArrayRecord, grid: Grid, told: Round, state: ServerState
+        self, kind: str, nodes: Iterable[int], arrays: ArrayRecord, grid: Grid, told: Round, state: ServerState, before: int | None = None
     ) -> Iterator[Message]:
-        """One message for each node, of the round that ``told`` is the line of."""
+        """One message for each node, of the round that ``told`` is the line of; ``before`` counts evaluations before a batch begins."""
         assignment = self.assignment(kind, told.round, state)
+        group = str(assignment.number)
+        if before is not None:
+            assignment, group = assignment.model_copy(update={"before": True}), f"{group} before {before}"
         for node in nodes:
-            yield self.to_node(assignment, kind, node, arrays, grid, told, state)
+            yield self.to_node(assignment, kind, node, arrays, grid, told, state, group)
 
     def assignment(self, kind: str, round: int, state: ServerState, training: int | None = None) -> records.Assignment:
         """What the plan asks of every node in a round.
@@ -117,16 +120,24 @@ class Messages:
         )
 
     def to_node(
-        self, assignment: records.Assignment, kind: str, node: int, arrays: ArrayRecord, grid: Grid, told: Round, state: ServerState
+        self,
+        assignment: records.Assignment,
+        kind: str,
+        node: int,
+        arrays: ArrayRecord,
+        grid: Grid,
+        told: Round,
+        state: ServerState,
+        group: str | None = None,
     ) -> Message:
-        """The message for one node; the bytes that it will fetch are added to the round's line."""
+        """The message for one node, of a group, or of its training's number; the bytes that it will fetch are added to the round's line."""
         content = RecordDict({"payload": arrays})
         records.put_chain(content, state.chain)
         fetched = self._downlink.bytes_for(self._name(node), content, state)
         own = self._assign(node, fetched) if self._assign else {}
         content["assignment"] = records.to_config(assignment.model_copy(update=own))
         told.downlink_bytes = (told.downlink_bytes or 0) + fetched
-        return grid.create_message(content, kind, node, str(assignment.number))
+        return grid.create_message(content, kind, node, group or str(assignment.number))
 
     def ask(
         self, messages: list[Message], timeout: float, grid: Grid, told: Round, state: ServerState, wanted: int | None = None

@@ -37,7 +37,7 @@ class RunGrid(GrpcGrid):
         pushed = list(messages)
         ids = self.push_messages(pushed)
         if any(offered_refs(message) for message in pushed):  # others don't tell which models are still needed
-            self._let_go({message.metadata.group_id for message in pushed})
+            self._let_go({_round_of(message) for message in pushed})
         replies = []
         for reply in self.replies(ids, timeout):
             replies.append(reply)
@@ -48,9 +48,7 @@ class RunGrid(GrpcGrid):
 
     def _let_go(self, rounds: set[str]) -> None:
         """Release all rounds but these: when a round's messages go out, the checkpoint of those before is on the disk."""
-        self._release(
-            [item for item in self._fleet.store.unreleased(self._run_id) if message_from_bytes(item[1]).metadata.group_id not in rounds]
-        )
+        self._release([item for item in self._fleet.store.unreleased(self._run_id) if _round_of(message_from_bytes(item[1])) not in rounds])
 
     def let_go(self, message_ids: Iterable[str], keep: Iterable[str]) -> None:
         """Erase messages, their replies and the payloads of both, but those whose digests are in ``keep``."""
@@ -75,6 +73,10 @@ class RunGrid(GrpcGrid):
         for digest in used - live:
             spool.path(digest).unlink(missing_ok=True)
         spool.collect(live)  # what came for nobody
+
+
+def _round_of(message: Message) -> str:
+    return str(message.metadata.group_id).split(" ")[0]  # which also has what comes before a batch begins
 
 
 def _digests(messages: Iterable[bytes]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from lichen.common import records
 from lichen.common.aggregation import KEPT, part_of
 from lichen.common.codec.registry import downlink_codec
 from lichen.common.continual import make_method, training_rounds
+from lichen.common.continual.measures import drift_of
 from lichen.common.continual.stream import is_online, is_stream, stage_of
 from lichen.common.errors import Code, LichenError, name_of
 from lichen.common.result import Result, Round
@@ -30,7 +32,7 @@ from lichen.coordinator.replies import Counted, Replies, note_failure
 from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
 from lichen.coordinator.telling import Evaluator, Teller
 from lichen.coordinator.updates import Updates
-from lichen.coordinator.versions import Versions
+from lichen.coordinator.versions import Versions, measured
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from lichen.common.continual.stream import Stage
     from lichen.common.model.adapter import State
     from lichen.common.plan import Plan
+    from lichen.common.result import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -230,9 +233,40 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             return self._cohorts.choose_again(number, grid, self.state)
         self._teller.settle()  # data may come in days: what was done so far is told before
         began = time.monotonic()
-        nodes = self._cohorts.wait_for_data(number, grid, self.state, lambda new: self._messages.announce(new, number, grid, self.state))
+        nodes = self._wait_for_batch(number, grid)
         self._waited = time.monotonic() - began
         return nodes
+
+    def _wait_for_batch(self, number: int, grid: Grid) -> list[int]:
+        """The cohort of a batch's first round, once there is enough new data, and different enough where the plan asks for that."""
+        online, least = self.plan.continual.online, 0
+
+        def announce(nodes: list[int]) -> list[str]:
+            return self._messages.announce(nodes, number, grid, self.state)
+
+        for attempt in itertools.count():
+            nodes, rows = self._cohorts.wait_for_data(number, grid, self.state, announce, least)
+            drift = self._evaluate_before(number, nodes, grid, attempt)
+            if online.drift is None or drift is None or drift >= online.drift or not rows:
+                break
+            log.info("round %d waits: drift is %.3f, below continual.online.drift (%g); %d rows are new", number, drift, online.drift, rows)
+            least = rows + online.clients * online.rows
+        return nodes
+
+    def _evaluate_before(self, number: int, nodes: Sequence[int], grid: Grid, attempt: int) -> float | None:
+        """Have the model scored on what a batch is about to be trained on; returns the drift, None where there is none to tell."""
+        if not self.plan.evaluation.federated_every:
+            return None
+        able = self._cohorts.with_budget(records.EVALUATE, list(nodes), self.state)
+        messages = list(self._messages.to_nodes(records.EVALUATE, able, self._arrays(), grid, self._told, self.state, attempt))
+        replies = self._messages.ask(messages, self.plan.cohort.deadline_s, grid, self._told, self.state) if messages else []
+        found = self._scores(replies)
+        self._told.errors.clear()  # they are in the log: the round's own are those of its training
+        if found is None:
+            return None
+        self._told.before_by_task = found[1]
+        self._told.drift = drift_of([measured(metrics) for metrics in found[1].values()])
+        return self._told.drift
 
     def _prepare(self, number: int, nodes: Iterable[int], grid: Grid) -> None:
         """Before the first round that is begun since the start: later ones find most nodes ready, and wait for nobody who is not."""
@@ -323,6 +357,13 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Metrics over all hold-outs together."""
+        if (found := self._scores(replies)) is None:
+            return None
+        self._told.federated, self._told.federated_by_task = found
+        return MetricRecord({name: value for name, value in found[0].items() if value is not None})
+
+    def _scores(self, replies: Iterable[Message]) -> tuple[Metrics, dict[str, Metrics | None]] | None:
+        """The clients' hold-outs together, and by task; None where there are none."""
         reports: list[records.EvaluateReport] = []
         stage = stage_of(self.plan, self._told.round)
         for report, _ in self._replies.reports(records.EvaluateReport, replies, self._told):
@@ -333,11 +374,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
                 note_failure(self._told, report.client, error.code, error.what)
                 continue
             reports.append(report)
-        if not reports:
-            return None
-        found, self._told.federated_by_task = self._evaluator.add_counts(sorted(reports, key=lambda report: report.client), stage)
-        self._told.federated = found
-        return MetricRecord({name: value for name, value in found.items() if value is not None})
+        return self._evaluator.add_counts(sorted(reports, key=lambda report: report.client), stage) if reports else None
 
 
 def _errors(by_client: Mapping[str, int | None]) -> str:

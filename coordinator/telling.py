@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from lichen.common.aggregation import KEPT, MEMORY, MERGED, part_of
-from lichen.common.continual.stream import is_stream, stage_of
+from lichen.common.continual.stream import is_online, is_stream, stage_of
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import one_task_each
 from lichen.common.result import ClientPrivacy, Metrics, Privacy, Result, Round, Transfer
@@ -147,13 +147,20 @@ class Teller:
         if scored:
             told.validation = self._evaluator.validation(model, stage)
         if stage.task is not None and told.round == stage.last:
-            told.by_task = self._evaluator.validation_by_task(model, stage) or told.federated_by_task
-            split: Literal["validation", "hold-outs"] = "validation" if self._evaluator.has_validation else "hold-outs"
-            self._versions.add(stage, model, told.by_task, told.epsilon, split)
+            told.by_task = self._evaluator.validation_by_task(model, stage)
+            split: Literal["validation", "hold-outs"] = "validation"
+            if is_online(self._plan) or not told.by_task:  # batches are the clients' alone
+                told.by_task, split = told.by_task | told.federated_by_task, "hold-outs"
+            self._versions.add(stage, model, told.by_task, told.epsilon, split, self._before(stage, told))
         if self._central:
             self._directory.save_for_operator(told)
         self._result.rounds.append(told.without_cohort() if self._central else told)
         self._sum_up(model, seconds)
+
+    def _before(self, stage: Stage, told: Round) -> Metrics | None:
+        """How the hold-outs of a batch were scored before its first round, of which the last may be ``told``."""
+        first = next((line for line in [*self._result.rounds, told] if line.round == stage.first), told)
+        return first.before_by_task.get(stage.task.name) if stage.task else None
 
     def _sum_up(self, model: State, seconds: float) -> None:
         """Bring `result.json` up to date with its rounds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -48,6 +49,8 @@ class Version(BaseModel):
     """By task of the stream, of the coordinator's validation rows, or of the clients' hold-outs; empty where neither was scored."""
     split: Literal["validation", "hold-outs"] = "validation"
     """Which of the two."""
+    before: Metrics | None = None
+    """Of an online run how its parent scored on the hold-outs of its batch, before that was trained on."""
     held_back: str | None = None
     """Why it is not what is exported; null for one that is."""
     at: float
@@ -96,6 +99,7 @@ class Versions:
         validation: dict[str, Metrics | None],
         epsilon: float | None,
         split: Literal["validation", "hold-outs"] = "validation",
+        before: Metrics | None = None,
     ) -> None:
         """Keep the model as it is at a stage's end; one that was kept already, before a crash, is replaced.
 
@@ -105,11 +109,12 @@ class Versions:
             validation: by task of the stream.
             epsilon: the largest client's so far.
             split: what was scored.
+            before: how its parent scored on the hold-outs of a batch.
         """
         from lichen.common.tensor_files import write_tensors
 
         number = stage.number + 1
-        before = [version for version in self.all() if 0 < version.number < number]
+        earlier = [version for version in self.all() if 0 < version.number < number]
         version = Version(
             number=number,
             task=tasks_of(self._plan)[stage.number].name,
@@ -119,8 +124,9 @@ class Versions:
             epsilon=epsilon,
             validation=validation,
             split=split,
+            before=before,
             # a cohort's hold-outs are others each time, and under privacy noised: a fall of theirs says little of the model
-            held_back=self._fault(before, validation) if split == "validation" else None,
+            held_back=self._fault(earlier, validation) if split == "validation" or EVERY in validation else None,
             at=time.time(),
         )
         folder = self._folder / version.name
@@ -191,16 +197,27 @@ class Versions:
             self._write(chosen.model_copy(update={"held_back": None}))
 
     def summary(self) -> Continual | None:
-        """What they tell on the validation rows; None before the first. Of an online run there is no R."""
+        """What they tell on the validation rows, of an online run on the hold-outs; None before the first."""
         found = self.all()
         if is_online(self._plan):
-            names = [version.task for version in found if version.number]
-            return summary_of(names, "validation", {}, self.held_back()) if names else None
+            return self._summary_of_batches([version for version in found if version.number])
         if not any(version.validation for version in found):
             return None
         tasks = [task.name for task in self._plan.continual.stream]
         rows = {version.number: [measured(version.validation.get(task)) for task in tasks] for version in found}
         return summary_of(tasks, found[-1].split, rows, self.held_back())
+
+    def _summary_of_batches(self, found: list[Version]) -> Continual | None:
+        """R without the rows of batches that are yet to come, but for the next one's before it began; empty without hold-outs."""
+        names = [version.task for version in found]
+        rows: dict[int, list[float | None]] = {}
+        for version, after in zip_longest(found, found[1:]):
+            scores = [measured(version.validation.get(name)) for name in names]
+            if after is not None:
+                scores[after.number - 1] = measured(after.before)
+            rows[version.number] = scores
+        told = any(score is not None for scores in rows.values() for score in scores)
+        return summary_of(names, "hold-outs", rows if told else {}, self.held_back()) if names else None
 
     def _fault(self, before: list[Version], validation: dict[str, Metrics | None]) -> str | None:
         """Why a version with these scores is held back: how much it lacks, on an earlier task, of the best version before."""

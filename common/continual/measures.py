@@ -52,10 +52,13 @@ def drift(matrix: Sequence[Row]) -> list[float | None]:
         matrix: as in `measures`.
     """
     found: list[float | None] = [None]
-    for task in range(1, len(matrix)):
-        before = matrix[task - 1]
-        found.append(_less(_mean(before[:task]), before[task]))
+    found += [drift_of(matrix[task - 1][: task + 1]) for task in range(1, len(matrix))]
     return found[: len(matrix)]
+
+
+def drift_of(scores: Row) -> float | None:
+    """How much lower the last score, of new data, is than the mean of those before; None where there is none of either."""
+    return _less(_mean(scores[:-1]), scores[-1])
 
 
 def _less(left: float | None, right: float | None) -> float | None:

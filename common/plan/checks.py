@@ -12,6 +12,8 @@ from lichen.common.plan.plan import Plan
 
 MOST_BATCHES = 10_000
 """Of an online run: one a day for 27 years."""
+MOST_SCORED = 100
+"""Of one whose hold-outs are scored by batch."""
 
 
 def check_sound(plan: Plan, *, where: str = "plan") -> None:
@@ -123,10 +125,15 @@ def _check_online(plan: Plan, refuse: Callable[[str, str], None]) -> None:
             "continual.mode: online with unit: client: who is asked would tell who has new data, and cohorts are to stay secret",
             "Nearest valid: privacy.unit: example.",
         )
-    if plan.evaluation.federated_every:
+    if plan.evaluation.federated_every and plan.rounds // online.rounds > MOST_SCORED:
         refuse(
-            "evaluation.federated_every with continual.mode: online, which is not built: hold-outs are of no batch",
-            "Set evaluation.federated_every: 0.",
+            f"evaluation.federated_every with {plan.rounds // online.rounds} batches: the hold-outs of at most {MOST_SCORED} are scored",
+            f"Set rounds: {MOST_SCORED * online.rounds}, or evaluation.federated_every: 0.",
+        )
+    if online.drift is not None and not plan.evaluation.federated_every:
+        refuse(
+            "continual.online.drift without evaluation.federated_every: drift is measured on the clients' hold-outs",
+            f"Set evaluation.federated_every: {online.rounds}.",
         )
 
 

@@ -113,6 +113,9 @@ class Online(Section):
     """A batch begins when so many clients have enough new data."""
     rows: int = Field(default=1, ge=1)
     """What is enough: new rows, as many as their owner declares."""
+    drift: Number | None = Field(default=None, ge=-1, le=1)
+    """A batch begins only where the model's accuracy on the new data's hold-outs is lower by this or more than on those before, if there
+    are any; else more data is waited for. Needs `evaluation.federated_every`. In a simulation every batch begins."""
     read_again: bool = False
     """Whether rows are new that another run has trained on. No row is ever in two batches of one run."""
 

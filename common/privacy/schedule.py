@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lichen.common.continual.stream import Stage, is_stream, stages
+from lichen.common.continual.stream import Stage, is_online, is_stream, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, noise_multiplier
 
@@ -74,8 +74,18 @@ def planned_evaluation(plan: Plan) -> Segment:
     Raises:
         LichenError: PRIVACY_TARGET.
     """
-    times = plan.rounds // plan.evaluation.federated_every
+    times = evaluations(plan)
     return Segment(noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, 1.0, times), 1.0, 1)
+
+
+def evaluations(plan: Plan, after: int = 0) -> int:
+    """How often the plan has hold-outs scored after a round: every so many rounds, and online before each batch too.
+
+    With `continual.online.drift` a batch may be scored more often before it begins: the ledger then stops what the plan's ε does not hold.
+    """
+    every, each = plan.evaluation.federated_every, plan.continual.online.rounds
+    before = (plan.rounds - 1) // each - (after - 1) // each if is_online(plan) else 0
+    return plan.rounds // every - after // every + before
 
 
 @dataclass(frozen=True)

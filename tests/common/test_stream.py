@@ -9,10 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lichen.common.continual.measures import drift, measures
-from lichen.common.continual.stream import fields_of, labels_until, rounds_of_tasks, rows_by_task, rows_of, stage_of, stage_size, stages
+from lichen.common.continual.stream import (
+    fields_of,
+    labels_until,
+    rounds_of_tasks,
+    rows_by_task,
+    rows_of,
+    stage_of,
+    stage_size,
+    stages,
+    tasks_of,
+)
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
-from lichen.common.privacy.schedule import planned_steps, rounds_of_a_unit
+from lichen.common.privacy.schedule import evaluations, planned_steps, rounds_of_a_unit
 
 LABELS = ["a", "b", "c", "d"]
 DOCUMENT: dict[str, Any] = {"task": {"labels": LABELS}, "model": {"base": "some/model"}, "local": {"steps": 5}}
@@ -162,6 +172,49 @@ def test_a_method_that_would_not_do_what_it_says_is_refused(method: str, changes
 )
 def test_a_task_that_is_none_is_told(tasks: list[dict[str, Any]], reason: str) -> None:
     assert reason in refusal(*tasks, code=Code.PLAN_INVALID)
+
+
+def online_of(rounds: int = 6, method: str = "sequential", online: dict[str, Any] | None = None, **sections: Any) -> Plan:
+    continual = {"mode": "online", "method": method, "online": online or {}} | sections.pop("continual", {})
+    return parse_plan(DOCUMENT | {"rounds": rounds, "continual": continual} | sections)
+
+
+def test_batches_are_tasks_without_an_end_of_their_own() -> None:
+    plan = online_of(rounds=10_000, online={"rounds": 2})
+    assert stage_of(plan, 9_999)._replace(task=None) == (4_999, 9_999, 10_000, None)
+    assert [task.name for task in tasks_of(plan)[:2]] == ["batch-1", "batch-2"]
+    assert labels_until(plan, 0) == tuple(LABELS)
+    assert stage_size(plan, stage_of(plan, 1), 64) == 64
+    private = online_of(rounds=10_000, online={"rounds": 2}, privacy={"unit": "example", "sample_rate": 0.2})
+    once = online_of(rounds=2, online={"rounds": 2}, privacy={"unit": "example", "sample_rate": 0.2})
+    assert planned_steps(private, 64) == planned_steps(once, 64), "however many batches come, a record is in one"
+    scored = online_of(rounds=6, online={"rounds": 2}, evaluation={"federated_every": 1})
+    assert [evaluations(scored, after) for after in range(7)] == [6 + 3, 5 + 2, 4 + 2, 3 + 1, 2 + 1, 1, 0]
+    assert evaluations(plan_of(ONE, TWO, evaluation={"federated_every": 2})) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"continual": {"stream": [{"name": "x", "labels": ["a", "b"]}]}}, "the one or the other"),
+        ({"rounds": 5, "online": {"rounds": 2}}, "are not those of 1 to 10000 batches of 2"),
+        ({"rounds": 10_001}, "are not those of 1 to 10000 batches of 1"),
+        ({"cohort": {"size": 3, "minimum": 3}}, "is below cohort.minimum"),
+        ({"method": "replay"}, "not built"),
+        ({"method": "ewc"}, "two rounds a task"),
+        ({"cohort": {"mode": "buffered"}}, "another task is learned"),
+        ({"privacy": {"unit": "client", "noise": "central"}, "cohort": {"population": 4}}, "cohorts are to stay secret"),
+        ({"rounds": 101, "evaluation": {"federated_every": 1}}, "of at most 100"),
+        ({"online": {"drift": 0.1}}, "measured on the clients' hold-outs"),
+        ({"privacy": {"audit": {"canaries": 4}}}, "of no task"),
+    ],
+)
+def test_an_online_run_that_would_not_do_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(LichenError) as caught:
+        online_of(**changes)
+    assert caught.value.code is Code.PLAN_UNSOUND
+    assert reason in caught.value.what
+    assert caught.value.fix
 
 
 def test_the_measures_are_those_of_the_papers() -> None:

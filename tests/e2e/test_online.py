@@ -123,7 +123,9 @@ def online(plan: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return plan | {"rounds": 3, "cohort": {"size": 4, "minimum": 3, "deadline_s": 60}, "continual": settings} | changes
 
 
-def test_a_batch_begins_when_enough_clients_have_enough_new_data(federation: Federation, tiny_rows: Rows, tiny_plan: dict[str, Any]) -> None:
+def test_a_batch_begins_when_enough_clients_have_enough_new_data(
+    federation: Federation, tiny_rows: Rows, tiny_plan: dict[str, Any]
+) -> None:
     run = federation.submit(online(tiny_plan))
     federation.until(lambda: "round 1 waits: 0 of 3 clients have 32 new rows" in federation.log("coordinator"))
     federation.until(lambda: all("preparing, round 1 of tiny: answered" in federation.log(name) for name in NODES))
@@ -173,6 +175,41 @@ def test_a_batch_begins_when_enough_clients_have_enough_new_data(federation: Fed
     federation.lichen("coordinator", "stop", run)
 
 
+def test_a_batch_that_tells_nothing_new_is_not_trained_on(federation: Federation, tiny_rows: Rows, tiny_plan: dict[str, Any]) -> None:
+    for name in NODES:
+        fields = ("--field", "text=text", "--field", "label=label")
+        federation.lichen("client", "data", "add", f"{name}-data", "--watch", *fields, "--declared-size", 32, "--holdout", 0.3, home=name)
+    changes = {"mode": "online", "online": {"clients": 4, "rows": 32, "drift": 0.2, "read_again": False}}
+    learns = {"model": tiny_plan["model"] | {"adapter": {"kind": "full"}}, "local": tiny_plan["local"] | {"steps": 60}}
+    run = federation.submit(online(tiny_plan, rounds=2, evaluation={"federated_every": 1}, continual=changes, **learns))
+    swapped = {"crop": "metal", "metal": "money", "money": "crop"}
+
+    def deliver(file: str, seed: int, other: dict[str, str]) -> None:
+        for number, name in enumerate(NODES):
+            rows = tiny_rows(60, seed + number)
+            federation.deliver(name, file, [{**row, "label": other.get(row["label"], row["label"])} for row in rows])
+
+    deliver("first.jsonl", 200, {})
+    federation.until(lambda: len(federation.rounds(run)) == 1)
+    deliver("alike.jsonl", 300, {})
+    federation.until(lambda: "below continual.online.drift" in federation.log("coordinator"))
+    assert len(federation.rounds(run)) == 1
+    deliver("other.jsonl", 400, swapped)
+    federation.until(lambda: len(federation.rounds(run)) == 2)
+    first, second = federation.rounds(run)
+    assert first["drift"] is None
+    assert first["before_by_task"].keys() == {"batch-1"}
+    assert second["drift"] >= 0.2
+    assert second["federated_by_task"].keys() == {"batch-1", "batch-2"}
+    federation.until(lambda: federation.result(run)["status"] == "finished")
+    told = federation.result(run)["continual"]
+    accuracy = second["before_by_task"]["batch-2"]["accuracy"]
+    assert told["matrix"][0] == [first["federated_by_task"]["batch-1"]["accuracy"], accuracy]
+    assert told["drift"][1] == pytest.approx(told["matrix"][0][0] - accuracy)
+    with Arrivals(federation.home("north")) as arrivals:  # what was not trained on the first time is of the batch that was
+        assert len(arrivals.batch(federation.result(run)["run_id"], 1).rows) > 100
+
+
 def test_the_operator_is_told_why_a_client_has_nothing(federation: Federation, tiny_plan: dict[str, Any]) -> None:
     privacy = {"unit": "example", "epsilon": 8, "delta": 1e-3, "clip": 1.0, "sample_rate": 0.25}  # the default policy permits 1e-5
     run = federation.submit(online(tiny_plan, privacy=privacy))
@@ -204,4 +241,5 @@ def test_under_privacy_a_batch_is_a_segment_of_its_own(federation: Federation, t
             charged = [entry.charged for entry in ledger.entries()]
             assert len(charged) == 2
             assert not charged[0] & charged[1]
-            assert [segment.records for segment in ledger.segments()] == [30, 30]
+            assert len(ledger.segments()) == 2
+            assert sum(segment.records for segment in ledger.segments()) > 30  # of 60, less those held out

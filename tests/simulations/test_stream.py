@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from lichen.client.ledger import Ledger
 from lichen.common.aggregation import MERGED, A, B, beside, part_of
 from lichen.common.continual.measures import measures
 from lichen.common.continual.stream import stages
@@ -260,3 +261,35 @@ def test_any_version_can_be_taken_out(tmp_path: Path, plan_of: Callable[..., Pla
         export_model(tmp_path / "run", tmp_path / "three", version=3)
     assert (caught.value.code, caught.value.fix) == (Code.NO_MODEL, "Versions: 1-fields, 2-banks.")
     assert not (tmp_path / "three").exists()
+
+
+ONLINE: dict[str, Any] = {"mode": "online", "online": {"rounds": 2, "clients": 3}}
+
+
+def test_a_simulated_online_run_deals_rows_to_batches(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
+    scored = {"evaluation": {"federated_every": 1}, "privacy": PRIVATE}
+    plan = parse_plan(csv_plan | {"rounds": 6, "cohort": {"size": 3}, "continual": ONLINE} | scored)
+    result = run(plan, tmp_path / "whole", "inprocess")
+    found = told(result)
+    assert (found.tasks, found.split) == (["batch-1", "batch-2", "batch-3"], "hold-outs")
+    assert [[score is not None for score in row] for row in found.matrix] == [[True, True, False], [True] * 3, [True] * 3]
+    assert [line.drift is not None for line in result.rounds] == [False, False, True, False, True, False]
+    assert [sorted(line.before_by_task) for line in result.rounds[::2]] == [found.tasks[: batch + 1] for batch in range(3)]
+    for name, client in result.privacy.clients.items():
+        assert client.segments.keys() == {"train:batch-1", "train:batch-2", "train:batch-3", "holdout"}
+        assert client.epsilon <= PRIVATE["epsilon"] * 1.001
+        with Ledger(tmp_path / "whole" / "simulation" / name) as ledger:
+            rounds: dict[int, set[int]] = {}
+            for entry in ledger.entries():
+                if entry.split == "train":
+                    for number in entry.charged:
+                        rounds.setdefault(number, set()).add((entry.round - 1) // 2)
+            assert all(len(batches) == 1 for batches in rounds.values()), "a segment is read in one batch"
+            assert set().union(*rounds.values()) == {0, 1, 2}
+
+    expected = models_of(tmp_path / "whole", plan)
+    (tmp_path / "whole" / "checkpoints" / "round-00006.safetensors").unlink()
+    again = run(plan, tmp_path / "whole", "inprocess", resume=True)
+    assert all(map(same, models_of(tmp_path / "whole", plan), expected))
+    assert again.continual == found
+    assert again.privacy.clients == result.privacy.clients

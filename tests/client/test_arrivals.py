@@ -1,0 +1,236 @@
+"""Which rows are new to an online run: known by what they say, whatever file they lie in, and each in one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lichen.client import watching
+from lichen.client.arrivals import Arrivals, New, new_rows, take, until
+from lichen.client.data import add_source, check, declared_size, load, pieces
+from lichen.client.watching import Watcher
+from lichen.common.channel.fleet_pb2 import News
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import Plan, parse_plan
+
+RUN = "7"
+FIELDS = {"text": "text", "label": "label"}
+
+
+def plan_of(**online: Any) -> Plan:
+    document = {"task": {"labels": ["a", "b"]}, "model": {"base": "some/model"}, "local": {"steps": 5}, "rounds": 4}
+    return parse_plan(document | {"continual": {"mode": "online", "online": online}})
+
+
+def watched(home: Path, **more: Any) -> Path:
+    folder = home / "inbox"
+    folder.mkdir(parents=True)
+    add_source(home, folder, fields=FIELDS, watch=True, **({"declared_size": 64, "holdout": 0.0} | more))
+    return folder
+
+
+def deliver(folder: Path, file: str, texts: list[str]) -> None:
+    (folder / file).write_text("".join(json.dumps({"text": text, "label": "a"}) + "\n" for text in texts))
+
+
+def count(home: Path, plan: Plan, run: str = RUN) -> int:
+    with Arrivals(home) as arrivals:
+        return new_rows(home, plan, run, arrivals).declared_size
+
+
+def test_a_batch_is_what_came_since_the_last_one(tmp_path: Path) -> None:
+    plan, folder = plan_of(), watched(tmp_path)
+    assert count(tmp_path, plan) == 0
+    deliver(folder, "one.jsonl", ["a", "b"])
+    deliver(folder, "two.jsonl", ["c"])
+    assert count(tmp_path, plan) == 2 * 64
+    first = take(tmp_path, plan, RUN, 0)
+    assert (len(first.rows), first.declared_size, count(tmp_path, plan)) == (3, 128, 0)
+    deliver(folder, "three.jsonl", ["c", "d", " d "])
+    assert take(tmp_path, plan, RUN, 0) == first, "as it has begun"
+    assert count(tmp_path, plan) == 64
+    second = take(tmp_path, plan, RUN, 1)
+    assert (len(second.rows), second.declared_size) == (1, 64)
+    with pytest.raises(LichenError) as caught:
+        take(tmp_path, plan, RUN, 2)
+    assert caught.value.code is Code.DATA_EMPTY
+    assert not dict(first.rows).keys() & dict(second.rows).keys()
+
+
+def test_a_file_that_is_renamed_or_exported_again_is_not_new(tmp_path: Path) -> None:
+    plan, folder = plan_of(), watched(tmp_path)
+    deliver(folder, "one.jsonl", ["one thing", "another"])
+    take(tmp_path, plan, RUN, 0)
+    (folder / "one.jsonl").rename(folder / "renamed.jsonl")
+    assert count(tmp_path, plan) == 0
+    (folder / "other.csv").write_text('text,label\n"another",b\n"one  thing",b\n')
+    assert count(tmp_path, plan) == 0
+    (folder / "renamed.jsonl").unlink()
+    (folder / "other.csv").write_text('text,label\n"another",b\n"a third",b\n')
+    assert count(tmp_path, plan) == 64
+
+
+def test_what_another_run_has_read_is_new_only_where_the_plan_says_so(tmp_path: Path) -> None:
+    folder = watched(tmp_path)
+    deliver(folder, "one.jsonl", ["a", "b"])
+    take(tmp_path, plan_of(), "1", 0)
+    assert count(tmp_path, plan_of()) == 0
+    again = plan_of(read_again=True)
+    assert count(tmp_path, again) == 64
+    take(tmp_path, again, RUN, 0)
+    assert count(tmp_path, again) == 0, "in one run no row is in two batches"
+
+
+def test_what_is_scored_before_a_batch_stays_new(tmp_path: Path) -> None:
+    plan, folder = plan_of(), watched(tmp_path)
+    deliver(folder, "one.jsonl", ["a", "b"])
+    take(tmp_path, plan, RUN, 0)
+    deliver(folder, "two.jsonl", ["c"])
+    before = until(tmp_path, plan, RUN, 1, new=True)
+    assert sorted(before.of(list(dict(before.rows)))) == [0, 0, 1]  # type: ignore[type-var]
+    assert before.of([12345]) == [None]
+    assert len(until(tmp_path, plan, RUN, 1, new=False).rows) == 2
+    assert count(tmp_path, plan) == 64
+    take(tmp_path, plan, RUN, 1)
+    assert until(tmp_path, plan, RUN, 1, new=False).rows == before.rows
+
+
+def test_held_out_rows_make_no_batch_and_come_with_one(tmp_path: Path) -> None:
+    plan, folder = plan_of(), watched(tmp_path, holdout=0.5)
+    deliver(folder, "one.jsonl", [f"row {number}" for number in range(40)])
+    held = [row["text"] for piece in pieces(tmp_path) for side, row in piece.rows(["text"]) if side == "holdout"]
+    assert 5 < len(held) < 35
+    (folder / "one.jsonl").unlink()
+    deliver(folder, "held.jsonl", held)
+    assert count(tmp_path, plan) == 0
+    deliver(folder, "one.jsonl", [f"row {number}" for number in range(40)])
+    assert count(tmp_path, plan) == 64
+    assert len(take(tmp_path, plan, RUN, 0).rows) == 40
+
+
+def test_a_size_is_declared_or_nothing_is_told(tmp_path: Path) -> None:
+    folder = watched(tmp_path, declared_size=None)
+    assert count(tmp_path, plan_of()) == 0
+    deliver(folder, "one.jsonl", ["a"])
+    with pytest.raises(LichenError) as caught:
+        count(tmp_path, plan_of())
+    assert caught.value.code is Code.DATA_DECLARED_SIZE
+    add_source(tmp_path, folder, fields={"label": "label"}, watch=True, declared_size=1)
+    with pytest.raises(LichenError, match="no column is mapped to 'text'"):
+        count(tmp_path, plan_of())
+
+
+def test_a_watched_folder_may_be_empty_and_its_size_is_each_files(tmp_path: Path) -> None:
+    folder = watched(tmp_path)
+    assert declared_size(tmp_path) == 0
+    assert not check(tmp_path).usable
+    with pytest.raises(LichenError) as caught:
+        load(tmp_path, "train", ["text"])
+    assert caught.value.code is Code.DATA_EMPTY
+    assert len(load(tmp_path, "train", ["text"], fault=lambda row: None)) == 0
+    deliver(folder, ".hidden.jsonl", ["a"])
+    deliver(folder, "one.jsonl", ["a"])
+    deliver(folder, "two.jsonl", ["b"])
+    assert declared_size(tmp_path) == 128
+    assert len(load(tmp_path, "train", ["text"])) == 2
+    with pytest.raises(LichenError, match="must be a share below 1"):
+        add_source(tmp_path, folder, fields=FIELDS, watch=True, holdout=2)
+    with pytest.raises(LichenError, match="not a folder"):
+        add_source(tmp_path, folder / "one.jsonl", fields=FIELDS, watch=True)
+
+
+def test_what_a_newer_lichen_wrote_is_refused_and_others_may_not_read_it(tmp_path: Path) -> None:
+    with Arrivals(tmp_path) as arrivals:
+        assert (tmp_path / "arrivals.sqlite").stat().st_mode & 0o777 == 0o600
+        arrivals._db.execute("PRAGMA user_version = 99")
+    with pytest.raises(LichenError) as caught:
+        Arrivals(tmp_path)
+    assert caught.value.code is Code.STORE_VERSION
+
+
+@given(st.lists(st.sets(st.integers(0, 30), max_size=12), max_size=6))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_row_is_in_two_batches_of_a_run_and_none_is_lost(tmp_path_factory: pytest.TempPathFactory, sent: list[set[int]]) -> None:
+    with Arrivals(tmp_path_factory.mktemp("home")) as arrivals:
+        batches: list[set[int]] = []
+        for number, rows in enumerate(sent):
+            arrivals.begin(RUN, number, New(1, arrivals.unread(RUN, sorted(rows), again=False)))
+            arrivals.begin(RUN, number, New(1, list(range(100, 110))))  # which has begun
+            batch = arrivals.batch(RUN, number)
+            assert batch is not None
+            batches.append(set(dict(batch.rows)))
+        assert sum(map(len, batches)) == len(set().union(*batches))
+        assert set().union(*batches) == set().union(*sent)
+
+
+# --- the agent's side ---
+
+
+def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "EVERY", 0.02)
+    (tmp_path / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n")
+    folder, told = watched(tmp_path), list[News]()
+
+    async def wait_for(rows: int) -> None:
+        async with asyncio.timeout(10):
+            while not told or told[-1].rows != rows:
+                await asyncio.sleep(0.01)
+
+    async def go(act: Callable[[Watcher], Any]) -> None:
+        watcher = Watcher(tmp_path, told.append)
+        task = asyncio.create_task(watcher.run())
+        try:
+            await act(watcher)
+        finally:
+            task.cancel()
+
+    async def first(watcher: Watcher) -> None:
+        await asyncio.sleep(0.1)
+        assert not told, "nobody has asked"
+        watcher.begin(7, plan_of())
+        await wait_for(0)
+        deliver(folder, "one.jsonl", ["a"])
+        await wait_for(64)
+        assert told[-1].run_id == 7
+        async with watcher.reading():
+            assert told[-1].rows == 0
+            take(tmp_path, plan_of(), "7", 0)
+        assert told[-1].rows == 0
+        deliver(folder, "two.jsonl", ["b"])
+        await wait_for(64)
+        (tmp_path / "paused").touch()
+        await wait_for(0)
+        (tmp_path / "paused").unlink()
+        await wait_for(64)
+
+    asyncio.run(go(first))
+    told.clear()
+
+    async def after_a_restart(watcher: Watcher) -> None:
+        await wait_for(64)
+        (tmp_path / "policy.yaml").write_text("format: 1\n")  # which permits no such plan
+        os.utime(folder / "two.jsonl")
+        await wait_for(0)
+        (tmp_path / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n")
+        await wait_for(64)  # no file has changed
+        watcher.begin(8, parse_plan(json.loads(plan_of().canonical_json()) | {"continual": {}}))
+        await wait_for(0)
+        assert told[-1].run_id == 0
+
+    asyncio.run(go(after_a_restart))
+    told.clear()
+    (tmp_path / "watched.json").write_text("{}")
+
+    async def damaged(watcher: Watcher) -> None:
+        await asyncio.sleep(0.1)
+        assert not told
+
+    asyncio.run(go(damaged))
