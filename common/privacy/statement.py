@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lichen.common.channel.rules import RULES
 from lichen.common.continual import make_method
-from lichen.common.continual.stream import tasks_of
+from lichen.common.continual.stream import is_online, tasks_of
 from lichen.common.privacy.schedule import one_task_each
 from lichen.common.records import CENTRAL_PAYLOAD_RULE, PAYLOAD_RULE, EvaluateReport, Rule, TrainReport
 
@@ -122,7 +122,7 @@ def make_statement(plan: Plan, result: Result) -> Statement:
             leaves=list(_leaving(plan)),
             not_protected=[
                 "The rows: whoever sees an update or the model may be able to tell which rows it was trained on, and what they say.",
-                *_never_protected(),
+                *_never_protected(plan),
             ],
         )
     seeded = result.privacy.noise == "seeded: not private"
@@ -157,7 +157,7 @@ def make_statement(plan: Plan, result: Result) -> Statement:
         not_protected=[
             *(["Anything, in this run: its noise follows from the seed."] if seeded else []),
             *(["The rows from the coordinator, which sees each client's update before any noise."] if central else []),
-            *_never_protected(),
+            *_never_protected(plan),
             f"A person beyond {unit}: what their other rows, other clients' data or other runs tell of them.",
             "What tuning told: settings that were chosen by looking at results on these rows cost ε that is not in this account.",
         ],
@@ -278,6 +278,8 @@ def _leaving(plan: Plan) -> Iterator[Leaving]:
                 if isinstance(rule, Rule) and leaves(rule):
                     yield told(f"{kind.__name__}.{name}", rule)
     for field, rule in RULES.items():
+        if field.startswith("News.") and not is_online(plan):
+            continue
         if rule is PAYLOAD_RULE:  # they carry the update
             yield told(field, payload)
         elif leaves(rule):
@@ -311,8 +313,10 @@ def _segments(plan: Plan) -> str:
     return ", since rows are held out by a keyed hash of their content" if plan.evaluation.federated_every else ""
 
 
-def _never_protected() -> Iterator[str]:
+def _never_protected(plan: Plan) -> Iterator[str]:
     yield "That a node takes part, when, and how long its work took."
+    if is_online(plan):
+        yield "That a file with new rows came to a node, when, and the size that its owner declares for such a file."
     yield "That a node failed, and by which error number."
     yield "The model itself, from anybody who is given it, and against other clients' bad updates."
     yield "What the model learns of all rows together: that is what it is for."
