@@ -17,10 +17,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lichen.common.continual.stream import is_online
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, find_plan, load_plan
 from lichen.common.privacy.statement import bound_text
 from lichen.common.result import Result, read_result, write_atomically
+from lichen.simulations.deliveries import Deliveries
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 LICHEN = (sys.executable, "-m", "lichen.common.cli")
@@ -51,8 +53,15 @@ def demo(
         )
 
 
-def federate(plan: Plan, out: Path, console: Console, observe: Observer | None = None, command: Sequence[str] = LICHEN) -> Result:
-    """Deal the plan's data to nodes, enrol them, submit the plan, and follow the run until it ends.
+def federate(
+    plan: Plan,
+    out: Path,
+    console: Console,
+    observe: Observer | None = None,
+    command: Sequence[str] = LICHEN,
+    deliver: Callable[[Plan, Sequence[Path]], Deliveries] = Deliveries,
+) -> Result:
+    """Deal the plan's data to nodes, enrol them, submit the plan, and follow the run until it ends; online, data come in files meanwhile.
 
     Args:
         plan: with a `simulation` section, which says what data there is.
@@ -60,6 +69,7 @@ def federate(plan: Plan, out: Path, console: Console, observe: Observer | None =
         console: told of what happens.
         observe: shown the agents' processes, once idle and once at the end of the run, their models still loaded.
         command: what starts the coordinator and the agents: `lichen`, or what times it.
+        deliver: makes what brings the files of an online run.
 
     Raises:
         LichenError: what a command failed with.
@@ -79,6 +89,7 @@ def federate(plan: Plan, out: Path, console: Console, observe: Observer | None =
         permits = "format: 1\nunnoised_updates_to_coordinator: allow\n" + ("privacy: {require: [client]}\n" if plan.central else "")
         for home in homes:
             (home / "policy.yaml").write_text(permits, encoding="utf-8")
+    deliveries = deliver(plan, homes) if is_online(plan) else None
     write_atomically(out / "plan.yaml", plan.to_yaml())
     coordinator = out / "coordinator"
     _lichen("coordinator", "init", "--home", coordinator, "--host", "127.0.0.1", "--fleet-port", "0", "--enrol-port", "0")
@@ -97,9 +108,17 @@ def federate(plan: Plan, out: Path, console: Console, observe: Observer | None =
         files = [argument for split in splits for argument in (f"--{split}", splits[split])]
         told = json.loads(_lichen("coordinator", "submit", out / "plan.yaml", "--home", coordinator, "--json", *files))
         run = coordinator / "runs" / str(told["run_id"])
-        follow(run, stop=lambda: ended(run) or service.poll() is not None, console=console)
+
+        def over() -> bool:
+            if deliveries:
+                deliveries.go_on(run)
+            return ended(run) or service.poll() is not None
+
+        follow(run, stop=over, console=console)
         if observe:
             observe("loaded", agents)
+    for batch in deliveries.begun if deliveries else ():
+        console.print(f"batch {batch.batch} began {batch.seconds:.1f} s after the files were there that made enough", highlight=False)
     shutil.copytree(run, out, dirs_exist_ok=True)
     return read_result(out)
 

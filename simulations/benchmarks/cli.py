@@ -322,6 +322,20 @@ def round_(
 
 
 @app.command()
+def online(
+    batches: Annotated[int, typer.Option(min=2, help="How many; for each, files come to three of the four agents.")] = 4,
+    plan: Annotated[str, typer.Option(help="A scenario, or a plan file with a simulation section.")] = "r8-online",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key.path=value; may be repeated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """An online run as deployed: how soon a batch begins when files came, and what is read in two. Example: lichen bench online."""
+    from lichen.simulations.benchmarks.online import bench_online, told
+
+    figures = bench_online(batches, plan, settings or ())
+    typer.echo(json.dumps(figures) if as_json else told(figures))
+
+
+@app.command()
 def fleet(
     rounds: Annotated[
         int, typer.Option(min=2, help="Of the synchronous modes; a buffered step takes fewer updates, and there are more.")

@@ -29,6 +29,7 @@ SHORT = (
     ("agent",),
     ("profile", "--adapter", "lora,full", "--sizes", "16x128"),
     ("round", "--rounds", "4"),
+    ("online", "--batches", "2"),
 )
 """Each bench with the options that make it short."""
 NOTE = """\
