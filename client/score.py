@@ -44,11 +44,11 @@ def score_models(home: Path, fetched: FetchedModel) -> list[Scored]:
 
 def _before(fetched: FetchedModel) -> FetchedModel | None:
     """The model fetched last of another run with the same labels: others cannot be compared."""
-    labels = load_plan(fetched.plan).task.labels
+    task = load_plan(fetched.plan).task
     others = [path for path in fetched.directory.parent.iterdir() if path.name.isdecimal() and path != fetched.directory]
     for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
         other = FetchedModel(int(path.name), path)
-        if load_plan(other.plan).task.labels == labels:
+        if (found := load_plan(other.plan).task).labels == task.labels and found.kind == task.kind:
             return other
     return None
 

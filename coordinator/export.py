@@ -123,7 +123,7 @@ def _write_version(run: Path, number: int, folder: Path) -> None:
 
 
 def _merge(run: Path, model: Path, out: Path) -> None:
-    from peft import AutoPeftModelForSequenceClassification, AutoPeftModelForTokenClassification
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, AutoPeftModelForTokenClassification
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -133,10 +133,15 @@ def _merge(run: Path, model: Path, out: Path) -> None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the base lacks the head is no news: the adapter brings it
     kind = AutoPeftModelForTokenClassification if plan.model.head.pooling == "mean" else AutoPeftModelForSequenceClassification
+    settings = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: number for number, name in enumerate(labels)},
+    }
+    if plan.task.kind == "causal-lm":
+        kind, settings = AutoPeftModelForCausalLM, {}
     try:
-        tuned = kind.from_pretrained(
-            model, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={label: index for index, label in enumerate(labels)}
-        )
+        tuned = kind.from_pretrained(model, **settings)
         tuned.merge_and_unload().save_pretrained(out)
     except (OSError, ValueError) as error:
         raise LichenError(

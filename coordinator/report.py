@@ -120,7 +120,7 @@ def _facts(result: Result, plan: Plan) -> dict[str, str]:
         "Engine": {"inprocess": "simulation in one process", "ray": "simulation on Ray", "flower": "stock Flower"}.get(
             result.engine, "coordinator and agents over mutual TLS"
         ),
-        "Task": f"{plan.task.kind}, {len(plan.task.labels):,} labels",
+        "Task": plan.task.kind + (f", {len(plan.task.labels):,} labels" if plan.task.labels else ""),
         "Base model": plan.model.base + (f" at {plan.model.revision}" if plan.model.revision else ""),
         "Adapter": kinds[adapter.kind],
         "Trained parameters": NONE if result.parameters is None else f"{result.parameters:,}",
@@ -146,7 +146,7 @@ def _charts(result: Result, plan: Plan) -> list[charts.Chart]:
         return list(zip((told.round for told in rounds), accumulate(getattr(told, key) for told in rounds), strict=True))
 
     def rates(kind: str) -> dict[str, list[tuple[int, float]]]:
-        return {metric_title(key): of(kind, key) for key in ("accuracy", "macro_f1")}
+        return {metric_title(key): of(kind, key) for key in ("accuracy", "macro_f1") if plan.task.labels or key == "accuracy"}
 
     budget = (plan.privacy.epsilon, f"the plan's ε = {plan.privacy.epsilon:g}") if plan.private else None
     drawn = [

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lichen.common.continual.stream import fields_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import PACKAGE, resolve_base
 from lichen.common.plan import Plan
@@ -48,7 +49,7 @@ def keep_rows(source: Path, target: Path, plan: Plan, fields: Mapping[str, str])
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    wanted = (plan.task.text_field, plan.task.label_field)
+    wanted = tuple(dict.fromkeys([*plan.task.fields, *fields_of(plan)]))
     if strangers := sorted(set(fields) - set(wanted)):
         raise LichenError(
             Code.DATA_FIELD, f"the plan has no field {strangers[0]!r}", where="--field", fix=f"Its fields: {', '.join(wanted)}."
@@ -70,7 +71,7 @@ def keep_rows(source: Path, target: Path, plan: Plan, fields: Mapping[str, str])
         columns[field] = values.cast(pa.string())
         if nulls := columns[field].null_count:
             raise LichenError(Code.DATA_ROW, f"{nulls} rows have no value in column {column!r}", where=str(source), fix="Mend the rows.")
-    found = pc.unique(columns[plan.task.label_field]).to_pylist()
+    found = pc.unique(columns[plan.task.label_field]).to_pylist() if plan.task.labels else []
     if unknown := sorted(set(found) - set(plan.task.labels)):
         raise LichenError(
             Code.DATA_LABEL,
@@ -78,7 +79,7 @@ def keep_rows(source: Path, target: Path, plan: Plan, fields: Mapping[str, str])
             where=str(source),
             fix=f"The plan's labels: {', '.join(plan.task.labels)}.",
         )
-    if not found:
+    if not table.num_rows:
         raise LichenError(Code.DATA_EMPTY, "no rows", where=str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), target)

@@ -21,7 +21,7 @@ from lichen.common.continual.stream import is_online
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, find_plan, load_plan
 from lichen.common.privacy.statement import bound_text
-from lichen.common.result import Result, read_result, write_atomically
+from lichen.common.result import Result, metric_title, read_result, write_atomically
 from lichen.simulations.deliveries import Deliveries
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -127,7 +127,8 @@ def tell(result: Result, out: Path, console: Console) -> None:
     """Say what came out, and how to load it."""
     final = result.final or {}
     if final:
-        console.print(f"{final['split']}: accuracy {final['accuracy']:.4f}, macro-F1 {final['macro_f1']:.4f}")
+        told = [f"{metric_title(key)} {final[key]:.4f}" for key in ("accuracy", "macro_f1", "perplexity") if key in final]
+        console.print(f"{final['split']}: {', '.join(told)}")
     privacy = result.privacy
     if privacy.max_epsilon is not None:
         console.print(

@@ -213,7 +213,7 @@ def attach(base: PreTrainedModel, plan: Plan, task_type: str) -> TunedModel:
     """
     adapter = plan.model.adapter
     head_names = [name for name, _ in base.named_children() if name in HEADS]
-    if not head_names:
+    if not head_names and plan.task.labels:
         raise LichenError(Code.MODEL_UNSUPPORTED, f"{type(base).__name__} has no head called {' or '.join(HEADS)}", where="model.base")
     network: nn.Module
     if adapter.kind == "lora":

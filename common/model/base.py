@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lichen.common.plan import Model
 
 PACKAGE = "package:"
+RANDOM = "random:llama"
+"""A LLaMA of two layers and width 64 over bytes, with random weights, the same everywhere: nothing is to be found for it. For first tries."""
 HEADS = ("pre_classifier", "classifier", "score")
 """What transformers calls the modules of a classification head, by architecture."""
 
@@ -62,6 +64,10 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a head that is new to the checkpoint is what we ask for, not news
+    if model.base == RANDOM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return auto_class.from_config(_random_settings()), _bytes()
     where = resolve_base(model.base)
     try:
         settings = AutoConfig.from_pretrained(where, revision=model.revision, trust_remote_code=False, **config)
@@ -114,12 +120,58 @@ def outline_base(model: Model, auto_class: Any, **config: Any) -> PreTrainedMode
     from transformers import AutoConfig
 
     try:
-        settings = AutoConfig.from_pretrained(resolve_base(model.base), revision=model.revision, trust_remote_code=False, **config)
+        where = resolve_base(model.base)
+        settings = (
+            _random_settings()
+            if model.base == RANDOM
+            else AutoConfig.from_pretrained(where, revision=model.revision, trust_remote_code=False, **config)
+        )
         with torch.device("meta"):
             network: PreTrainedModel = auto_class.from_config(settings, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _not_loaded(model, error) from None
     return network
+
+
+def _random_settings() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(_vocabulary()),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def _vocabulary() -> dict[str, int]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *sorted(ByteLevel.alphabet())])}
+
+
+def _bytes() -> PreTrainedTokenizerBase:
+    """A tokenizer whose tokens are the bytes of a text in UTF-8."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=1024,  # noqa: S106 - no password
+    )
 
 
 def _not_loaded(model: Model, error: Exception) -> LichenError:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 _WRAPPER = "base_model.model."
 """What PEFT puts before a base model's names."""
+_LANGUAGE = ("AutoPeftModelForCausalLM", "AutoModelForCausalLM")
 _LOAD = {
     ("lora", "mean"): "AutoPeftModelForTokenClassification",
     ("lora", "pooler"): "AutoPeftModelForSequenceClassification",
@@ -164,6 +165,8 @@ def _state_of(tensors: Mapping[str, torch.Tensor], model: TunedModel) -> State:
 def card(plan: Plan, statement: Statement, *, merged: bool = False) -> str:
     """A README that says how to load a model, as it was trained or ``merged`` into its base, and what of its rows is protected."""
     lora = plan.model.adapter.kind == "lora" and not merged
+    if plan.task.kind == "causal-lm":
+        return _language_card(plan, statement, lora=lora)
     loader = _LOAD["lora" if lora else "full", plan.model.head.pooling]
     pooled = "(logits * mask).sum(1) / mask.sum(1)" if plan.model.head.pooling == "mean" else "logits"
     note = (
@@ -196,6 +199,32 @@ with torch.no_grad():
 mask = batch["attention_mask"].unsqueeze(-1)
 scores = {pooled}
 print([labels[index] for index in scores.argmax(-1)])
+```
+
+{as_markdown(statement)}"""
+
+
+def _language_card(plan: Plan, statement: Statement, *, lora: bool) -> str:
+    loader = _LANGUAGE[0 if lora else 1]
+    return f"""---
+library_name: {"peft" if lora else "transformers"}
+---
+
+# {plan.name}
+
+Fine-tuned by lichen from `{plan.model.base}`: {plan.task.kind}, on texts of up to {plan.task.max_length} tokens.
+
+```python
+import torch
+from {"peft" if lora else "transformers"} import {loader}
+from transformers import AutoTokenizer
+
+model = {loader}.from_pretrained("model").eval()
+tokenizer = AutoTokenizer.from_pretrained("model")
+batch = tokenizer("A text that", return_tensors="pt")
+with torch.no_grad():
+    tokens = model.generate(**batch, max_new_tokens=20, do_sample=False)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 ```
 
 {as_markdown(statement)}"""

@@ -8,6 +8,7 @@ from lichen.common.aggregation import RULES
 from lichen.common.continual import make_method, training_rounds
 from lichen.common.continual.stream import is_online, is_stream, labels_until, stages
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.base import RANDOM
 from lichen.common.plan.plan import Plan
 
 MOST_BATCHES = 10_000
@@ -51,6 +52,7 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "local.checkpointing runs layers twice, and privacy.gradients: hooks would count what they see twice",
             "Nearest valid: privacy.gradients: single-backward, or local.checkpointing: false.",
         )
+    _check_language(plan, refuse)
     _check_stream(plan, refuse)
     make_method(plan).check(refuse)
     _check_rule(plan, refuse)
@@ -76,6 +78,30 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "federated evaluation under unit: entity would read an entity on both sides: hold-outs are drawn by row",
             "Set evaluation.federated_every: 0.",
         )
+
+
+def _check_language(plan: Plan, refuse: Callable[[str, str], None]) -> None:
+    """What a task without labels can't go with, and a base without a file."""
+    if plan.model.base == RANDOM and (plan.task.kind != "causal-lm" or plan.model.adapter.kind != "full"):
+        refuse(
+            f"model.base: {RANDOM} has random weights over bytes, all of which a language model must train",
+            "Set task.kind: causal-lm and model.adapter.kind: full, or name another base.",
+        )
+    if plan.task.kind != "causal-lm":
+        return
+    if plan.model.adapter.kind == "head":
+        refuse("model.adapter.kind: head with task.kind: causal-lm, which has no head of its own", "Nearest valid: lora or full.")
+    if plan.continual.method in {"lwf", "analytic", "adapters"}:
+        refuse(
+            f"continual.method: {plan.continual.method} with task.kind: causal-lm, which has no labels to keep",
+            "Nearest valid: continual.method: ewc, olora, replay or sequential.",
+        )
+    if plan.continual.method == "replay" and plan.continual.replay.rows is not None:
+        refuse("continual.replay.rows with task.kind: causal-lm: they are so many of each label", "Set continual.replay.share.")
+    if plan.privacy.audit.canaries:
+        refuse("privacy.audit.canaries with task.kind: causal-lm: canaries are rows with wrong labels", "Set privacy.audit.canaries: 0.")
+    if plan.simulation.partition.startswith("dirichlet"):
+        refuse("simulation.partition: dirichlet skews labels, and task.kind: causal-lm has none", "Set it to iid or by:FIELD.")
 
 
 def _check_stream(plan: Plan, refuse: Callable[[str, str], None]) -> None:
@@ -143,7 +169,7 @@ def _check_planned(plan: Plan, refuse: Callable[[str, str], None]) -> None:
     for task in tasks:
         if strangers := sorted(set(task.labels) - set(plan.task.labels)):
             refuse(f"continual.stream, {task.name}: {strangers} are not among task.labels", "Name labels of task.labels.")
-    if len(labels_until(plan, 0)) < 2:
+    if plan.task.labels and len(labels_until(plan, 0)) < 2:
         refuse(f"the first task of continual.stream has one label, and so nothing to choose among: {tasks[0].labels}", "Give it two.")
     given = sum(task.rounds or 0 for task in tasks)
     left_out = sum(task.rounds is None for task in tasks)

@@ -35,10 +35,10 @@ class Section(BaseModel):
 class Task(Section):
     """What is learned."""
 
-    kind: Literal["text-classification"] = "text-classification"
-    """The kind of task."""
-    labels: tuple[str, ...] = Field(min_length=2)
-    """The class names, in the order of the model's outputs. They are public."""
+    kind: Literal["text-classification", "causal-lm"] = "text-classification"
+    """`text-classification`: a text's label. `causal-lm`: each token of a text from those before it; it has no labels, and no head."""
+    labels: tuple[str, ...] = ()
+    """The class names, in the order of the model's outputs: two or more for a classification. They are public."""
     label_descriptions: dict[str, str] = Field(default_factory=dict)
     """A few words on each label, for `model.head.init: label-descriptions`. They are public: never take them from private rows."""
     max_length: int = Field(default=128, ge=4, le=8192)
@@ -50,11 +50,20 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _labels_are_distinct(self) -> Self:
+        if self.kind == "text-classification" and len(self.labels) < 2:
+            raise ValueError("labels: a classification needs two or more")
+        if self.kind == "causal-lm" and self.labels:
+            raise ValueError("labels: a language model has none")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must be distinct")
         if strangers := set(self.label_descriptions) - set(self.labels):
             raise ValueError(f"label_descriptions names labels that task.labels does not: {sorted(strangers)}")
         return self
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The data fields that it reads."""
+        return (self.text_field, self.label_field) if self.labels else (self.text_field,)
 
 
 class Adapter(Section):
@@ -90,7 +99,8 @@ class Model(Section):
     """The Transformer that is tuned."""
 
     base: str = Field(min_length=1)
-    """A hub name, a local path, or `package:DISTRIBUTION/PATH` for weights that an installed package carries."""
+    """A hub name, a local path, or `package:DISTRIBUTION/PATH` for weights that an installed package carries. `random:llama` is a small one
+    with random weights over bytes, for a first `causal-lm`."""
     revision: str | None = None
     """The hub revision (a commit); ignored for a path."""
     base_precision: Precision = "float32"

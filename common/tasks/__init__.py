@@ -6,6 +6,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lichen.common.model.adapter import State, TunedModel
     from lichen.common.plan import Plan
     from lichen.common.tasks.task import Task
@@ -13,9 +15,10 @@ if TYPE_CHECKING:
 
 def make_task(plan: Plan) -> Task[Any]:
     """The task of a plan."""
+    from lichen.common.tasks.causal_lm import CausalLM
     from lichen.common.tasks.text_classification import TextClassification
 
-    kinds = {"text-classification": TextClassification}
+    kinds: dict[str, Callable[[Plan], Task[Any]]] = {"text-classification": TextClassification, "causal-lm": CausalLM}
     return kinds[plan.task.kind](plan)
 
 
