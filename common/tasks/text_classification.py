@@ -104,7 +104,7 @@ class TextClassification:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.fields = (plan.task.text_field, plan.task.label_field)
+        self.fields = plan.task.fields
         self._index = {label: index for index, label in enumerate(plan.task.labels)}
         self._first = torch.tensor([self._index[label] for label in labels_until(plan, 0)])  # the model may always choose among these
         self._mean = plan.model.head.pooling == "mean"
@@ -159,8 +159,7 @@ class TextClassification:
 
     def fault(self, row: Mapping[str, object]) -> str | None:
         """Whether its label is none of the plan's (see `Task.fault`)."""
-        label = self.plan.task.label_field
-        return None if str(row[label]) in self._index else f"{label!r} is none of the plan's labels"
+        return self.plan.task.fault(row)
 
     def encode(self, columns: Columns) -> EncodedTexts:
         """Tokenise texts, and look labels up (see `Task.encode`)."""
