@@ -218,6 +218,8 @@ def _train(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving[Re
     trainer.model.load(start)  # what does not fit is refused before it is charged
     rows = _rows(node, own, "train", trainer, asked.round, str(message.metadata.run_id))
     known = rows
+    if not plan.private:
+        _begin_batch(node, plan, asked.round, str(message.metadata.run_id), rows)
     if plan.privacy.audit.canaries:
         rows = _with_canaries(node, plan, str(message.metadata.run_id), trainer, rows)
     if not plan.private:
@@ -286,6 +288,7 @@ def _train_private(
     stage = stage_of(plan, asked.round)
     planned = planned_steps(plan, rows.declared_size, stage)
     run, message_id = str(message.metadata.run_id), message.metadata.message_id
+    _begin_batch(node, plan, asked.round, run, rows)
     with open_ledger(node.home, own=node.simulated) as ledger:
         reads = rows.segments
         if one_task_each(plan):
@@ -369,7 +372,7 @@ def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving
         segment = planned_evaluation(plan)
         run, message_id = str(message.metadata.run_id), message.metadata.message_id
         with open_ledger(node.home, own=node.simulated) as ledger:
-            ahead = evaluations(plan, after=round)
+            ahead = evaluations(plan, after=round - 1) - 1 if before else evaluations(plan, after=round)
             grant = ledger.reserve("holdout", run, message_id, round, segment, _limits(node, plan), rows.segments, ahead=ahead)
             segment = grant.segment
             Gate(segment).step(segment)
@@ -430,7 +433,9 @@ class Rows:
     by_task: list[list[int]]
     """Of held-out rows those of each task until the stage, each in its first; all in one without a stream."""
     known_by: list[int]
-    """Fingerprints of the rows, by which a later online run knows that they are not new; of a simulated node none."""
+    """Fingerprints of the rows to train on, by which a later online run knows that they are not new; of a simulated node none."""
+    batches: arrivals.Batches | None = None
+    """Of an online run."""
 
     @property
     def segments(self) -> frozenset[int]:
@@ -478,7 +483,8 @@ def _read_rows(
     columns = {field: data.column(field) for field in data.fields}
     count, size, stage = len(data), data.declared_size, stages(plan)[number]
     by_task = [list(range(count))]
-    known_by = _known_by(home, plan, columns, batches.key if batches else None) if batches or not simulated else []
+    wanted = batches or (split == "train" and not simulated)
+    known_by = _known_by(home, plan, columns, batches.key if batches else None) if wanted else []
     if stage.task is not None:
         if batches is not None:
             kept, by_task = _rows_by_batch(batches.of(known_by), number, alone=split == "train")
@@ -499,7 +505,7 @@ def _read_rows(
         owners.setdefault(owner, []).append(row)
     units = list(owners.values())
     if not plan.private:
-        return Rows(encoded, units, [], size, by_task, known_by)
+        return Rows(encoded, units, [], size, by_task, known_by, batches)
     # A row is known by what it says: with another label, or another entity's name on it, it is the same row.
     says = [columns[field] for field in trainer.task.fields if field != plan.task.label_field]
     with open_ledger(home, own=simulated) as ledger:
@@ -509,7 +515,7 @@ def _read_rows(
         of = ledger.assign(split, found, apart=reads_apart(plan))
     together = {unit: frozenset([*(of[row] for row in rows), *([of[count + unit]] if entity else [])]) for unit, rows in enumerate(units)}
     shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
-    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size, by_task, known_by)
+    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size, by_task, known_by, batches)
 
 
 def _rows_by_batch(batch_of: Sequence[int | None], number: int, *, alone: bool) -> tuple[list[int], list[list[int]]]:
@@ -529,11 +535,20 @@ def _known_by(home: Path, plan: Plan, columns: Mapping[str, Sequence[object]], k
     return fingerprints(key, "row", arrivals.says(plan, columns))
 
 
+def _begin_batch(node: Node, plan: Plan, round: int, run: str, rows: Rows) -> None:
+    """Of an online run: the rows are of the round's batch from now on."""
+    if rows.batches is not None and not node.simulated:
+        arrivals.begin(node.home, run, stage_of(plan, round).number, rows.batches)
+
+
 @functools.lru_cache(maxsize=1)
 def _note_read(home: Path, run: str, rows: Rows) -> None:
-    """Keep that a run trains on rows, once; those of an online run's batch are kept already."""
-    with arrivals.Arrivals(home) as kept:
-        kept.note(run, rows.known_by)
+    """Keep that a run trains on rows, once; those of an online run's batch are kept already. What was trained is not lost for it."""
+    try:
+        with arrivals.Arrivals(home) as kept:
+            kept.note(run, rows.known_by)
+    except LichenError as error:
+        log.warning("a later online run will take these rows as new: %s", error)
 
 
 def _with_canaries(node: Node, plan: Plan, run: str, trainer: Trainer, rows: Rows) -> Rows:

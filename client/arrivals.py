@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 import secrets
+import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lichen.client.data import fingerprints, pieces
 from lichen.common.database import Database
 from lichen.common.errors import Code, LichenError
 
 if TYPE_CHECKING:
+    from lichen.client.data import Piece, Split
+    from lichen.client.readers import Row
     from lichen.common.plan import Plan
 
 FILE = "arrivals.sqlite"
@@ -29,6 +33,7 @@ CREATE TABLE about (key BLOB NOT NULL) STRICT;
 CREATE TABLE reads (
     fingerprint INTEGER NOT NULL, run TEXT NOT NULL, batch INTEGER NOT NULL, PRIMARY KEY (fingerprint, run)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX reads_of_batch ON reads (run, batch);
 CREATE TABLE batches (
     run TEXT NOT NULL, number INTEGER NOT NULL, declared INTEGER NOT NULL, at REAL NOT NULL, PRIMARY KEY (run, number)
 ) STRICT
@@ -72,15 +77,17 @@ class Arrivals(Database):
         home: the node's.
 
     Raises:
-        LichenError: STORE_VERSION, if a newer lichen wrote the file.
+        LichenError: STORE_VERSION, if a newer lichen wrote the file; OUTPUT_UNUSABLE, from every method too, if it can't be used.
     """
 
     def __init__(self, home: Path) -> None:
-        os.close(os.open(home / FILE, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it as open as the umask allows
-        super().__init__(home / FILE, _SCHEMA, FORMAT)
-        with self._transaction(durable=False) as db:
-            db.execute("INSERT INTO about (key) SELECT ? WHERE NOT EXISTS (SELECT 1 FROM about)", (secrets.token_bytes(32),))
-            self.key = bytes(db.execute("SELECT key FROM about").fetchone()[0])
+        self._file = home / FILE
+        with _usable(self._file):
+            os.close(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would make it as open as the umask allows
+            super().__init__(self._file, _SCHEMA, FORMAT)
+            with self._transaction(durable=False) as db:
+                db.execute("INSERT INTO about (key) SELECT ? WHERE NOT EXISTS (SELECT 1 FROM about)", (secrets.token_bytes(32),))
+                self.key = bytes(db.execute("SELECT key FROM about").fetchone()[0])
 
     def __enter__(self) -> Arrivals:
         return self
@@ -101,12 +108,12 @@ class Arrivals(Database):
 
     def note(self, run: str, rows: Iterable[int], batch: int = 0) -> None:
         """Keep that a run has read rows; of those that it had read before nothing changes."""
-        with self._transaction() as db:
+        with _usable(self._file), self._transaction() as db:
             db.executemany("INSERT OR IGNORE INTO reads (fingerprint, run, batch) VALUES (?, ?, ?)", ((one, run, batch) for one in rows))
 
     def begin(self, run: str, number: int, new: New) -> None:
         """Let a batch (its number, from 0) be of these rows, on the disk when this returns; one that has begun stays what it is."""
-        with self._transaction() as db:
+        with _usable(self._file), self._transaction() as db:
             values = (run, number, new.declared_size, time.time())
             if db.execute("INSERT OR IGNORE INTO batches (run, number, declared, at) VALUES (?, ?, ?, ?)", values).rowcount:
                 rows = ((one, run, number) for one in new.rows)
@@ -123,6 +130,24 @@ class Arrivals(Database):
         """The fingerprints of all batches until one, each with the number of its batch."""
         return frozenset(self._rows("SELECT fingerprint, batch FROM reads WHERE run = ? AND batch <= ?", run, number))
 
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        with _usable(self._file):
+            return super()._rows(query, *values)
+
+
+@contextmanager
+def _usable(file: Path) -> Iterator[None]:
+    """What stands in the way of SQLite, as an error that says what to do."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise LichenError(
+            Code.OUTPUT_UNUSABLE,
+            f"which rows were read can't be kept or looked up: {error}",
+            where=str(file),
+            fix="Look for a full disk or a missing permission; if it is damaged, move it away: then all rows are new to online runs.",
+        ) from None
+
 
 def says(plan: Plan, columns: Mapping[str, Sequence[object]]) -> list[Sequence[object]]:
     """The columns by which rows are known: what the task reads but for the label, since a row with another label is the same row."""
@@ -130,7 +155,7 @@ def says(plan: Plan, columns: Mapping[str, Sequence[object]]) -> list[Sequence[o
 
 
 def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict[str, object] | None = None) -> New:
-    """What an online run may read as new here.
+    """What an online run may read as new here: rows that its task can use. Others are left out under privacy, and an error without.
 
     Args:
         home: the node's.
@@ -140,14 +165,14 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
         settled: by path the state of pieces without anything new, which are passed over while it stays; added to.
 
     Raises:
-        LichenError: DATA_DECLARED_SIZE, if a piece that has new rows has no declared size; as `lichen.client.data.load`.
+        LichenError: DATA_DECLARED_SIZE, if a piece that has new rows has no declared size; as `lichen.client.data.load`; DATA_LABEL.
     """
     size, new = 0, list[int]()
     for piece in pieces(home):
         state = piece.state()
         if settled is not None and settled.get(piece.source.path) == state:
             continue
-        found = list(piece.rows((plan.task.text_field,)))
+        found = list(_usable_rows(piece, plan))
         known = fingerprints(arrivals.key, "row", says(plan, {plan.task.text_field: [row[plan.task.text_field] for _, row in found]}))
         sides = {one: side for one, (side, _) in zip(known, found, strict=True)}
         own = arrivals.unread(run, list(sides), again=plan.continual.online.read_again)
@@ -167,22 +192,34 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
     return New(size, new)
 
 
+def _usable_rows(piece: Piece, plan: Plan) -> Iterator[tuple[Split, Row]]:
+    for side, row in piece.rows(plan.task.fields, strict=not plan.private):
+        if (fault := plan.task.fault(row)) is None:
+            yield side, row
+        elif not plan.private:
+            raise LichenError(Code.DATA_LABEL, fault, where=piece.source.path, fix="Mend the row, or take it out.")
+
+
 def take(home: Path, plan: Plan, run: str, number: int) -> Batches:
-    """A batch (its number, from 0): as it has begun, or from now on of the rows that are new.
+    """A batch (its number, from 0): as it has begun, or of the rows that are new, which it does not begin with (`begin`).
 
     Raises:
         LichenError: DATA_EMPTY, if nothing is new; as `new_rows`.
     """
     with Arrivals(home) as arrivals:
-        if (found := arrivals.batch(run, number)) is None:
-            new = new_rows(home, plan, run, arrivals)
-            if not new.rows:
-                raise LichenError(Code.DATA_EMPTY, "no new rows since the last batch", where=str(home / "data.yaml"))
-            arrivals.begin(run, number, new)
-            found = arrivals.batch(run, number)
-    if found is None:
-        raise LichenError(Code.INTERNAL, f"batch {number} was begun, and is not there", where=str(home / FILE))
-    return found
+        if (found := arrivals.batch(run, number)) is not None:
+            return found
+        new = new_rows(home, plan, run, arrivals)
+        if not new.rows:
+            raise LichenError(Code.DATA_EMPTY, "no new rows since the last batch", where=str(home / "data.yaml"))
+        return Batches(arrivals.key, new.declared_size, frozenset((one, number) for one in new.rows))
+
+
+def begin(home: Path, run: str, number: int, batches: Batches) -> None:
+    """Let a batch be of these rows from now on, just before they are trained on: what fails before that loses nothing."""
+    with Arrivals(home) as arrivals:
+        rows = [one for one, batch in batches.rows if batch == number]
+        arrivals.begin(run, number, New(batches.declared_size or 0, rows))
 
 
 def until(home: Path, plan: Plan, run: str, number: int, *, new: bool) -> Batches:

@@ -196,7 +196,11 @@ def write_manifest(home: Path, manifest: Manifest, *, durable: bool = True) -> N
     What was computed of the rows before goes: nothing of rows that the owner takes away may stay. It is on the disk when this returns,
     unless it need not be ``durable``.
     """
-    text = yaml.safe_dump(manifest.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    document = manifest.model_dump(mode="json")
+    for source in document["sources"]:
+        if not source["watch"]:
+            del source["watch"]  # an older lichen need not know of it
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
     write_private(home / MANIFEST, text.encode(), durable=durable)
     shutil.rmtree(home / CACHE, ignore_errors=True)
 
@@ -315,15 +319,15 @@ class Piece(NamedTuple):
     """Its path is the piece's."""
     holdout_key: str
 
-    def rows(self, fields: Sequence[str]) -> Iterator[tuple[Split, Row]]:
-        """Its rows with their sides, every value as text; those that can't be used are left out. Raises as `load`."""
+    def rows(self, fields: Sequence[str], *, strict: bool = False) -> Iterator[tuple[Split, Row]]:
+        """Its rows with their sides, every value as text; bad ones are left out, or an error if ``strict``. Raises as `load`."""
         _check_fields(self.source, fields)
-        reader = _reader(self.home, self.source, lambda _: None, apart=True)
+        reader = _reader(self.home, self.source, refuse if strict else lambda _: None, apart=True)
         return _sides(self.home, self.source, self.holdout_key, reader)
 
-    def state(self) -> tuple[tuple[str, int, int], ...]:
-        """What tells whether it has changed: path, size and time of change of each file."""
-        return _state([self.home / self.source.path])
+    def state(self) -> object:
+        """What tells whether it has changed: how it is read, and path, size and time of change of each file."""
+        return self.source.model_dump_json(), _state([self.home / self.source.path])
 
 
 def pieces(home: Path) -> Iterator[Piece]:
@@ -333,7 +337,7 @@ def pieces(home: Path) -> Iterator[Piece]:
         if not source.watch:
             yield Piece(home, source, manifest.holdout_key)
             continue
-        for file, _ in find_files(home / source.path, empty=True):
+        for file, _ in find_files(home / source.path, empty=True, others=True):
             yield Piece(home, source.model_copy(update={"path": str(file)}), manifest.holdout_key)
 
 
@@ -351,7 +355,8 @@ def _declared(home: Path, manifest: Manifest) -> int | None:
     for source in manifest.sources:
         if source.declared_size is None:
             return None
-        total += source.declared_size * (len(find_files(home / source.path, empty=True)) if source.watch else 1)
+        files = len(find_files(home / source.path, empty=True, others=True)) if source.watch else 1
+        total += source.declared_size * max(1, files)
     return total
 
 
@@ -398,10 +403,13 @@ def stamp(home: Path) -> tuple[tuple[str, int, int], ...]:
 
 def _state(places: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
     found = []
-    for place in (inside for given in places for inside in (sorted(given.rglob("*")) if given.is_dir() else [given])):
-        with suppress(FileNotFoundError):  # it may go meanwhile
-            told = place.stat()
-            found.append((str(place), told.st_size, told.st_mtime_ns))
+    try:
+        for place in (inside for given in places for inside in (sorted(given.rglob("*")) if given.is_dir() else [given])):
+            with suppress(FileNotFoundError):  # it may go meanwhile
+                told = place.stat()
+                found.append((str(place), told.st_size, told.st_mtime_ns))
+    except OSError as error:
+        raise LichenError(Code.DATA_NOT_FOUND, f"can't be looked at: {error}", where=", ".join(map(str, places))) from None
     return tuple(found)
 
 

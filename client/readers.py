@@ -76,7 +76,7 @@ class Reader:
         on_bad: told of each bad row, which is then left out; by default it raises.
         apart: whether a row can be used may depend on that row alone, which privacy needs: all values are read as text, whatever type other
             rows have, a JSON row without a column is a bad row also where it is the first, and no rows are no error.
-        empty: whether no files and no rows are no error: of a folder that files come to.
+        empty: whether no files and no rows are no error: of a folder that files come to; those of no known kind are passed over.
 
     Iterating raises LichenError: DATA_NOT_FOUND, DATA_FORMAT (no known kind, or damaged as a whole), DATA_FIELD (no such column) and
     DATA_EMPTY (a file of no bytes, or no row at all), besides what ``on_bad`` raises.
@@ -92,7 +92,7 @@ class Reader:
         apart: bool = False,
         empty: bool = False,
     ) -> None:
-        self.files = find_files(path, empty=apart or empty)
+        self.files = find_files(path, empty=apart or empty, others=empty)
         self._empty = apart or empty
         self._apart = apart
         self._path = path
@@ -203,12 +203,13 @@ class Reader:
         )
 
 
-def find_files(path: Path, *, empty: bool = False) -> list[tuple[Path, Kind]]:
+def find_files(path: Path, *, empty: bool = False, others: bool = False) -> list[tuple[Path, Kind]]:
     """The files of a source, sorted, each with its kind by its suffix.
 
     Args:
         path: a file or a folder.
         empty: whether a folder without files will do.
+        others: whether files of no known kind are passed over, such as those that are still on their way.
 
     Raises:
         LichenError: DATA_NOT_FOUND if there is nothing; DATA_EMPTY for a folder without files; DATA_FORMAT for a file of no known kind,
@@ -218,13 +219,18 @@ def find_files(path: Path, *, empty: bool = False) -> list[tuple[Path, Kind]]:
         raise LichenError(Code.DATA_NOT_FOUND, "no such file or folder", where=str(path))
     found = [path]
     if path.is_dir():
-        inside = (file for file in path.rglob("*") if file.is_file())
+        try:
+            inside = [file for file in path.rglob("*") if file.is_file()]
+        except OSError as error:
+            raise LichenError(Code.DATA_NOT_FOUND, f"can't be looked at: {error}", where=str(path)) from None
         found = sorted(file for file in inside if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts))
         if not found and not empty:
             raise LichenError(Code.DATA_EMPTY, "the folder has no files", where=str(path))
     kinds: list[tuple[Path, Kind]] = []
     for file in found:
         kind = SUFFIXES.get(file.suffix.lower())
+        if kind is None and others:
+            continue
         if kind is None:
             hint = " A JSON array is written as JSONL with one object a line." if file.suffix.lower() == ".json" else ""
             raise LichenError(

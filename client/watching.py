@@ -82,10 +82,14 @@ class Watcher:
             now: object = None
             try:
                 now = (watched.run, is_paused(self._home), await asyncio.to_thread(stamp, self._home))
+                if refused := await asyncio.to_thread(self._refused, watched):  # by a policy that was changed, or by the hour
+                    raise refused
                 if now == seen != looked:
                     await self.look()
                     looked = now
-            except LichenError as error:
+            except Exception as error:  # whatever it is, such as a folder on a share that is away, it may be gone later
+                looked = None
+                self._tell(News(run_id=watched.run))
                 if told != (told := str(error)):
                     log.warning("new data is not counted: %s", error)
             seen = now
@@ -101,7 +105,7 @@ class Watcher:
         finally:
             try:
                 await self.look()
-            except LichenError as error:
+            except Exception as error:  # what was trained must not be lost for it
                 log.warning("new data is not counted: %s", error)
 
     async def look(self) -> None:
@@ -115,19 +119,28 @@ class Watcher:
                 return
             rows = 0
             try:
-                rows = await asyncio.to_thread(self._count, watched)
+                rows = await asyncio.to_thread(self._count, watched, self._settled)
             finally:
                 self._tell(News(run_id=watched.run, rows=rows))
 
-    def _count(self, watched: Watched) -> int:
-        from lichen.client.arrivals import Arrivals, new_rows
+    def _refused(self, watched: Watched) -> LichenError | None:
         from lichen.client.policy import enforce
+
+        try:
+            enforce(self._home, watched.plan, datetime.now().astimezone())
+        except LichenError as error:
+            return error
+        return None
+
+    def _count(self, watched: Watched, settled: dict[str, object]) -> int:
+        from lichen.client.arrivals import Arrivals, new_rows
 
         if is_paused(self._home):
             return 0
-        enforce(self._home, watched.plan, datetime.now().astimezone())
+        if (refused := self._refused(watched)) is not None:
+            raise refused
         with Arrivals(self._home) as arrivals:
-            return new_rows(self._home, watched.plan, str(watched.run), arrivals, self._settled).declared_size
+            return new_rows(self._home, watched.plan, str(watched.run), arrivals, settled).declared_size
 
 
 def _read(path: Path) -> Watched | None:

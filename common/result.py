@@ -58,6 +58,8 @@ class Round(_Section):
     """The same by task of the stream until then."""
     before_by_task: dict[str, Metrics | None] = Field(default_factory=dict)
     """Of an online run the same just before a batch begins, on its hold-outs too."""
+    before_errors: dict[str, int | None] = Field(default_factory=dict)
+    """Error number of each client that failed in that; null for one that did not answer in time."""
     drift: float | None = None
     """How much lower accuracy was then on that batch's hold-outs than, in the mean, on those of the batches before."""
     epsilon: float | None = None

@@ -117,14 +117,6 @@ class Cohorts:
                 log.info("round %d waits: %d of %d clients have %d new rows", round, told, online.clients, online.rows)
             news.wait_for_news(NEWS_S)
 
-    def choose_again(self, round: int, grid: Grid, state: ServerState) -> list[int]:
-        """The cohort of a batch's later round: as `choose`, among those that its first one asked.
-
-        Raises:
-            LichenError: as `choose`.
-        """
-        return self.choose(round, grid, state, among=frozenset(state.batch))
-
     def wait_for_nodes(self, round: int, grid: Grid, among: frozenset[str] | None = None) -> list[int]:
         """The connected nodes, by name, once they are `cohort.size`, or those that are there when the deadline has passed."""
         size = self._plan.cohort.size if among is None else min(self._plan.cohort.size, len(among))

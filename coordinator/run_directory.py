@@ -11,12 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, Field
+
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.statement import make_statement
 from lichen.common.private_files import write_private
 from lichen.common.records import ChainLink, PayloadRef
-from lichen.common.result import Result, Round, write_atomically
+from lichen.common.result import Metrics, Result, Round, write_atomically
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State
@@ -31,6 +33,22 @@ RESTORED = Path("checkpoints", "restored")
 """Marks a run that came back from a backup: rounds that it does not know of may have been released."""
 OPERATOR = "operator.jsonl"
 """What under `unit: client` only the operator may see: rounds with all that tells of their cohorts."""
+
+
+class Before(BaseModel):
+    """What is known of a batch of an online run that has not begun."""
+
+    round: int
+    """Its first one."""
+    attempts: int = 0
+    """How often hold-outs were scored for it."""
+    least: int = 0
+    """New rows that are waited for, since there was too little drift in fewer."""
+    by_task: dict[str, Metrics | None] = Field(default_factory=dict)
+    """The last scores."""
+    drift: float | None = None
+    errors: dict[str, int | None] = Field(default_factory=dict)
+    """Of clients that failed in any of them, their error's number; null for no answer."""
 
 
 @dataclass
@@ -64,6 +82,8 @@ class ServerState:
     """By client the digest of the model that it had last; under `unit: client` not kept in the checkpoint."""
     batch: list[str] = field(default_factory=list)
     """Of an online run the clients whose new data the batch under way is."""
+    before: Before | None = None
+    """Of the batch that was waited for last, if its hold-outs were scored."""
     trained: dict[str, int] = field(default_factory=dict)
     """Under `mode: buffered` by client the trainings that are settled: used, failed or called off."""
     told: Round | None = None
@@ -199,6 +219,7 @@ class RunDirectory:
             "chain": [[link.before, link.added.digest, link.added.length] for link in state.chain],
             "held": {} if self.plan.central else state.held,
             "batch": state.batch,
+            "before": state.before.model_dump() if state.before else None,
             "trained": state.trained,
             "told": state.told.model_dump_json() if state.told else None,
         }
@@ -249,6 +270,7 @@ class RunDirectory:
             chain=[ChainLink(before, PayloadRef(digest, length)) for before, digest, length in about.get("chain", [])],
             held=about.get("held", {}),
             batch=about.get("batch", []),
+            before=Before.model_validate(before) if (before := about.get("before")) else None,
             trained=about.get("trained", {}),
             told=Round.model_validate_json(told) if (told := about.get("told")) else None,
         )

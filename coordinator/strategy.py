@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from lichen.coordinator.downlink import Downlink
 from lichen.coordinator.messages import Messages
 from lichen.coordinator.optimizers import server_step
 from lichen.coordinator.replies import Counted, Replies, note_failure
-from lichen.coordinator.run_directory import Release, RunDirectory, ServerState
+from lichen.coordinator.run_directory import Before, Release, RunDirectory, ServerState
 from lichen.coordinator.telling import Evaluator, Teller
 from lichen.coordinator.updates import Updates
 from lichen.coordinator.versions import Versions, measured
@@ -223,14 +222,26 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             self.directory.save_cohort(server_round, nodes)
             self._prepare(server_round, nodes, grid)
         if is_online(self.plan):
-            self.state.batch = sorted(map(self._name, nodes))
+            self._begin_batch(server_round, nodes)
         return self._messages.to_nodes(records.TRAIN, nodes, arrays, grid, self._told, self.state)
+
+    def _begin_batch(self, number: int, nodes: Iterable[int]) -> None:
+        if number == stage_of(self.plan, number).first:
+            self.state.batch = sorted(map(self._name, nodes))
+            if (before := self.state.before) and before.round == number:
+                self._told.before_by_task, self._told.drift, self._told.before_errors = before.by_task, before.drift, before.errors
 
     def _choose(self, number: int, grid: Grid) -> list[int]:
         if not is_online(self.plan):
             return self._cohorts.choose(number, grid, self.state)
         if number != stage_of(self.plan, number).first:
-            return self._cohorts.choose_again(number, grid, self.state)
+            try:
+                return self._cohorts.choose(number, grid, self.state, among=frozenset(self.state.batch))
+            except LichenError as error:
+                if error.code is not Code.COHORT_TOO_SMALL:
+                    raise
+                log.warning("%s; the batch goes on", error.what)
+                return []
         self._teller.settle()  # data may come in days: what was done so far is told before
         began = time.monotonic()
         nodes = self._wait_for_batch(number, grid)
@@ -239,34 +250,38 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
     def _wait_for_batch(self, number: int, grid: Grid) -> list[int]:
         """The cohort of a batch's first round, once there is enough new data, and different enough where the plan asks for that."""
-        online, least = self.plan.continual.online, 0
+        online, state = self.plan.continual.online, self.state
+        before = state.before if state.before and state.before.round == number else Before(round=number)
 
         def announce(nodes: list[int]) -> list[str]:
-            return self._messages.announce(nodes, number, grid, self.state)
+            return self._messages.announce(nodes, number, grid, state)
 
-        for attempt in itertools.count():
-            nodes, rows = self._cohorts.wait_for_data(number, grid, self.state, announce, least)
-            drift = self._evaluate_before(number, nodes, grid, attempt)
-            if online.drift is None or drift is None or drift >= online.drift or not rows:
-                break
-            log.info("round %d waits: drift is %.3f, below continual.online.drift (%g); %d rows are new", number, drift, online.drift, rows)
-            least = rows + online.clients * online.rows
-        return nodes
+        while True:
+            nodes, rows = self._cohorts.wait_for_data(number, grid, state, announce, before.least)
+            if not self.plan.evaluation.federated_every:
+                return nodes
+            self._evaluate_before(nodes, grid, before)
+            enough = online.drift is None or before.drift is None or before.drift >= online.drift or not rows
+            before.least = rows if enough else rows + online.clients * online.rows
+            state.before = before
+            self.directory.save_state(state)  # what was scored is charged, whatever comes next
+            if enough:
+                return nodes
+            log.info(
+                "round %d waits: drift is %.3f, below continual.online.drift (%g), in %d rows", number, before.drift, online.drift, rows
+            )
 
-    def _evaluate_before(self, number: int, nodes: Sequence[int], grid: Grid, attempt: int) -> float | None:
-        """Have the model scored on what a batch is about to be trained on; returns the drift, None where there is none to tell."""
-        if not self.plan.evaluation.federated_every:
-            return None
+    def _evaluate_before(self, nodes: Sequence[int], grid: Grid, before: Before) -> None:
+        """Have the model scored on what a batch is about to be trained on."""
         able = self._cohorts.with_budget(records.EVALUATE, list(nodes), self.state)
-        messages = list(self._messages.to_nodes(records.EVALUATE, able, self._arrays(), grid, self._told, self.state, attempt))
+        messages = list(self._messages.to_nodes(records.EVALUATE, able, self._arrays(), grid, self._told, self.state, before.attempts))
         replies = self._messages.ask(messages, self.plan.cohort.deadline_s, grid, self._told, self.state) if messages else []
         found = self._scores(replies)
-        self._told.errors.clear()  # they are in the log: the round's own are those of its training
-        if found is None:
-            return None
-        self._told.before_by_task = found[1]
-        self._told.drift = drift_of([measured(metrics) for metrics in found[1].values()])
-        return self._told.drift
+        before.attempts += 1
+        before.errors |= self._told.errors
+        self._told.errors.clear()  # the round's own are those of its training
+        before.by_task = found[1] if found else {}
+        before.drift = drift_of([measured(metrics) for metrics in before.by_task.values()]) if found else None
 
     def _prepare(self, number: int, nodes: Iterable[int], grid: Grid) -> None:
         """Before the first round that is begun since the start: later ones find most nodes ready, and wait for nobody who is not."""
@@ -290,6 +305,10 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         """Step the model by those updates that are usable. Raises as `aggregate_train`."""
         total, usable, most = self._updates.added(counted, self._told, self.state.model)
         self._count(usable)
+        if len(usable) < self.plan.cohort.minimum and is_online(self.plan):
+            log.warning("round %d: %d usable updates, cohort.minimum is %d: none is used", round, len(usable), self.plan.cohort.minimum)
+            self._used, self._told.participants = [], 0
+            return
         if len(usable) < self.plan.cohort.minimum:
             self._teller.tell_privacy(self.state)
             raise LichenError(

@@ -52,12 +52,12 @@ class Replay(Method):
         return self.plan.continual.replay.share * sum(task.share or 1 / len(tasks) for task in tasks[: stage.number])
 
     def _kept(self, rows: list[int], columns: Mapping[str, Sequence[object]]) -> set[int]:
-        settings, label = self.plan.continual.replay, columns[self.plan.task.label_field]
+        settings = self.plan.continual.replay
         says = [values for field, values in columns.items() if field != self.plan.task.label_field]
         drawn = {row: _number(self.plan, [str(values[row]) for values in says]) for row in rows}
         if settings.rows is None:
             return {row for row, number in drawn.items() if number < settings.share * _WHOLE}
-        by_label: dict[str, list[int]] = {}
+        label, by_label = columns[self.plan.task.label_field], dict[str, list[int]]()
         for row in sorted(rows, key=drawn.__getitem__):
             by_label.setdefault(str(label[row]), []).append(row)
         return {row for own in by_label.values() for row in own[: settings.rows]}

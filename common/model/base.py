@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "package:"
 RANDOM = "random:llama"
-"""A LLaMA of two layers and width 64 over bytes, with random weights, the same everywhere: nothing is to be found for it. For first tries."""
+"""A LLaMA of two layers and width 64 over bytes, with random weights, always the same: for first tries, where no other is at hand."""
 HEADS = ("pre_classifier", "classifier", "score")
 """What transformers calls the modules of a classification head, by architecture."""
 
@@ -165,13 +165,9 @@ def _bytes() -> PreTrainedTokenizerBase:
     tokens = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[]))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokens,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        model_max_length=1024,  # noqa: S106 - no password
-    )
+    found = PreTrainedTokenizerFast(tokenizer_object=tokens, model_max_length=1024)
+    found.add_special_tokens({"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"})
+    return found
 
 
 def _not_loaded(model: Model, error: Exception) -> LichenError:

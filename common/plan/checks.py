@@ -146,6 +146,11 @@ def _check_online(plan: Plan, refuse: Callable[[str, str], None]) -> None:
             f"continual.method: {method} with mode: online, which is not built: it keeps something of each batch for ever",
             "Nearest valid: continual.method: lwf, ewc, analytic or sequential.",
         )
+    if plan.cohort.oversample > 1:
+        refuse(
+            "cohort.oversample with continual.mode: online: who is called off has read its new rows for nothing",
+            "Leave cohort.oversample out.",
+        )
     if plan.central:
         refuse(
             "continual.mode: online with unit: client: who is asked would tell who has new data, and cohorts are to stay secret",

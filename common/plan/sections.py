@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -64,6 +65,12 @@ class Task(Section):
     def fields(self) -> tuple[str, ...]:
         """The data fields that it reads."""
         return (self.text_field, self.label_field) if self.labels else (self.text_field,)
+
+    def fault(self, row: Mapping[str, object]) -> str | None:
+        """Why it can't use a row, by that row alone, and without quoting it; None if it can."""
+        return (
+            None if not self.labels or str(row[self.label_field]) in self.labels else f"{self.label_field!r} is none of the plan's labels"
+        )
 
 
 class Adapter(Section):

@@ -122,7 +122,7 @@ def make_statement(plan: Plan, result: Result) -> Statement:
             leaves=list(_leaving(plan)),
             not_protected=[
                 "The rows: whoever sees an update or the model may be able to tell which rows it was trained on, and what they say.",
-                *_never_protected(plan),
+                *_never_protected(),
             ],
         )
     seeded = result.privacy.noise == "seeded: not private"
@@ -157,7 +157,7 @@ def make_statement(plan: Plan, result: Result) -> Statement:
         not_protected=[
             *(["Anything, in this run: its noise follows from the seed."] if seeded else []),
             *(["The rows from the coordinator, which sees each client's update before any noise."] if central else []),
-            *_never_protected(plan),
+            *_never_protected(),
             f"A person beyond {unit}: what their other rows, other clients' data or other runs tell of them.",
             "What tuning told: settings that were chosen by looking at results on these rows cost ε that is not in this account.",
         ],
@@ -172,7 +172,7 @@ def _bounds(plan: Plan, result: Result) -> dict[str, Bound]:
         how = "rounds, noise and cohorts as the coordinator accounts for them"
         bound = Bound(epsilon=spent, delta=privacy.delta, epsilon_sum=spent, delta_sum=privacy.delta, how=how)
         return {EVERY: bound}
-    failed = {name for told in result.rounds for name in told.errors}
+    failed = {name for told in result.rounds for name in (*told.errors, *told.before_errors)}
     whole = result.status == "finished" and result.engine != "flower"  # stock Flower may ask twice, and a round under way is not told yet
     segments = (len(tasks_of(plan)) if one_task_each(plan) else 1) + bool(plan.evaluation.federated_every)
     gated = Bound(
@@ -313,10 +313,9 @@ def _segments(plan: Plan) -> str:
     return ", since rows are held out by a keyed hash of their content" if plan.evaluation.federated_every else ""
 
 
-def _never_protected(plan: Plan) -> Iterator[str]:
+def _never_protected() -> Iterator[str]:
     yield "That a node takes part, when, and how long its work took."
-    if is_online(plan):
-        yield "That a file with new rows came to a node, when, and the size that its owner declares for such a file."
+    yield "How many files are in a folder that a node's owner watches, and when one came: the owner declares a size for each."
     yield "That a node failed, and by which error number."
     yield "The model itself, from anybody who is given it, and against other clients' bad updates."
     yield "What the model learns of all rows together: that is what it is for."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from lichen.common.device import sent
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel, attach
 from lichen.common.model.base import load_base, outline_base
@@ -20,7 +19,6 @@ from lichen.common.tasks.texts import EncodedTexts, Texts, seeded
 
 if TYPE_CHECKING:
     from lichen.common.batches import Collate
-    from lichen.common.plan import Plan
     from lichen.common.result import Metrics
     from lichen.common.tasks.task import Batch, Columns
 
@@ -61,10 +59,6 @@ class CausalLM(Texts):
     differential privacy the model's own mean over a batch's tokens would break the sensitivity.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
-        self.fields = plan.task.fields
-
     def build(self) -> TunedModel:
         """Load the base, attach the adapter, go to the device (see `Task.build`)."""
         from transformers import AutoModelForCausalLM
@@ -83,10 +77,6 @@ class CausalLM(Texts):
         with torch.device("meta"):
             return attach(base, self.plan, "CAUSAL_LM")
 
-    def fault(self, row: Mapping[str, object]) -> str | None:
-        """None: any text will do (see `Task.fault`)."""
-        return None
-
     def encode(self, columns: Columns) -> EncodedTexts:
         """Tokenise texts (see `Task.encode`)."""
         return EncodedTexts(self._tokens([str(text) for text in columns[self.plan.task.text_field]]))
@@ -94,11 +84,6 @@ class CausalLM(Texts):
     def made_up(self, rows: int, key: str = "", *, longest: bool = False) -> EncodedTexts:
         """Random tokens (see `Task.made_up`)."""
         return EncodedTexts(self._made_up(rows, seeded(key), longest=longest))
-
-    def collate(self, data: EncodedTexts, indices: Sequence[int]) -> Batch:
-        """A batch padded to its longest text, where the model is: ``input_ids`` and ``attention_mask`` (B, T)."""
-        batch = self._pad([data.tokens[index] for index in indices])
-        return {name: sent(tensor, self._device) for name, tensor in batch.items()}
 
     def choose_among(self, labels: Sequence[str] | None) -> None:
         """There are none (see `Task.choose_among`)."""

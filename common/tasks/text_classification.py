@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from lichen.common.continual.stream import labels_until
-from lichen.common.device import sent
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel, attach
 from lichen.common.model.base import HEADS, load_base, outline_base
@@ -64,7 +63,6 @@ class TextClassification(Texts):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        self.fields = plan.task.fields
         self._index = {label: index for index, label in enumerate(plan.task.labels)}
         self._first = torch.tensor([self._index[label] for label in labels_until(plan, 0)])  # the model may always choose among these
         self._mean = plan.model.head.pooling == "mean"
@@ -99,11 +97,6 @@ class TextClassification(Texts):
         with torch.device("meta"):
             return attach(base, self.plan, "TOKEN_CLS" if self._mean else "SEQ_CLS")
 
-    def fault(self, row: Mapping[str, object]) -> str | None:
-        """Whether its label is none of the plan's (see `Task.fault`)."""
-        label = self.plan.task.label_field
-        return None if str(row[label]) in self._index else f"{label!r} is none of the plan's labels"
-
     def encode(self, columns: Columns) -> EncodedTexts:
         """Tokenise texts, and look labels up (see `Task.encode`)."""
         texts, names = (columns[field] for field in self.fields)
@@ -119,13 +112,6 @@ class TextClassification(Texts):
         tokens = self._made_up(rows, generator, longest=longest)
         labels = self._first[torch.randint(len(self._first), (rows,), generator=generator)]
         return EncodedTexts(tokens, labels)
-
-    def collate(self, data: EncodedTexts, indices: Sequence[int]) -> Batch:
-        """A batch padded to its longest text, where the model is: ``input_ids`` and ``attention_mask`` (B, T), ``labels`` (B,)."""
-        batch = self._pad([data.tokens[index] for index in indices])
-        rows = torch.as_tensor(indices, dtype=torch.int64)
-        batch |= {name: tensor[rows] for name, tensor in (("labels", data.labels), ("teacher", data.teacher)) if tensor is not None}
-        return {name: sent(tensor, self._device) for name, tensor in batch.items()}
 
     def choose_among(self, labels: Sequence[str] | None) -> None:
         """Which classes take part in the softmax (see `Task.choose_among`)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lichen.common.device import device
+from lichen.common.device import device, sent
 from lichen.common.errors import Code, LichenError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class Texts:
         self.plan = plan
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._device = torch.device("cpu")
+        self.fields = plan.task.fields
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,6 +106,17 @@ class Texts:
         ordinary = sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
         picks = [torch.randint(len(ordinary), (length,), generator=generator).tolist() for length in lengths]
         return [np.array([ordinary[pick] for pick in row], dtype=np.int32) for row in picks]
+
+    def fault(self, row: Mapping[str, object]) -> str | None:
+        """What the plan says of it (see `Task.fault`)."""
+        return self.plan.task.fault(row)
+
+    def collate(self, data: EncodedTexts, indices: Sequence[int]) -> Batch:
+        """A batch padded to its longest text, where the model is: ``input_ids``, ``attention_mask`` (B, T), and ``labels`` (B,) if any."""
+        batch = self._pad([data.tokens[index] for index in indices])
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        batch |= {name: tensor[rows] for name, tensor in (("labels", data.labels), ("teacher", data.teacher)) if tensor is not None}
+        return {name: sent(tensor, self._device) for name, tensor in batch.items()}
 
     def join(self, first: EncodedTexts, second: EncodedTexts) -> EncodedTexts:
         """The examples of both (see `Task.join`)."""

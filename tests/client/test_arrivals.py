@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lichen.client import watching
-from lichen.client.arrivals import Arrivals, New, new_rows, take, until
+from lichen.client.arrivals import Arrivals, Batches, New, begin, new_rows, until
+from lichen.client.arrivals import take as found
 from lichen.client.data import add_source, check, declared_size, load, pieces
 from lichen.client.watching import Watcher
 from lichen.common.channel.fleet_pb2 import News
@@ -25,8 +25,9 @@ RUN = "7"
 FIELDS = {"text": "text", "label": "label"}
 
 
-def plan_of(**online: Any) -> Plan:
+def plan_of(privacy: dict[str, Any] | None = None, **online: Any) -> Plan:
     document = {"task": {"labels": ["a", "b"]}, "model": {"base": "some/model"}, "local": {"steps": 5}, "rounds": 4}
+    document |= {"privacy": privacy} if privacy else {}
     return parse_plan(document | {"continual": {"mode": "online", "online": online}})
 
 
@@ -46,12 +47,21 @@ def count(home: Path, plan: Plan, run: str = RUN) -> int:
         return new_rows(home, plan, run, arrivals).declared_size
 
 
+def take(home: Path, plan: Plan, run: str, number: int) -> Batches:
+    """As a training does: the batch begins when all that comes before the first step has gone well."""
+    batches = found(home, plan, run, number)
+    begin(home, run, number, batches)
+    return batches
+
+
 def test_a_batch_is_what_came_since_the_last_one(tmp_path: Path) -> None:
     plan, folder = plan_of(), watched(tmp_path)
     assert count(tmp_path, plan) == 0
     deliver(folder, "one.jsonl", ["a", "b"])
     deliver(folder, "two.jsonl", ["c"])
     assert count(tmp_path, plan) == 2 * 64
+    found(tmp_path, plan, RUN, 0)
+    assert count(tmp_path, plan) == 2 * 64, "nothing has begun"
     first = take(tmp_path, plan, RUN, 0)
     assert (len(first.rows), first.declared_size, count(tmp_path, plan)) == (3, 128, 0)
     deliver(folder, "three.jsonl", ["c", "d", " d "])
@@ -116,6 +126,44 @@ def test_held_out_rows_make_no_batch_and_come_with_one(tmp_path: Path) -> None:
     assert len(take(tmp_path, plan, RUN, 0).rows) == 40
 
 
+def test_rows_that_the_task_cannot_use_are_not_new_and_come_once_mended(tmp_path: Path) -> None:
+    folder, private = watched(tmp_path), plan_of(privacy={"unit": "example", "sample_rate": 0.5})
+    rows = [{"text": "a", "label": "a"}, {"text": "b", "label": "typo"}, {"text": 3, "label": "a"}, {"label": "a"}]
+    (folder / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(take(tmp_path, private, RUN, 0).rows) == 2
+    deliver(folder, "one.jsonl", ["a", "b"])
+    assert len(take(tmp_path, private, RUN, 1).rows) == 1
+    (folder / "two.jsonl").write_text('{"text": "c", "label": "typo"}\n')
+    assert count(tmp_path, private) == 0
+    with pytest.raises(LichenError) as caught:
+        count(tmp_path, plan_of())
+    assert caught.value.code is Code.DATA_LABEL
+    (folder / "two.jsonl").write_text('{"text": "c"}\n')
+    with pytest.raises(LichenError) as caught:
+        count(tmp_path, plan_of())
+    assert caught.value.code is Code.DATA_ROW
+
+
+def test_what_is_still_on_its_way_is_passed_over(tmp_path: Path) -> None:
+    folder = watched(tmp_path)
+    deliver(folder, "one.jsonl.part", ["a"])
+    assert count(tmp_path, plan_of()) == 0
+    deliver(folder, "two.jsonl", ["b"])
+    assert count(tmp_path, plan_of()) == 64
+    assert len(load(tmp_path, "train", ["text"])) == 1
+
+
+def test_pieces_are_read_again_when_they_are_read_otherwise(tmp_path: Path) -> None:
+    folder, settled = watched(tmp_path), dict[str, object]()
+    deliver(folder, "one.jsonl", ["x"])
+    take(tmp_path, plan_of(), RUN, 0)
+    with Arrivals(tmp_path) as arrivals:
+        assert new_rows(tmp_path, plan_of(), RUN, arrivals, settled).declared_size == 0
+        assert new_rows(tmp_path, plan_of(), RUN, arrivals, settled).declared_size == 0
+        add_source(tmp_path, folder, fields={"text": "label", "label": "label"}, watch=True, declared_size=64)
+        assert new_rows(tmp_path, plan_of(), RUN, arrivals, settled).declared_size == 64
+
+
 def test_a_size_is_declared_or_nothing_is_told(tmp_path: Path) -> None:
     folder = watched(tmp_path, declared_size=None)
     assert count(tmp_path, plan_of()) == 0
@@ -130,7 +178,7 @@ def test_a_size_is_declared_or_nothing_is_told(tmp_path: Path) -> None:
 
 def test_a_watched_folder_may_be_empty_and_its_size_is_each_files(tmp_path: Path) -> None:
     folder = watched(tmp_path)
-    assert declared_size(tmp_path) == 0
+    assert declared_size(tmp_path) == 64
     assert not check(tmp_path).usable
     with pytest.raises(LichenError) as caught:
         load(tmp_path, "train", ["text"])
@@ -154,6 +202,10 @@ def test_what_a_newer_lichen_wrote_is_refused_and_others_may_not_read_it(tmp_pat
     with pytest.raises(LichenError) as caught:
         Arrivals(tmp_path)
     assert caught.value.code is Code.STORE_VERSION
+    (tmp_path / "arrivals.sqlite").write_bytes(b"damaged" * 1000)
+    with pytest.raises(LichenError) as caught:
+        Arrivals(tmp_path)
+    assert caught.value.code is Code.OUTPUT_UNUSABLE
 
 
 @given(st.lists(st.sets(st.integers(0, 30), max_size=12), max_size=6))
@@ -210,6 +262,10 @@ def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytes
         await wait_for(0)
         (tmp_path / "paused").unlink()
         await wait_for(64)
+        (folder / "loop.jsonl").symlink_to(folder / "loop.jsonl")  # what can't be looked at
+        await wait_for(0)
+        (folder / "loop.jsonl").unlink()
+        await wait_for(64)
 
     asyncio.run(go(first))
     told.clear()
@@ -217,7 +273,6 @@ def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytes
     async def after_a_restart(watcher: Watcher) -> None:
         await wait_for(64)
         (tmp_path / "policy.yaml").write_text("format: 1\n")  # which permits no such plan
-        os.utime(folder / "two.jsonl")
         await wait_for(0)
         (tmp_path / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n")
         await wait_for(64)  # no file has changed

@@ -18,7 +18,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import parse_plan
 from lichen.common.tasks import make_task
-from lichen.common.tasks.text_classification import CHARACTERS, ClassificationScores, TextClassification
+from lichen.common.tasks.text_classification import ClassificationScores, TextClassification
+from lichen.common.tasks.texts import CHARACTERS
 
 Models = Callable[[str], Path]
 LABELS = ["crop", "metal", "money"]

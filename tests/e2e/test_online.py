@@ -194,6 +194,8 @@ def test_a_batch_that_tells_nothing_new_is_not_trained_on(federation: Federation
     deliver("alike.jsonl", 300, {})
     federation.until(lambda: "below continual.online.drift" in federation.log("coordinator"))
     assert len(federation.rounds(run)) == 1
+    federation.end("coordinator")
+    federation.start("coordinator", "coordinator", "serve")
     deliver("other.jsonl", 400, swapped)
     federation.until(lambda: len(federation.rounds(run)) == 2)
     first, second = federation.rounds(run)
