@@ -310,6 +310,17 @@ def test_labels_that_look_like_numbers(tmp_path: Path) -> None:
     assert keep_rows(numbers, tmp_path / "out.parquet", parse_plan(PLAN | {"task": {"labels": ["0", "1"]}}), {}) == 1
 
 
+def test_rows_keep_what_deals_them_to_tasks_and_a_language_model_needs_no_label(tmp_path: Path) -> None:
+    stream = {"stream": [{"name": "x", "where": {"site": ["a"]}}, {"name": "y", "between": {"year": [1900, 2000]}}]}
+    document = PLAN | {"task": {"kind": "causal-lm"}, "rounds": 2, "continual": stream}
+    source = write(tmp_path / "rows.jsonl", [{"text": "a", "place": "a", "year": 1950}, {"text": "b", "place": "b", "year": 1850}])
+    assert keep_rows(source, tmp_path / "out.parquet", parse_plan(document), {"site": "place"}) == 2
+    kept = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert kept == [{"text": "a", "site": "a", "year": "1950"}, {"text": "b", "site": "b", "year": "1850"}]
+    with pytest.raises(LichenError, match="no column 'year'"):
+        keep_rows(write(tmp_path / "less.jsonl", [{"text": "a", "site": "a"}]), tmp_path / "out.parquet", parse_plan(document), {})
+
+
 def test_rows_that_will_not_do(tmp_path: Path, plan: Plan) -> None:
     out = tmp_path / "out.parquet"
 
