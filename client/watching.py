@@ -27,7 +27,7 @@ FORMAT: Final = 1
 FILE = "watched.json"
 EVERY = 1.0
 """Seconds between two looks at the files; a change counts once two looks have found the same, since a file may be in the writing."""
-_SHARE = 20  # a look takes at most one part in so many of the time
+_SHARE = 20  # to see whether files have changed takes at most one part in so many of the time
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +82,19 @@ class Watcher:
             now: object = None
             try:
                 now = (watched.run, is_paused(self._home), await asyncio.to_thread(stamp, self._home))
+                took = time.monotonic() - began
                 if refused := await asyncio.to_thread(self._refused, watched):  # by a policy that was changed, or by the hour
                     raise refused
                 if now == seen != looked:
                     await self.look()
                     looked = now
             except Exception as error:  # whatever it is, such as a folder on a share that is away, it may be gone later
-                looked = None
+                looked, took = None, time.monotonic() - began  # all of it, since all is tried again
                 self._tell(News(run_id=watched.run))
                 if told != (told := str(error)):
                     log.warning("new data is not counted: %s", error)
             seen = now
-            await asyncio.sleep(max(EVERY, _SHARE * (time.monotonic() - began)))
+            await asyncio.sleep(max(EVERY, _SHARE * took))
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[None]:

@@ -35,6 +35,7 @@ FULL: dict[type, dict[str, Any]] = {
         "steps": 3,
         "training": 3,
         "seconds": 7.5,
+        "before": True,
     },
     TrainReport: {
         "format": 1,

@@ -175,6 +175,7 @@ def test_a_batch_begins_when_enough_clients_have_enough_new_data(
     federation.lichen("coordinator", "stop", run)
 
 
+@pytest.mark.long
 def test_a_batch_that_tells_nothing_new_is_not_trained_on(federation: Federation, tiny_rows: Rows, tiny_plan: dict[str, Any]) -> None:
     for name in NODES:
         fields = ("--field", "text=text", "--field", "label=label")

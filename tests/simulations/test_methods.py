@@ -20,22 +20,18 @@ from lichen.common.continual.stream import stage_size, stages
 from lichen.common.errors import LichenError
 from lichen.common.model.adapter import State
 from lichen.common.plan import Plan, parse_plan
-from lichen.common.result import Result
 from lichen.common.tasks import make_task
 from lichen.coordinator.export import export_model
-from lichen.coordinator.versions import Versions
 from lichen.simulations.benchmarks.reload import bench_reload
 from lichen.simulations.datasets import load_spec
 from lichen.simulations.simulate import run
+from streams import EXACT, PRIVATE, STREAM, same, states, told
 
-STREAM = [{"name": "fields", "labels": ["crop", "metal"]}, {"name": "banks", "labels": ["money"]}]
 OVER = [
     {"name": "a", "labels": ["crop", "metal"], "where": {"site": ["a"]}},
     {"name": "b", "labels": ["money", "metal"], "where": {"site": ["b"]}},
 ]
 SITES = [{"name": "a", "where": {"site": ["a"]}}, {"name": "b", "where": {"site": ["b"]}}]
-EXACT = {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}}
-PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.2}
 HEAD = {"kind": "head"}
 
 
@@ -52,22 +48,8 @@ def plan_of(csv_plan: dict[str, Any]) -> Callable[..., Plan]:
     return make
 
 
-def told(result: Result) -> Any:
-    assert result.continual is not None
-    return result.continual
-
-
-def states(out: Path, plan: Plan) -> list[State]:
-    versions = Versions(out, plan)
-    return [versions.state(version) for version in versions.all() if version.number]
-
-
 def without(state: State, part: str) -> State:
     return {name: tensor for name, tensor in state.items() if part_of(name) != part}
-
-
-def same(left: State, right: State) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
 # --- lwf ---

@@ -22,18 +22,16 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
 from lichen.common.model.export import load_saved
 from lichen.common.plan import Plan, parse_plan
-from lichen.common.result import Result, read_result
+from lichen.common.result import read_result
 from lichen.common.tasks import make_task
 from lichen.coordinator.app import OwnData
 from lichen.coordinator.export import app, export_model
 from lichen.coordinator.run_directory import RunDirectory
 from lichen.coordinator.versions import Versions
 from lichen.simulations.simulate import run
+from streams import EXACT, PRIVATE, STREAM, same, states, told
 
-STREAM = [{"name": "fields", "labels": ["crop", "metal"]}, {"name": "banks", "labels": ["money"]}]
-EXACT = {"uplink": {"codec": "none"}, "downlink": {"codec": "none"}}
 MEAN = {"average_last": 2, "optimizer": "fedavgm", "momentum": 0.5}
-PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.2}
 
 
 @pytest.fixture
@@ -44,20 +42,6 @@ def plan_of(csv_plan: dict[str, Any]) -> Callable[..., Plan]:
         return parse_plan(document | changes)
 
     return make
-
-
-def told(result: Result) -> Any:
-    assert result.continual is not None
-    return result.continual
-
-
-def models_of(out: Path, plan: Plan) -> list[State]:
-    versions = Versions(out, plan)
-    return [versions.state(version) for version in versions.all() if version.number]
-
-
-def same(left: State, right: State) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
 def test_each_task_is_a_version_and_r_tells_what_was_learned_and_forgotten(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
@@ -80,7 +64,7 @@ def test_each_task_is_a_version_and_r_tells_what_was_learned_and_forgotten(tmp_p
         (2, "banks", 4, 1),
     ]
     assert [version.validation for version in versions[1:]] == [result.rounds[1].by_task, result.rounds[3].by_task]
-    assert same(models_of(tmp_path, plan)[1], load_state(tmp_path, plan))
+    assert same(states(tmp_path, plan)[1], load_state(tmp_path, plan))
     assert read_result(tmp_path).continual == found
 
 
@@ -104,10 +88,10 @@ def test_a_run_that_goes_on_in_mid_task_is_as_one_that_was_not_broken(
 ) -> None:
     plan = plan_of(**changes)
     whole = run(plan, tmp_path, "inprocess")
-    expected = models_of(tmp_path, plan)
+    expected = states(tmp_path, plan)
     (tmp_path / "checkpoints" / "round-00004.safetensors").unlink()
     again = run(plan, tmp_path, "inprocess", resume=True)
-    assert all(map(same, models_of(tmp_path, plan), expected))
+    assert all(map(same, states(tmp_path, plan), expected))
     assert again.continual == whole.continual
     assert again.privacy.clients == whole.privacy.clients
 
@@ -132,7 +116,7 @@ def test_a_crash_between_a_tasks_end_and_its_version_loses_nothing(
         run(plan, tmp_path / "broken", "inprocess")
     again = run(plan, tmp_path / "broken", "inprocess", resume=True)
     assert again.continual == whole.continual
-    assert all(map(same, models_of(tmp_path / "broken", plan), models_of(tmp_path / "whole", plan)))
+    assert all(map(same, states(tmp_path / "broken", plan), states(tmp_path / "whole", plan)))
 
 
 def test_a_version_that_has_forgotten_too_much_is_held_back(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
@@ -171,7 +155,7 @@ def test_the_next_task_starts_from_the_mean_of_the_last_rounds(tmp_path: Path, p
     run(plan, tmp_path, "inprocess")
     # of the last task: its rounds' models are in the checkpoints before and at its end
     third, fourth = (load_file(tmp_path / "checkpoints" / f"round-{round:05d}.safetensors") for round in (3, 4))
-    last = models_of(tmp_path, plan)[1]
+    last = states(tmp_path, plan)[1]
     assert all(torch.equal(fourth[f"model/{name}"], tensor) for name, tensor in last.items())
     assert any(not torch.equal(third[f"model/{name}"], tensor) for name, tensor in last.items())
     assert not any(key.startswith("average/") for key in fourth), "the sum begins anew"
@@ -183,7 +167,7 @@ def test_every_rule_may_learn_a_stream(tmp_path: Path, plan_of: Callable[..., Pl
     plan = plan_of(aggregation={"rule": rule, "average_last": 2}, model=model, transfer=EXACT)
     found = told(run(plan, tmp_path, "inprocess"))
     assert found.matrix[1][1] > 0.8
-    for state in models_of(tmp_path, plan):
+    for state in states(tmp_path, plan):
         for name, tensor in state.items():
             if part_of(name) == MERGED:
                 assert not state[beside(name, B)].any()
@@ -217,7 +201,7 @@ def test_a_task_without_validation_rows_has_no_score_and_ends_nothing(tmp_path: 
     rows = [row for row in pq.read_table(kept).to_pylist() if row["label"] == "money"]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "late.parquet")
     own = OwnData(plan, tmp_path / "late.parquet", None)
-    state = models_of(tmp_path / "run", plan)[0]
+    state = states(tmp_path / "run", plan)[0]
     first, second = stages(plan)
     assert own.validation(state, first) is None
     assert own.validation_by_task(state, first)["fields"] is None
@@ -251,10 +235,10 @@ def test_any_version_can_be_taken_out(tmp_path: Path, plan_of: Callable[..., Pla
     assert told.exit_code == 0, told.output
     model = make_task(plan).build()
     load_saved(tmp_path / "one", model)
-    assert same(model.state(), models_of(tmp_path / "run", plan)[0])
+    assert same(model.state(), states(tmp_path / "run", plan)[0])
     export_model(tmp_path / "run", tmp_path / "newest")
     load_saved(tmp_path / "newest", model)
-    assert same(model.state(), models_of(tmp_path / "run", plan)[1])
+    assert same(model.state(), states(tmp_path / "run", plan)[1])
     export_model(tmp_path / "run", tmp_path / "merged", "merged", 1)
     assert (tmp_path / "merged" / "model.safetensors").exists()
     with pytest.raises(LichenError) as caught:
@@ -287,9 +271,9 @@ def test_a_simulated_online_run_deals_rows_to_batches(tmp_path: Path, csv_plan: 
             assert all(len(batches) == 1 for batches in rounds.values()), "a segment is read in one batch"
             assert set().union(*rounds.values()) == {0, 1, 2}
 
-    expected = models_of(tmp_path / "whole", plan)
+    expected = states(tmp_path / "whole", plan)
     (tmp_path / "whole" / "checkpoints" / "round-00006.safetensors").unlink()
     again = run(plan, tmp_path / "whole", "inprocess", resume=True)
-    assert all(map(same, models_of(tmp_path / "whole", plan), expected))
+    assert all(map(same, states(tmp_path / "whole", plan), expected))
     assert again.continual == found
     assert again.privacy.clients == result.privacy.clients
