@@ -469,6 +469,7 @@ def continual(
     seeds: Annotated[str, typer.Option(help="Commas between them; left out, 0, with --full 0,1,2.")] = "",
     epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf",
     full: Annotated[bool, typer.Option("--full", help="All rows at their full length, three seeds: hours.")] = False,
+    validation: Annotated[bool, typer.Option("--validation", help="Score on a part of the training rows, to choose settings by.")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, for all runs; may be repeated.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep the run directories here.")] = None,
     as_json: AsJson = False,
@@ -480,7 +481,8 @@ def continual(
     (stream,) = _list(scenario, str, bench.SCENARIOS)
     wanted = _list(methods, str, bench.METHODS) if methods else bench.METHODS
     chosen = _list(seeds or ("0,1,2" if full else "0"), int)
-    for found in bench.bench_continual(stream, wanted, chosen, _list(epsilon, float), full=full, settings=settings or (), keep=keep):
+    grid = (stream, wanted, chosen, _list(epsilon, float))
+    for found in bench.bench_continual(*grid, full=full, validation=validation, settings=settings or (), keep=keep):
         runs.append(found)
         console.print(
             f"{found['method']}, ε {found['epsilon']:g}, seed {found['seed']}: ACC {found['acc']:.4f}, {found['seconds']:.0f} s",
@@ -490,7 +492,7 @@ def continual(
     if as_json:
         typer.echo(json.dumps({"runs": runs, "means": means, "figures": bench.figures(means)}, indent=2))
         return
-    table = Table(title=f"{stream}, test split, mean over seeds")
+    table = Table(title=f"{stream}, {'validation' if validation else 'test'} rows, mean over seeds")
     keys = {"acc": "ACC", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting", "routed": "routed", "task_known": "task known"}
     for column in ("method", "ε", *keys.values(), "least", "most", "MB up"):
         table.add_column(column, justify="left" if column == "method" else "right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ SHORT = ("task.max_length=48", "rounds=15", "local.batch_size=16")
 """What the short setting changes, besides the rows."""
 SHORT_ROWS = (3000, 1500)
 """Training and test rows of the short setting: the first of a shuffle that is always the same."""
+VALIDATION, VALIDATION_SEED = 0.15, 1
+"""The share of training rows on which settings are chosen, and the seed of their draw."""
 PRIVATE = (
     *("privacy.unit=example", "privacy.clip=0.1", "privacy.sample_rate=0.25", "local.steps=2", "local.optimizer=sgd"),
     *("local.betas=[0.5, 0.999]", "local.learning_rate=10.0", "local.head_learning_rate=120.0", "local.learning_rate_decay=none"),
@@ -39,6 +42,7 @@ def bench_continual(
     epsilons: Sequence[float],
     *,
     full: bool = False,
+    validation: bool = False,
     settings: Sequence[str] = (),
     keep: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -50,17 +54,18 @@ def bench_continual(
         seeds: each changes the partition, the validation split and all draws.
         epsilons: infinity is without differential privacy.
         full: all rows, at the scenario's length.
+        validation: score on a part of the training rows, which is then not trained on: for the choice of settings.
         settings: ``key.path=value``, for all runs.
         keep: where to keep the run directories; nowhere if None.
 
     Yields:
-        ACC, BWT, FWT and forgetting on the test rows, what is told of the router, bytes up, seconds.
+        ACC, BWT, FWT and forgetting on the rows that are scored, what is told of the router, bytes up, seconds.
 
     Raises:
         LichenError: CHECK_FAILED, if a run spent more than its ε.
     """
     with TemporaryDirectory() as temporary:
-        data = () if full else (*SHORT, f"simulation.data={_fewer(scenario, Path(temporary))}")
+        data = [*(() if full else SHORT), *data_of(scenario, Path(temporary), full=full, validation=validation)]
         for epsilon, method, seed in product(epsilons, methods, seeds):
             plan = plan_of(scenario, method, epsilon, (f"seed={seed}", *data, *settings))
             out = (keep or Path(temporary)) / f"{scenario}-{method}-{epsilon:g}-{seed}"
@@ -123,21 +128,33 @@ def _acc_of_joint(plan: Plan, scenario: str, out: Path) -> float:
     return statistics.fmean(float(metrics["accuracy"] or 0) for metrics in scores if metrics)
 
 
-def _fewer(scenario: str, folder: Path) -> str:
-    """A part of a scenario's data, as a plan's `simulation.data`."""
+def data_of(scenario: str, folder: Path, *, full: bool, validation: bool) -> list[str]:
+    """Settings by which a plan of the scenario has a part of its data."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from lichen.simulations.datasets import load_named
+    from lichen.simulations.datasets import hold_out, load_named
 
-    found = load_named(str(load_plan(find_plan(scenario)).simulation.data))
-    for name, rows, count in zip(("train", "test"), (found.train, found.test or []), SHORT_ROWS, strict=True):
+    if full and not validation:
+        return []
+    plan = load_plan(find_plan(scenario))
+    found = load_named(str(plan.simulation.data))
+    train, test = found.train, found.test
+    label = plan.task.label_field
+    if validation:
+        if test is None:
+            train = [train[row] for row in hold_out(train, plan.evaluation.test_fraction, label=label)[0]]
+        # not the draw of a run's own validation split
+        kept, held = hold_out(train, VALIDATION, VALIDATION_SEED, label=label)
+        train, test = [train[row] for row in kept], [train[row] for row in held]
+    source = {}
+    for name, rows, count in zip(("path", "test"), (train, test), SHORT_ROWS, strict=True):
         if rows:
-            chosen = np.random.default_rng(0).permutation(len(rows))[:count]
-            pq.write_table(pa.Table.from_pylist([rows[row] for row in chosen]), folder / f"{name}.parquet")
-    test = f", test: {folder / 'test.parquet'}" if found.test else ""
-    return f"{{path: {folder / 'train.parquet'}{test}}}"
+            chosen = rows if full else [rows[row] for row in np.random.default_rng(0).permutation(len(rows))[:count]]
+            source[name] = str(folder / f"{name}.parquet")
+            pq.write_table(pa.Table.from_pylist(chosen), source[name])
+    return [f"simulation.data={json.dumps(source)}", *(["evaluation.test_fraction=0"] if validation else [])]
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

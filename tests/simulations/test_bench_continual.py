@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from lichen.common.plan import find_plan, load_plan
+from lichen.common.errors import Code, LichenError
+from lichen.common.plan import DataSource, find_plan, load_plan
 from lichen.simulations.benchmarks.cli import app
-from lichen.simulations.benchmarks.continual import METHODS, SCENARIOS, figures, plan_of
+from lichen.simulations.benchmarks.continual import METHODS, SCENARIOS, data_of, figures, plan_of
+from lichen.simulations.simulate import deal
 
 STREAM = [{"name": "fields", "labels": ["crop", "metal"]}, {"name": "banks", "labels": ["money"]}]
 
@@ -54,6 +57,29 @@ def test_every_plan_of_a_stream_is_sound(scenario: str, method: str, epsilon: fl
     assert plan.task == load_plan(find_plan(scenario)).task
     if method == "analytic":
         assert plan.rounds == len(plan.continual.stream)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_settings_are_chosen_on_training_rows(scenario: str, tmp_path: Path) -> None:
+    plan = load_plan(find_plan(scenario))
+    try:
+        _, splits = deal(plan, tmp_path / "scored")
+    except LichenError as error:
+        if error.code is Code.EXTRA_MISSING:
+            pytest.skip(str(error))
+        raise
+    chosen = load_plan(find_plan(scenario), data_of(scenario, tmp_path, full=True, validation=True))
+    source = chosen.simulation.data
+    assert isinstance(source, DataSource)
+
+    def texts(path: str | None) -> set[str]:
+        return set(pq.read_table(path, columns=["text"])["text"].to_pylist())
+
+    held = texts(source.test)
+    assert len(held) > 1000
+    assert not held & texts(source.path)
+    if plan.evaluation.test_fraction:  # the test rows of 20 Newsgroups repeat some of the others
+        assert not held & texts(splits["test"])
 
 
 def test_the_figures_follow_from_the_means() -> None:
