@@ -8,6 +8,7 @@ import torch
 
 from lichen.common.aggregation import properties
 from lichen.common.errors import LichenError
+from lichen.common.model.precision import full_precision
 from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients
 from lichen.common.privacy.self_check import self_check
 from lichen.common.tasks.task import CHECKED_ROWS
@@ -45,9 +46,10 @@ class PrivateStep:
         self.pass_cost = self._gradients.pass_cost  # of the whole model: a client's rank may make it smaller later
         made_up = task.made_up(CHECKED_ROWS)
         try:
-            for phase in properties(plan).phases:
-                model.train_only(phase)
-                self_check(self._gradients, task.losses, lambda rows: task.collate(made_up, rows))
+            with full_precision(model.network):
+                for phase in properties(plan).phases:
+                    model.train_only(phase)
+                    self_check(self._gradients, task.losses, lambda rows: task.collate(made_up, rows))
         except LichenError:
             self._gradients.remove()  # another attempt on this model starts from the model as it was
             raise

@@ -95,7 +95,8 @@ class Trainer:
         count = clients_at_once(cost, local.batch_size * length, most)
         # on a GPU it saves more than what is known of the frozen layers
         known = self._batches.prefix is not None and self.model.device.type == "cpu"
-        if not self._lean or local.checkpointing or known or count == 1 or (groups := group_weights(self.model, self._packing)) is None:
+        alone = local.checkpointing or local.precision == "bfloat16" or known or count == 1
+        if not self._lean or alone or (groups := group_weights(self.model, self._packing)) is None:
             return None
         clip = self.plan.privacy.clip if self._private else None
         together = Together(groups, self.model, self.task, local.max_physical_batch_size * count, cost, clip)
@@ -283,7 +284,8 @@ class Trainer:
             LichenError: STATE_MISMATCH; PRIVACY_BUDGET from the gate; MODEL_UNSUPPORTED.
         """
         self.model.load(without_adapter(job.start))
-        features = self.task.features(self.model.network, job.data, self.plan.local.max_physical_batch_size)
+        with self._batches.of(job.data, job.cache) as collate:
+            features = self.task.features(self.model.network, job.data, self.plan.local.max_physical_batch_size, collate)
         features.nan_to_num_(0.0)  # of a row that the model can't take: one may not spoil the sum, nor tell by it
         weights, stage = torch.ones(len(job.data), dtype=torch.float64), stage_of(self.plan, job.round)
         if (private := job.private) is None:

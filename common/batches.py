@@ -16,6 +16,7 @@ from lichen.common.device import sent
 from lichen.common.model.checkpointing import checkpoint_layers
 from lichen.common.model.lean import run_lean
 from lichen.common.model.packing import Packing
+from lichen.common.model.precision import compute_in_bfloat16
 from lichen.common.model.prefix import FrozenPrefix, PrefixStore, frozen_prefix, store_of
 from lichen.common.tasks.task import CHECKED_ROWS
 
@@ -49,6 +50,8 @@ def ready(plan: Plan, task: Task[Any], model: TunedModel) -> Ready:
         if plan.local.checkpointing:
             checkpoint_layers(model)
         _READY[model.network] = Ready(packing, Batches(task, model, plan.local, packing))
+        if plan.local.precision == "bfloat16":
+            compute_in_bfloat16(model.network, model.device)
     return _READY[model.network]
 
 

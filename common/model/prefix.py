@@ -68,7 +68,7 @@ class FrozenPrefix:
         try:
             self._network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         except _FoundError as stopped:
-            found: torch.Tensor = stopped.args[0]
+            found: torch.Tensor = stopped.args[0].float()  # passes may be in 16 bits
             return found if self._packing is None else self._packing.layout.leave(found)
         finally:
             self._stop = False

@@ -10,6 +10,7 @@ from lichen.common.continual.stream import is_online, is_stream, labels_until, s
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import RANDOM
 from lichen.common.plan.plan import Plan
+from lichen.common.plan.sections import Local
 
 MOST_BATCHES = 10_000
 """Of an online run: one a day for 27 years."""
@@ -47,11 +48,8 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
             "model.adapter.last_layers with targets: [all-linear]: layers are picked among modules that are named",
             "Name the linear modules in model.adapter.targets, or leave last_layers out.",
         )
-    if plan.local.checkpointing and plan.private and not plan.central and plan.privacy.gradients == "hooks":
-        refuse(
-            "local.checkpointing runs layers twice, and privacy.gradients: hooks would count what they see twice",
-            "Nearest valid: privacy.gradients: single-backward, or local.checkpointing: false.",
-        )
+    if plan.private and not plan.central and plan.privacy.gradients == "hooks":
+        _check_hooks(plan.local, refuse)
     _check_language(plan, refuse)
     _check_stream(plan, refuse)
     make_method(plan).check(refuse)
@@ -77,6 +75,20 @@ def check_sound(plan: Plan, *, where: str = "plan") -> None:
         refuse(
             "federated evaluation under unit: entity would read an entity on both sides: hold-outs are drawn by row",
             "Set evaluation.federated_every: 0.",
+        )
+
+
+def _check_hooks(local: Local, refuse: Callable[[str, str], None]) -> None:
+    """What Opacus' hooks can't go with."""
+    if local.checkpointing:
+        refuse(
+            "local.checkpointing runs layers twice, and privacy.gradients: hooks would count what they see twice",
+            "Nearest valid: privacy.gradients: single-backward, or local.checkpointing: false.",
+        )
+    if local.precision != "float32":
+        refuse(
+            f"local.precision: {local.precision} with privacy.gradients: hooks, which take gradients in 32 bits",
+            "Nearest valid: privacy.gradients: single-backward, or local.precision: float32.",
         )
 
 

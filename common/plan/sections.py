@@ -197,6 +197,9 @@ class Local(Section):
     prefix_cache: Annotated[Literal["float32", "float16", "off"], BeforeValidator(_off)] = "float32"
     """How a client keeps what the layers below the lowest trained one give for each row, under `compute: lean`. `float32` changes
     nothing; `float16` takes half the disk and changes updates by some 1e-5 of their size."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's passes, in training and scoring. `bfloat16` is mixed precision: weights, updates and sums stay in 32 bits. A machine
+    whose processor has no instructions for it computes in 32 bits all the same."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """The local optimizer; its state starts afresh each round, so clients are stateless."""
     learning_rate: Number = Field(default=1e-3, gt=0)

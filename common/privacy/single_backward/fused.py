@@ -51,6 +51,7 @@ class Sums(Book):
 
     @staticmethod
     def _add(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        gradient = gradient.to(parameter.dtype)  # passes may be in 16 bits
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
