@@ -7,9 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from lichen.common.batching import pass_cost, passes
 from lichen.common.device import sent
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
     from lichen.common.plan import Local, Plan
     from lichen.common.tasks.task import Batch, Encoded, Task
 
-_READY: WeakKeyDictionary[nn.Module, Ready] = WeakKeyDictionary()
+_READY = "lichen_ready"
 OPEN_STORES = 16
 """Data sets whose stores stay open: a simulated client's is opened anew when its turn comes."""
 
@@ -44,15 +41,17 @@ class Ready(NamedTuple):
 
 def ready(plan: Plan, task: Task[Any], model: TunedModel) -> Ready:
     """Let a plan's model leave out what it can; the same for all who use the model in this process: its layers are changed once."""
-    if model.network not in _READY:
+    kept = vars(model.network)  # so it goes when the model does
+    if _READY not in kept:
         lean = plan.local.compute == "lean"
         packing = run_lean(model, pack=plan.privacy.gradients != "hooks") if lean else Packing(on=False)
         if plan.local.checkpointing:
             checkpoint_layers(model)
-        _READY[model.network] = Ready(packing, Batches(task, model, plan.local, packing))
+        kept[_READY] = Ready(packing, Batches(task, model, plan.local, packing))
         if plan.local.precision == "bfloat16":
             compute_in_bfloat16(model.network, model.device)
-    return _READY[model.network]
+    found: Ready = kept[_READY]
+    return found
 
 
 class Batches:
