@@ -31,7 +31,7 @@ check: install
 	$(BIN)/lint-imports
 
 test: install
-	$(BIN)/pytest -m 'not long'
+	$(BIN)/pytest -m 'not long' -n 2 --dist loadgroup
 
 test-long: install
 	$(BIN)/pytest -m long

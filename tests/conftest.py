@@ -16,6 +16,9 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("LICHEN_DEVICE", "cpu")  # a test of a GPU says so; what compares bits holds on the CPU
 os.environ["LICHEN_LEDGER"] = "."  # each home its own: the tests' rows are alike, and the user's ledger is none of their business
 
+ONE_AT_A_TIME = ("e2e", "faults", "client/test_worker.py")
+"""Tests of processes that wait for each other, each of which wants a core."""
+
 LABELS = ("crop", "metal", "money")
 _TOPIC = {
     "crop": ("wheat", "corn", "harvest", "grain", "farm", "soy", "barley", "rain"),
@@ -23,6 +26,15 @@ _TOPIC = {
     "money": ("bank", "rate", "dollar", "bond", "yen", "loan", "credit", "trade"),
 }
 _COMMON = ("the", "a", "of", "in", "and", "today", "said", "was", "price", "up", "down", "new", "year", "more")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side (`-n 2 --dist loadgroup`), a file's stay together, and those of processes follow one another."""
+    here = Path(__file__).parent
+    for item in items:
+        file = item.path.relative_to(here).as_posix()
+        alone = file.startswith(ONE_AT_A_TIME)
+        item.add_marker(pytest.mark.xdist_group("processes" if alone else file))
 
 
 def make_model(directory: Path) -> Path:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lichen.common.model.adapter import State
 
 GRAM, CROSS = f"{SUMS}.gram", f"{SUMS}.cross"
+NOISE_SHARE = 0.7
+"""Of the noise's size, which is added to λ: chosen on validation rows (docs/design.md, *Streams of tasks*)."""
 
 
 class Sums(NamedTuple):
@@ -65,10 +67,15 @@ class Sums(NamedTuple):
 
 
 def solved(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
-    """W, (c, d), with W (Σ x xᵀ + λ I) = (Σ x yᵀ)ᵀ. Noise makes directions of little weight negative: they count as none."""
+    """W, (c, d), with W (Σ x xᵀ + λ I) = (Σ x yᵀ)ᵀ.
+
+    A sum that is below zero somewhere has noise on it. Noise is as large in all directions, so the lowest eigenvalue tells its size, and
+    λ grows by a share of that. Directions that noise made negative count as none.
+    """
     import torch
 
     values, vectors = torch.linalg.eigh(gram)
+    ridge += NOISE_SHARE * max(0.0, -float(values[0]))
     weight: torch.Tensor = cross @ (vectors / (values.clamp(min=0) + ridge)) @ vectors.T
     return weight
 

@@ -83,7 +83,7 @@ def plan_of(scenario: str, method: str, epsilon: float, settings: Sequence[str] 
         tasks = len(load_plan(path).continual.stream)
         changes += ["continual.method=analytic", "model.adapter={kind: head}", f"rounds={tasks}", "aggregation.average_last=1"]
         changes.append("transfer.downlink.codec=none")
-        changes += ["local.steps=1", "privacy.sample_rate=1.0", "continual.analytic.ridge=100.0"] if private else []
+        changes += ["local.steps=1", "privacy.sample_rate=1.0"] if private else []
     else:
         changes.append(f"continual.method={method}")
     return load_plan(path, [*changes, *settings])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from lichen.client.data import add_source
 from lichen.client.gate import Gate
 from lichen.client.trainer import Trainer
 from lichen.common import tasks
+from lichen.common.batches import ready
 from lichen.common.model.prefix import FrozenPrefix
 from lichen.common.plan import parse_plan
 from lichen.common.privacy.accounting import Segment
@@ -152,3 +155,17 @@ def test_a_store_that_would_fill_the_disk_is_not_made(
     trainer = make(TOP)
     trained(trainer, encoded(trainer, tiny_rows(20)), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_kept_of_a_model_goes_when_the_model_does(tiny_plan: dict[str, Any]) -> None:
+    """A process that runs several plans has the prefix of the last."""
+    plan = parse_plan(tiny_plan | {"model": tiny_plan["model"] | {"adapter": {"kind": "lora", "rank": 2, "last_layers": 1}}})
+    task, model, _ = workbench(plan)
+    assert ready(plan, task, model) is ready(plan, task, model)
+    assert ready(plan, task, model).batches.prefix is not None
+    before = weakref.ref(model.network)
+    del task, model
+    workbench(parse_plan(tiny_plan | {"seed": 12345}))
+    gc.collect()
+    assert before() is None
+    workbench.cache_clear()
