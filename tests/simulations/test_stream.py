@@ -27,7 +27,8 @@ from lichen.common.tasks import make_task
 from lichen.coordinator.app import OwnData
 from lichen.coordinator.export import app, export_model
 from lichen.coordinator.run_directory import RunDirectory
-from lichen.coordinator.versions import Versions
+from lichen.coordinator.runs import disk_failed
+from lichen.coordinator.versions import FOLDER, Versions
 from lichen.simulations.simulate import run
 from streams import EXACT, PRIVATE, STREAM, same, states, told
 
@@ -117,6 +118,29 @@ def test_a_crash_between_a_tasks_end_and_its_version_loses_nothing(
     again = run(plan, tmp_path / "broken", "inprocess", resume=True)
     assert again.continual == whole.continual
     assert all(map(same, states(tmp_path / "broken", plan), states(tmp_path / "whole", plan)))
+
+
+def test_a_disk_that_is_full_when_a_version_is_written_loses_nothing(
+    tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = plan_of(), tmp_path / "full"
+    whole = run(plan, tmp_path / "whole", "inprocess")
+    original, file = Versions.add, out / FOLDER / "1-fields" / "state.tmp"
+
+    def add(self: Versions, *given: Any) -> None:
+        file.parent.mkdir(parents=True)
+        file.symlink_to("/dev/full")
+        original(self, *given)
+
+    monkeypatch.setattr(Versions, "add", add)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run(plan, out, "inprocess")
+    monkeypatch.setattr(Versions, "add", original)
+    assert disk_failed(caught.value), "a coordinator waits for space"
+    assert [version.number for version in Versions(out, plan).all()] == [0], "no half of a version is told of"
+    file.unlink()
+    assert run(plan, out, "inprocess", resume=True).continual == whole.continual
+    assert all(map(same, states(out, plan), states(tmp_path / "whole", plan)))
 
 
 def test_a_version_that_has_forgotten_too_much_is_held_back(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
