@@ -164,7 +164,7 @@ def test_runs_wait_for_the_disk_one_after_the_other(home: Home) -> None:
         assert "error 30 (model-not-found)" in str(store.run(2).error)
         assert runner.stop(3) == "failed"
         refused(Code.RUN_UNKNOWN, runner.stop, 4)
-        assert runner.current is None
+        until(lambda: runner.current is None)
         assert runner.close()
 
 
