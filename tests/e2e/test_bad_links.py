@@ -457,7 +457,10 @@ def test_an_agent_whose_clock_is_off_works_or_says_so(coordinator: Coordinator, 
         command = [sys.executable, "-m", "lichen.common.cli", "client", "run", "--home", str(home)]
         with subprocess.Popen(command, env=environment, stderr=log, stdout=log) as process:
             try:
-                text = (tmp_path / "log").read_text
+
+                def text() -> str:  # as one line: the console breaks them
+                    return " ".join((tmp_path / "log").read_text().split())
+
                 if works:
                     await until(coordinator.fleet.connected)
                     grid = coordinator.fleet.grid(RUN)
