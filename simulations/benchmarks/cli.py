@@ -492,13 +492,15 @@ def continual(
     if as_json:
         typer.echo(json.dumps({"runs": runs, "means": means, "figures": bench.figures(means)}, indent=2))
         return
-    table = Table(title=f"{stream}, {'validation' if validation else 'test'} rows, mean over seeds")
-    keys = {"acc": "ACC", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting", "routed": "routed", "task_known": "task known"}
+    # without lines, so that it has room on a terminal of 80 columns
+    table = Table(title=f"{stream}, {'validation' if validation else 'test'} rows, mean over seeds", box=None, padding=(0, 1, 0, 0))
+    keys = {"acc": "ACC", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgot", "routed": "routed", "task_known": "known"}
     for column in ("method", "ε", *keys.values(), "least", "most", "MB up"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in means:
         cells = ("" if row[key] is None else f"{row[key]:.3f}" for key in (*keys, "least", "most"))
         table.add_row(row["method"], f"{row['epsilon']:g}", *cells, f"{row['uplink_bytes'] / 1e6:.2f}")
+    table.caption = "routed: rows whose task was found; known: accuracy if it were told"
     console.print(table)
     for name, figure in bench.figures(means).items():
         console.print(f"{name}: {figure:.3f} (aim {bench.AIMS[name]:g})", highlight=False)
