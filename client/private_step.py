@@ -10,7 +10,7 @@ from lichen.common.aggregation import properties
 from lichen.common.errors import LichenError
 from lichen.common.model.precision import full_precision
 from lichen.common.privacy.per_unit import NoisyOptimizer, PerUnitGradients
-from lichen.common.privacy.self_check import self_check
+from lichen.common.privacy.self_check import bound_check, self_check
 from lichen.common.tasks.task import CHECKED_ROWS
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class PrivateStep:
                 for phase in properties(plan).phases:
                     model.train_only(phase)
                     self_check(self._gradients, task.losses, lambda rows: task.collate(made_up, rows))
+            if plan.local.precision != "float32":
+                for phase in properties(plan).phases:
+                    model.train_only(phase)
+                    bound_check(self._gradients, lambda rows: task.collate(made_up, rows))
         except LichenError:
             self._gradients.remove()  # another attempt on this model starts from the model as it was
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lichen.common.tasks.task import Batch
 
 TOLERANCE = 1e-4
+_TIGHT = 1e-6
+"""A clip that all rows are over."""
 
 
 class _Silent:
@@ -88,6 +90,28 @@ def self_check(
             where="model.adapter.targets",
             fix="Name modules that the model's forward pass uses.",
         )
+
+
+def bound_check(gradients: PerUnitGradients, collate: Callable[[Sequence[int]], Batch]) -> None:
+    """Check that no made-up row moves the sum by more than the clip, in passes as they will be: in 16 bits no loop gives the same sum.
+
+    Args:
+        gradients: what is checked.
+        collate: makes a batch of some of `CHECKED_ROWS` made-up rows.
+
+    Raises:
+        LichenError: PRIVACY_SELF_CHECK, if one does.
+    """
+    for row in range(CHECKED_ROWS):
+        parts = gradients.clipped_sum([[row]], collate, _TIGHT)
+        norm = float(torch.sqrt(sum(part.double().square().sum() for part in parts.values())))  # type: ignore[arg-type]
+        if not norm <= _TIGHT * (1 + TOLERANCE):
+            raise LichenError(
+                Code.PRIVACY_SELF_CHECK,
+                f"in 16 bits a row that is clipped to {_TIGHT:g} moves the sum by {norm:.3g}",
+                where="local.precision",
+                fix="Set local.precision: float32; nothing was trained.",
+            )
 
 
 def _gradient(

@@ -19,6 +19,8 @@ from lichen.common.model import precision
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.randomness import SeededSource
+from lichen.common.privacy.single_backward.book import Book
+from lichen.common.privacy.single_backward.records import Whole
 from lichen.common.tasks import workbench
 
 Rows = Callable[..., list[dict[str, Any]]]
@@ -98,6 +100,29 @@ def test_results_are_held_against_each_other_in_32_bits(make: Callable[..., Plan
         torch.testing.assert_close(task.losses(model.network, batch), before)
     assert not torch.allclose(task.losses(model.network, batch), before, rtol=1e-6), "it is back"
     Trainer(plan)
+
+
+def test_a_row_that_moves_the_sum_by_more_than_the_clip_in_16_bits_is_found(
+    make: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the check against a loop, in 32 bits, finds nothing wrong."""
+    original = Book.clipped_sum
+
+    def wrong(self: Book, parameters: Any, clip: float) -> list[torch.Tensor]:
+        lowered = any(
+            record.backprops.dtype == torch.bfloat16 for own in self._records.values() for record in own if hasattr(record, "backprops")
+        )
+        lowered |= any(
+            record.gradients.dtype == torch.bfloat16 for own in self._records.values() for record in own if isinstance(record, Whole)
+        )
+        found = original(self, parameters, clip)
+        return [1.01 * part for part in found] if lowered else found
+
+    monkeypatch.setattr(Book, "clipped_sum", wrong)
+    Trainer(make("float32", "lora", PRIVATE))
+    with pytest.raises(LichenError, match="in 16 bits a row") as caught:
+        Trainer(make("bfloat16", "lora", PRIVATE))
+    assert caught.value.code is Code.PRIVACY_SELF_CHECK
 
 
 def test_without_instructions_for_it_a_machine_computes_in_32_bits(
