@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from lichen.common.aggregation import RULES, rank_of, update_like
-from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, find_plan, load_plan
+from lichen.simulations.benchmarks.kept import run_kept
 
 DATA = {"r8": ("r8", "r8-no-privacy"), "airlines": ("airlines", "airlines-no-privacy")}
 """The scenario with privacy, and that without."""
@@ -55,7 +55,7 @@ def bench_aggregation(
             scenario's rank, or, where ranks are mixed, as by `zero-padding`; those that send more have fewer. Else all have as many.
         full: LoRA where the scenario has it, in place of the last `TOP` layers.
         settings: ``key.path=value``, for all runs.
-        keep: where to keep the run directories; nowhere if None.
+        keep: where to keep the run directories, see `run_kept`; nowhere if None.
 
     Yields:
         The figures of each run: rounds, bytes, test accuracy and macro-F1 (the test split is scored once, at the end), the last round's
@@ -64,17 +64,12 @@ def bench_aggregation(
     Raises:
         LichenError: CHECK_FAILED, if a run spent more than its ε.
     """
-    from lichen.simulations.simulate import run
-
     for name, kind, epsilon in product(data, ranks, epsilons):
         for rule, seed in product([rule for rule in OF_RANKS[kind] if not rules or rule in rules], seeds):
             asked = Asked(name, kind, rule, epsilon, full, (f"seed={seed}", *settings))
             plan = plan_of(asked, rounds, equal_bytes=equal_bytes)
             with TemporaryDirectory() as temporary:
-                result = run(plan, (keep or Path(temporary)) / f"{name}-{kind}-{rule}-{epsilon:g}-{seed}", "inprocess", workers=None)
-            spent = result.privacy.max_epsilon
-            if spent is not None and spent > epsilon:
-                raise LichenError(Code.CHECK_FAILED, f"ε = {spent} was spent, {epsilon:g} was the limit", where=f"{rule}, seed {seed}")
+                result = run_kept(plan, (keep or Path(temporary)) / f"{name}-{kind}-{rule}-{epsilon:g}-{seed}")
             final = result.final or {}
             yield {
                 "data": name,

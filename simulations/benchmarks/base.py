@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Precision, find_plan, load_plan
 from lichen.simulations.benchmarks.answers import right_answers
+from lichen.simulations.benchmarks.kept import run_kept
 from lichen.simulations.benchmarks.memory import forget_peak, resident
 from lichen.simulations.benchmarks.r8 import variant
 from lichen.simulations.benchmarks.simulate import MINILM
@@ -132,7 +133,7 @@ def bench_base_r8(
         precisions: that are compared with 32 bits.
         epsilon: infinity is without differential privacy.
         settings: keys of the plan that differ.
-        keep: where to keep the run directories; nowhere if None.
+        keep: where to keep the run directories, see `run_kept`; nowhere if None.
 
     Yields:
         Of each run ``base``, ``seed``, ``accuracy`` (of the result, over a base in 32 bits, as the coordinator scores it) and
@@ -146,7 +147,6 @@ def bench_base_r8(
     import numpy as np
 
     from lichen.simulations.benchmarks.paired_bootstrap import paired_bootstrap
-    from lichen.simulations.simulate import run
 
     scenario, own = variant("lora", epsilon)
     right: dict[tuple[Precision, Precision], list[np.ndarray]] = {}
@@ -155,7 +155,7 @@ def bench_base_r8(
             plan = load_plan(find_plan(scenario), [f"seed={seed}", f"model.base_precision={precision}", *own, *settings])
             with TemporaryDirectory(prefix="lichen-bench-") as temporary:
                 out = (keep or Path(temporary)) / f"{precision}-{seed}"
-                result = run(plan, out, "inprocess", workers=None)
+                result = run_kept(plan, out)
                 found = {over: right_answers(plan.at_precision(over), out) for over in dict.fromkeys(("float32", precision))}
             for over, items in found.items():
                 right.setdefault((precision, over), []).append(items)

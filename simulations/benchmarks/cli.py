@@ -31,6 +31,7 @@ def _list(given: str, of: Callable[[str], T], known: Collection[T] | None = None
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Keep = Annotated[Path | None, typer.Option(help="Keep the run directories here; what is finished there is not run again.")]
 
 
 @app.command()
@@ -127,7 +128,9 @@ def base(
     precisions: Annotated[str, typer.Option(help="For --r8: bfloat16, int8; commas between them.")] = "int8",
     epsilon: Annotated[float, typer.Option(help="For --r8; inf is without privacy.")] = float("inf"),
     set_: Annotated[list[str] | None, typer.Option("--set", help="For --r8: KEY.PATH=VALUE of the plan.")] = None,
-    keep: Annotated[Path | None, typer.Option(help="For --r8: keep the run directories here.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="For --r8: keep the run directories here; what is finished there is not run again.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """A base in fewer bits, and gradient checkpointing: memory, time, accuracy. Example: lichen bench base --r8."""
@@ -390,7 +393,7 @@ def r8(
     seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0,1,2",
     epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf,8,2",
     adapter: Annotated[str, typer.Option(help="lora, head, full; commas between them.")] = "lora,head",
-    keep: Annotated[Path | None, typer.Option(help="Keep the run directories here.")] = None,
+    keep: Keep = None,
     as_json: AsJson = False,
 ) -> None:
     """Test accuracy on Reuters R8, by seed. Example: lichen bench r8 --epsilon 8 --adapter lora,head."""
@@ -430,7 +433,7 @@ def rules(
     ] = True,
     full: Annotated[bool, typer.Option("--full", help="Without privacy, LoRA on all layers, in place of the last two: slow.")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, for all runs; may be repeated.")] = None,
-    keep: Annotated[Path | None, typer.Option(help="Keep the run directories here.")] = None,
+    keep: Keep = None,
     as_json: AsJson = False,
 ) -> None:
     """Aggregation rules for LoRA by data, at equal bytes. Example: lichen bench rules --ranks mixed --epsilon inf --seeds 0."""
@@ -471,7 +474,7 @@ def continual(
     full: Annotated[bool, typer.Option("--full", help="All rows at their full length, three seeds: hours.")] = False,
     validation: Annotated[bool, typer.Option("--validation", help="Score on a part of the training rows, to choose settings by.")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, for all runs; may be repeated.")] = None,
-    keep: Annotated[Path | None, typer.Option(help="Keep the run directories here.")] = None,
+    keep: Keep = None,
     as_json: AsJson = False,
 ) -> None:
     """Continual methods on one stream of tasks, between sequential and joint training. Example: lichen bench continual."""
@@ -510,7 +513,7 @@ def continual(
 def clients(
     seeds: Annotated[str, typer.Option(help="Commas between them.")] = "0",
     epsilon: Annotated[str, typer.Option(help="Commas between them; inf is without privacy.")] = "inf,8",
-    keep: Annotated[Path | None, typer.Option(help="Keep the run directories here.")] = None,
+    keep: Keep = None,
     as_json: AsJson = False,
 ) -> None:
     """Test accuracy on R8 dealt to 200 clients, client-level privacy, by seed. Example: lichen bench clients --epsilon inf,8."""

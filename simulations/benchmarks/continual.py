@@ -14,6 +14,7 @@ from typing import Any
 from lichen.common.continual.stream import stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, find_plan, load_plan
+from lichen.simulations.benchmarks.kept import run_kept
 
 SCENARIOS = ("20news-incremental", "tweets-incremental")
 JOINT = "joint"
@@ -56,7 +57,7 @@ def bench_continual(
         full: all rows, at the scenario's length.
         validation: score on a part of the training rows, which is then not trained on: for the choice of settings.
         settings: ``key.path=value``, for all runs.
-        keep: where to keep the run directories; nowhere if None.
+        keep: where to keep the run directories, see `run_kept`; nowhere if None.
 
     Yields:
         ACC, BWT, FWT and forgetting on the rows that are scored, what is told of the router, bytes up, seconds.
@@ -65,11 +66,12 @@ def bench_continual(
         LichenError: CHECK_FAILED, if a run spent more than its ε.
     """
     with TemporaryDirectory() as temporary:
-        data = [*(() if full else SHORT), *data_of(scenario, Path(temporary), full=full, validation=validation)]
+        folder = (keep or Path(temporary)).resolve()
+        data = [*(() if full else SHORT), *data_of(scenario, folder, full=full, validation=validation)]
         for epsilon, method, seed in product(epsilons, methods, seeds):
             plan = plan_of(scenario, method, epsilon, (f"seed={seed}", *data, *settings))
-            out = (keep or Path(temporary)) / f"{scenario}-{method}-{epsilon:g}-{seed}"
-            yield {"method": method, "epsilon": epsilon, "seed": seed} | _run(plan, scenario, out)
+            found = _run(plan, scenario, folder / f"{scenario}-{method}-{epsilon:g}-{seed}")
+            yield {"method": method, "epsilon": epsilon, "seed": seed} | found
 
 
 def plan_of(scenario: str, method: str, epsilon: float, settings: Sequence[str] = ()) -> Plan:
@@ -90,12 +92,7 @@ def plan_of(scenario: str, method: str, epsilon: float, settings: Sequence[str] 
 
 
 def _run(plan: Plan, scenario: str, out: Path) -> dict[str, Any]:
-    from lichen.simulations.simulate import run
-
-    result = run(plan, out, "inprocess", workers=None)
-    spent = result.privacy.max_epsilon
-    if spent is not None and spent > plan.privacy.epsilon:
-        raise LichenError(Code.CHECK_FAILED, f"ε = {spent} was spent, {plan.privacy.epsilon:g} was the limit", where=str(out))
+    result = run_kept(plan, out)
     final, told = result.final or {}, result.continual
     return {
         "acc": told.acc if told else _acc_of_joint(plan, scenario, out),
@@ -104,7 +101,7 @@ def _run(plan: Plan, scenario: str, out: Path) -> dict[str, Any]:
         "forgetting": told and told.forgetting,
         "routed": final.get("routed"),
         "task_known": final.get("accuracy_task_known"),
-        "max_epsilon": spent,
+        "max_epsilon": result.privacy.max_epsilon,
         "uplink_bytes": result.transfer.uplink_bytes,
         "seconds": result.seconds,
     }
@@ -129,7 +126,7 @@ def _acc_of_joint(plan: Plan, scenario: str, out: Path) -> float:
 
 
 def data_of(scenario: str, folder: Path, *, full: bool, validation: bool) -> list[str]:
-    """Settings by which a plan of the scenario has a part of its data."""
+    """Settings by which a plan of the scenario has a part of its data, which is written to a folder."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -149,10 +146,11 @@ def data_of(scenario: str, folder: Path, *, full: bool, validation: bool) -> lis
         kept, held = hold_out(train, VALIDATION, VALIDATION_SEED, label=label)
         train, test = [train[row] for row in kept], [train[row] for row in held]
     source = {}
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows, count in zip(("path", "test"), (train, test), SHORT_ROWS, strict=True):
         if rows:
             chosen = rows if full else [rows[row] for row in np.random.default_rng(0).permutation(len(rows))[:count]]
-            source[name] = str(folder / f"{name}.parquet")
+            source[name] = str(folder / f"{scenario}-{name}.parquet")
             pq.write_table(pa.Table.from_pylist(chosen), source[name])
     return [f"simulation.data={json.dumps(source)}", *(["evaluation.test_fraction=0"] if validation else [])]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import find_plan, load_plan
+from lichen.simulations.benchmarks.kept import run_kept
 
 # Chosen on the validation split (docs/experiments.md). The less noise, the larger a step may be: from each ε on, the head's rate.
 PRIVATE_HEAD_RATES = {8.0: 120, 4.0: 80, 2.0: 80, 0.0: 50}
@@ -27,7 +28,7 @@ def bench_r8(
         seeds: each changes the partition, the validation split and all draws.
         epsilons: infinity is without differential privacy.
         adapters: of `ADAPTERS`.
-        keep: where to keep the run directories; nowhere if None.
+        keep: where to keep the run directories, see `run_kept`; nowhere if None.
 
     Yields:
         The figures of each run: test accuracy and macro-F1 (the test split is scored once, at the end), ε, seconds.
@@ -35,8 +36,6 @@ def bench_r8(
     Raises:
         LichenError: CHECK_FAILED, if a run spent more than its ε.
     """
-    from lichen.simulations.simulate import run
-
     for adapter in adapters:
         for epsilon in epsilons:
             for seed in seeds:
@@ -44,12 +43,7 @@ def bench_r8(
                 plan = load_plan(find_plan(scenario), [f"seed={seed}", *settings])
                 with TemporaryDirectory() as temporary:
                     out = (keep or Path(temporary)) / f"{adapter}-{epsilon:g}-{seed}"
-                    result = run(plan, out, "inprocess")
-                spent = result.privacy.max_epsilon
-                if spent is not None and spent > epsilon:
-                    raise LichenError(
-                        Code.CHECK_FAILED, f"ε = {spent} was spent, {epsilon:g} was the limit", where=f"{adapter}, seed {seed}"
-                    )
+                    result = run_kept(plan, out, workers=1)
                 final = result.final or {}
                 validation = (result.rounds[-1].validation or {}).get("accuracy")
                 yield {
@@ -59,7 +53,7 @@ def bench_r8(
                     "accuracy": final["accuracy"],
                     "macro_f1": final["macro_f1"],
                     "validation": validation,
-                    "spent": spent,
+                    "spent": result.privacy.max_epsilon,
                     "seconds": result.seconds,
                 }
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lichen.common.plan import find_plan, load_plan
 from lichen.simulations.benchmarks.answers import right_answers
+from lichen.simulations.benchmarks.kept import run_kept
 from lichen.simulations.benchmarks.paired_bootstrap import paired_bootstrap
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def bench_uplinks(
         codecs: of `CODECS`.
         rules: of `RULES`.
         settings: ``key.path=value``, for all runs.
-        keep: where to keep the run directories; nowhere if None.
+        keep: where to keep the run directories, see `run_kept`; nowhere if None.
 
     Yields:
         Of each run ``rule``, ``codec``, ``seed``, ``accuracy`` on the test split, ``up_bits`` (of an update, a parameter), ``to_target``
@@ -54,8 +55,6 @@ def bench_uplinks(
         means over seeds, without ``seed``; with ``lost`` and ``at_most``, the loss of accuracy against ``none`` of the same rule and its
         one-sided 95 % bound, where that was run; with the ``target`` of that bound for `fedavg` by EDEN at 4 bits.
     """
-    from lichen.simulations.simulate import run
-
     runs: list[dict[str, Any]] = []
     right: dict[tuple[str, str], list[np.ndarray]] = {}
     for rule in rules:
@@ -64,7 +63,7 @@ def bench_uplinks(
                 plan = load_plan(find_plan(scenario), [f"seed={seed}", f"aggregation.rule={rule}", *_transfer(codec), *settings])
                 with TemporaryDirectory(prefix="lichen-bench-") as temporary:
                     out = (keep or Path(temporary)) / f"{rule}-{codec}-{seed}"
-                    result = run(plan, out, "inprocess", workers=None)
+                    result = run_kept(plan, out)
                     right.setdefault((rule, codec), []).append(right_answers(plan, out))
                 row = {"rule": rule, "codec": codec, "seed": seed, "accuracy": (result.final or {})["accuracy"]}
                 row |= {"up_bits": result.transfer.bits_per_parameter, **_to_target(result)}

@@ -44,7 +44,11 @@ def test_each_method_is_run_and_held_between_sequential_and_joint(small: list[st
         assert mean["least"] <= mean["acc"] <= mean["most"]
         assert (mean["routed"] is None) == (mean["method"] != "adapters")
     assert told["figures"] == {}, "without joint training there is no ceiling"
-    assert (tmp_path / "20news-incremental-adapters-inf-1" / "result.json").exists()
+    run = tmp_path / "20news-incremental-adapters-inf-1"
+    written = (run / "result.json").stat()
+    again = CliRunner().invoke(app, [*command, *options, "--keep", str(tmp_path), "--json"], catch_exceptions=False)
+    assert json.loads(again.stdout) == told
+    assert (run / "result.json").stat() == written
 
 
 @pytest.mark.parametrize("method", METHODS)
