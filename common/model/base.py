@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lichen.common.errors import Code, LichenError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lichen.common.plan import Model
@@ -18,6 +21,8 @@ RANDOM = "random:llama"
 """A LLaMA of two layers and width 64 over bytes, with random weights, always the same: for first tries, where no other is at hand."""
 HEADS = ("pre_classifier", "classifier", "score")
 """What transformers calls the modules of a classification head, by architecture."""
+WRAPPER = "base_model.model."
+"""What PEFT puts before a base model's names."""
 
 
 def resolve_base(base: str) -> str:
@@ -59,36 +64,21 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
     """
     import torch
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a head that is new to the checkpoint is what we ask for, not news
     if model.base == RANDOM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return auto_class.from_config(_random_settings()), _bytes()
-    where = resolve_base(model.base)
-    try:
+    with _loading(model) as where:
         settings = AutoConfig.from_pretrained(where, revision=model.revision, trust_remote_code=False, **config)
         for key, value in settings.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(settings, key, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=model.revision, trust_remote_code=False)
-        network, told = auto_class.from_pretrained(
-            where,
-            revision=model.revision,
-            config=settings,
-            dtype=torch.float32 if model.base_precision == "float32" else "auto",  # as the file has them: nothing is copied to be rounded
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded(model, error) from None
-    finally:
-        logging.set_verbosity(verbosity)
-    if strangers := sorted(name for name in told["missing_keys"] if name.split(".")[0] not in HEADS):
+        # as the file has them: nothing is copied to be rounded
+        dtype = torch.float32 if model.base_precision == "float32" else "auto"
+        network, told = _from_files(model, where, auto_class, config=settings, dtype=dtype)
+    if strangers := _without_weights(told):
         # random, frozen and in no exported file: each process would have a model of its own
         raise LichenError(
             Code.MODEL_UNSUPPORTED,
@@ -108,6 +98,34 @@ def load_base(model: Model, auto_class: Any, **config: Any) -> tuple[PreTrainedM
     if network.config.get_text_config().pad_token_id is None:
         network.config.pad_token_id = tokenizer.pad_token_id
     return network, tokenizer
+
+
+def head_of_base(model: Model, auto_class: Any) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The classification head that the base's own files have.
+
+    Args:
+        model: the plan's section.
+        auto_class: the `AutoModelFor…` of the task.
+
+    Returns:
+        Its tensors by their names in the model, in 32 bits, and by label the number of its class.
+
+    Raises:
+        LichenError: MODEL_NOT_FOUND, MODEL_UNSUPPORTED, the latter also where the base has no head of this kind.
+    """
+    import torch
+
+    with _loading(model) as where:
+        network, told = _from_files(model, where, auto_class, dtype=torch.float32)
+    if missing := [name for name in told["missing_keys"] if name.split(".")[0] in HEADS]:
+        raise LichenError(
+            Code.MODEL_UNSUPPORTED,
+            f"{model.base!r} has no weights for {missing[0]}: it was not trained to classify, or pools in another way",
+            where="model.head.init",
+            fix="Set model.head.init: zeros, or model.head.pooling as it was when the base was trained.",
+        )
+    head = {name: tensor for name, tensor in network.state_dict().items() if name.split(".")[0] in HEADS}
+    return head, {str(label): int(number) for number, label in network.config.id2label.items()}
 
 
 def outline_base(model: Model, auto_class: Any, **config: Any) -> PreTrainedModel:
@@ -131,6 +149,43 @@ def outline_base(model: Model, auto_class: Any, **config: Any) -> PreTrainedMode
     except (OSError, ValueError, KeyError) as error:
         raise _not_loaded(model, error) from None
     return network
+
+
+@contextmanager
+def _loading(model: Model) -> Iterator[str]:
+    """Gives where the base's files are; what goes wrong with them within is told as an error of `model.base`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a head that is new to the checkpoint is what we ask for, not news
+    where = resolve_base(model.base)
+    try:
+        yield where
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(model, error) from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _from_files(model: Model, where: str, auto_class: Any, **named: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers tells of its weights."""
+    network, told = auto_class.from_pretrained(
+        where,
+        revision=model.revision,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # of a head for other classes, which starts anew; of others it is told
+        **named,
+    )
+    return network, told
+
+
+def _without_weights(told: Mapping[str, Any]) -> list[str]:
+    """The weights below the head that the files have not, or not in the model's shapes."""
+    strangers = {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}
+    return sorted(name for name in strangers if name.split(".")[0] not in HEADS)
 
 
 def _random_settings() -> Any:

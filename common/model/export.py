@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lichen.common.aggregation import MERGED, A, B, part_of
 from lichen.common.errors import Code, LichenError
-from lichen.common.model.base import resolve_base
+from lichen.common.model.base import WRAPPER, resolve_base
 from lichen.common.privacy.statement import as_markdown
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from lichen.common.privacy.statement import Statement
 
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
-_WRAPPER = "base_model.model."
-"""What PEFT puts before a base model's names."""
 _LANGUAGE = ("AutoPeftModelForCausalLM", "AutoModelForCausalLM")
 _LOAD = {
     ("lora", "mean"): "AutoPeftModelForTokenClassification",
@@ -110,7 +108,7 @@ def _whole(inner: nn.Module, model: TunedModel) -> dict[str, torch.Tensor]:
         for name, tensor in inner.state_dict().items()
         if part_of(name) is None and ".original_module." not in name  # the head as it was before it was trained
     }
-    for path in {name.removeprefix(_WRAPPER).split(f".{part_of(name)}.")[0] for name in (*model.merging, *model.holding)}:
+    for path in {name.removeprefix(WRAPPER).split(f".{part_of(name)}.")[0] for name in (*model.merging, *model.holding)}:
         layer: Any = inner.get_submodule(path)
         base = layer.get_base_layer()
         weight = base.weight.detach() + layer.get_delta_weight(layer.active_adapters[0]).detach()
@@ -152,7 +150,7 @@ def _state_of(tensors: Mapping[str, torch.Tensor], model: TunedModel) -> State:
                 state[name].zero_()
             elif part_of(name) != A:
                 merging = model.merging.get(name)
-                saved = tensors[name.removeprefix(_WRAPPER).replace(f".{MERGED}.", ".")]
+                saved = tensors[name.removeprefix(WRAPPER).replace(f".{MERGED}.", ".")]
                 if merging is not None:
                     saved = saved - merging.start
                     saved = saved.t().contiguous() if merging.transposed else saved

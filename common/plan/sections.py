@@ -96,8 +96,9 @@ class Head(Section):
 
     pooling: Literal["mean", "pooler"] = "mean"
     """`mean`: a linear head over the mean of all real tokens' features. `pooler`: the architecture's own (BERT's pooler, a last token)."""
-    init: Literal["label-descriptions", "zeros", "random"] = "zeros"
-    """The head's start. `label-descriptions`: the base model's own embedding of each label's description (mean pooling only)."""
+    init: Literal["label-descriptions", "zeros", "random", "base"] = "zeros"
+    """The head's start. `label-descriptions`: the base model's own embedding of each label's description (mean pooling only). `base`: the
+    base's own head, by its labels' names, such as an earlier run's exported model has; labels that are new to it start at zero."""
     scale: Number = Field(default=1.0, gt=0)
     """With `init: label-descriptions`, the factor on the unit embeddings (less their mean) that the head starts from."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from lichen.common.continual.stream import labels_until
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel, attach
-from lichen.common.model.base import HEADS, load_base, outline_base
+from lichen.common.model.base import HEADS, WRAPPER, head_of_base, load_base, outline_base
 from lichen.common.tasks.texts import EncodedTexts, Texts, seeded
 
 if TYPE_CHECKING:
@@ -70,14 +70,12 @@ class TextClassification(Texts):
 
     def build(self) -> TunedModel:
         """Load the base, attach the adapter, start the head, go to the device (see `Task.build`)."""
-        from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-
         labels = self.plan.task.labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.plan.seed)  # a random head is the same in every run of the plan
             base, self._tokenizer = load_base(
                 self.plan.model,
-                AutoModelForTokenClassification if self._mean else AutoModelForSequenceClassification,
+                self._kind(),
                 num_labels=len(labels),
                 id2label=dict(enumerate(labels)),
                 label2id=self._index,
@@ -90,10 +88,7 @@ class TextClassification(Texts):
 
     def outline(self) -> TunedModel:
         """Shapes alone (see `Task.outline`)."""
-        from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-
-        kind = AutoModelForTokenClassification if self._mean else AutoModelForSequenceClassification
-        base = outline_base(self.plan.model, kind, num_labels=len(self.plan.task.labels))
+        base = outline_base(self.plan.model, self._kind(), num_labels=len(self.plan.task.labels))
         with torch.device("meta"):
             return attach(base, self.plan, "TOKEN_CLS" if self._mean else "SEQ_CLS")
 
@@ -203,6 +198,11 @@ class TextClassification(Texts):
     def _chosen(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self._left_out is None else logits.masked_fill(self._left_out, -math.inf)
 
+    def _kind(self) -> Any:
+        from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+        return AutoModelForTokenClassification if self._mean else AutoModelForSequenceClassification
+
     @torch.no_grad()
     def _start_head(self, base: PreTrainedModel, model: TunedModel) -> None:
         head = self.plan.model.head
@@ -215,6 +215,9 @@ class TextClassification(Texts):
                 model.trainable[name].zero_()
         if head.init == "zeros":
             return
+        if head.init == "base":
+            self._take_head(model, last)
+            return
         batch = self._pad(self._tokens([self.plan.task.label_descriptions[label] for label in self.plan.task.labels]))
         hidden = base.base_model(**batch).last_hidden_state
         embedding = F.normalize(_mean_over_tokens(hidden, batch["attention_mask"]), dim=1)
@@ -222,6 +225,25 @@ class TextClassification(Texts):
         weight = head.scale * (embedding - embedding.mean(0))
         (name,) = (name for name in model.head if model.trainable[name].shape == weight.shape)
         model.trainable[name].copy_(weight)
+
+    def _take_head(self, model: TunedModel, last: str) -> None:
+        """Each class that the base knows by its label is as it is there; the others stay at zero."""
+        found, classes = head_of_base(self.plan.model, self._kind())
+        if not (known := [label for label in self.plan.task.labels if label in classes]):
+            raise LichenError(
+                Code.MODEL_UNSUPPORTED,
+                f"the base has none of the plan's labels: its own are {', '.join(list(classes)[:5])}",
+                where="model.head.init",
+                fix="Name a base that was trained on some of them, or set model.head.init: zeros.",
+            )
+        ours, theirs = [self._index[label] for label in known], [classes[label] for label in known]
+        for name in model.head:
+            own = model.trainable[name]
+            tensor = found[name.removeprefix(WRAPPER)].to(own.device)
+            if name.rpartition(".")[0] == last:
+                own[ours] = tensor[theirs]
+            else:
+                own.copy_(tensor)
 
 
 def _mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

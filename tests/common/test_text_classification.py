@@ -309,3 +309,35 @@ def test_a_head_from_descriptions_knows_them(tiny_models: Models) -> None:
     (weight,) = (model.trainable[name] for name in model.head if name.endswith("weight"))
     torch.testing.assert_close(weight.sum(0), torch.zeros(16), atol=1e-6, rtol=0)  # what all descriptions share is left out
     assert float(weight.detach().norm()) > 0.01
+
+
+@pytest.mark.parametrize(("kind", "pooling"), [("bert", "mean"), ("roberta", "pooler")])
+def test_a_head_of_the_base_keeps_what_it_knows_and_takes_new_labels(tiny_models: Models, tmp_path: Path, kind: str, pooling: str) -> None:
+    before, old = built(tiny_models(kind), pooling=pooling, kind="head")
+    old.network.save_pretrained(tmp_path / "old")
+    before.tokenizer.save_pretrained(tmp_path / "old")
+    names = ["money", "stocks", "crop", "metal"]  # in another order, and one more
+    task, model = built(tmp_path / "old", pooling=pooling, init="base", labels=names)
+    texts = {"text": ["gold and copper", "the harvest today"], "label": ["metal", "crop"]}
+    with torch.no_grad():
+        was = before.logits(old.network, before.collate(before.encode(texts), range(2)))
+        now = task.logits(model.network, task.collate(task.encode(texts), range(2)))
+    kept = [names.index(label) for label in LABELS]
+    torch.testing.assert_close(now[:, kept], was, atol=1e-6, rtol=0)
+    assert torch.equal(now[:, names.index("stocks")], torch.zeros(2))
+    assert float(was.abs().min()) > 0
+
+
+def test_a_head_is_taken_from_no_base_that_has_none_of_the_labels(tiny_models: Models, tmp_path: Path) -> None:
+    with pytest.raises(LichenError) as caught:
+        built(tiny_models("bert"), init="base")
+    assert (caught.value.code, caught.value.where) == (Code.MODEL_UNSUPPORTED, "model.head.init")
+    before, old = built(tiny_models("bert"), kind="head")
+    old.network.save_pretrained(tmp_path / "old")
+    before.tokenizer.save_pretrained(tmp_path / "old")
+    with pytest.raises(LichenError) as caught:
+        built(tmp_path / "old", init="base", labels=["wind", "rain"])
+    assert "crop" in caught.value.what
+    # a head that starts anew may be for other classes than the base's was
+    _, model = built(tmp_path / "old", init="zeros", labels=["wind", "rain"])
+    assert {tuple(model.trainable[name].shape) for name in model.head} == {(2, 16), (2,)}

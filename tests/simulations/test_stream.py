@@ -45,6 +45,20 @@ def plan_of(csv_plan: dict[str, Any]) -> Callable[..., Plan]:
     return make
 
 
+def test_a_later_plan_goes_on_from_a_runs_model_with_a_label_that_is_new(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
+    first, second = STREAM[0]["labels"], STREAM[1]["labels"]
+    only = csv_plan | {"rounds": 2, "cohort": {"size": 3}}
+    # the data have all labels: what is of no task of the stream is not read
+    run(parse_plan(only | {"continual": {"stream": STREAM[:1]}}), tmp_path / "old", "inprocess")
+    export_model(tmp_path / "old", tmp_path / "model", "merged")
+    model = csv_plan["model"] | {"base": str(tmp_path / "model"), "head": {"init": "base"}}
+    task = csv_plan["task"] | {"labels": [*second, *first]}
+    grown = parse_plan(only | {"rounds": 4, "model": model, "task": task, "continual": {"stream": STREAM, "method": "ewc"}})
+    found = told(run(grown, tmp_path / "new", "inprocess"))
+    assert found.start[0] == pytest.approx(read_result(tmp_path / "old").final["accuracy"])
+    assert found.matrix[1][1] > 0.9
+
+
 def test_each_task_is_a_version_and_r_tells_what_was_learned_and_forgotten(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = plan_of()
     result = run(plan, tmp_path, "inprocess")
