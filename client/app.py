@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +23,8 @@ from lichen.client.chain import bring_up
 from lichen.client.data import CACHE, Split, declared_size, fingerprints, load, read_manifest, said, stamp
 from lichen.client.gate import Gate
 from lichen.client.jobs import Job, Private
-from lichen.client.ledger import open_ledger
-from lichen.client.ledger_book import Limit, Limits
+from lichen.client.ledger import Ledger, open_ledger
+from lichen.client.ledger_book import Grant, Limit, Limits
 from lichen.client.memory import is_out_of_memory
 from lichen.client.pace import Stop, Until, at_speed
 from lichen.client.policy import enforce, load_policy
@@ -35,10 +36,11 @@ from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.codec.feedback import corrected, lost
 from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
 from lichen.common.continual import make_method
-from lichen.common.continual.stream import fields_of, is_online, labels_until, rows_by_task, stage_of, stage_size, stages
+from lichen.common.continual.stream import fields_of, is_online, is_stream, labels_until, rows_by_task, stage_of, stage_size, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.hardware import rounded
 from lichen.common.plan import Plan, plan_from_json
+from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.clipping import clipped
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
 from lichen.common.privacy.schedule import evaluations, one_task_each, planned_central, planned_evaluation, planned_steps, reads_apart
@@ -55,6 +57,9 @@ if TYPE_CHECKING:
     Serving = Generator[Work, Trained, T]
     """What asks for training on its way to a result."""
     Serve = Callable[["Node", Plan, "Asked", Message], Serving[RecordDict]]
+
+_WHOLE_RUN = "all rounds"
+"""In place of a message's id: what pays for a run under `unit: client`."""
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -294,14 +299,12 @@ def _train_private(
         if one_task_each(plan):
             reads -= ledger.read_outside(run, "train", stage.first, stage.last)
             if rows.segments and not reads:
-                raise LichenError(
-                    Code.PRIVACY_BUDGET,
-                    "all rows of this task were read in other tasks of the run, for which alone there is noise",
-                    where=f"continual.stream, {stage.task.name if stage.task else ''}",
+                log.warning(
+                    "all rows of this task were read in other tasks of the run, for which alone there is noise: it gets noise alone"
                 )
         ahead = planned.steps * ((stage.last if one_task_each(plan) else plan.rounds) - asked.number)
         wanted = planned._replace(steps=capped_steps(planned.steps, asked.assignment))
-        grant = ledger.reserve("train", run, message_id, asked.number, wanted, _limits(node, plan), reads, ahead=ahead)
+        grant = _reserve(ledger, "train", plan, run, message_id, asked.number, wanted, _limits(node, plan), reads, rows.as_of, ahead)
         segment = grant.segment
         source = _source(node, "train", plan.seed, node.name, asked.number)
         units = rows.readable_units(grant.readable)
@@ -327,23 +330,58 @@ def _train_private(
     return trained, report
 
 
+def _reserve(
+    ledger: Ledger,
+    split: Split,
+    plan: Plan,
+    run: str,
+    message_id: str,
+    round: int,
+    steps: Segment,
+    limits: Limits,
+    reads: AbstractSet[int],
+    as_of: int,
+    ahead: int,
+) -> Grant:
+    """`Ledger.reserve`; in a stream a node whose rows of a task have nothing left goes on with noise alone, for which nothing is charged.
+
+    Which rows are of a task is what the plan says, so a refusal would tell without noise whether there is one of them.
+    """
+    try:
+        return ledger.reserve(split, run, message_id, round, steps, limits, reads, as_of=as_of, ahead=ahead)
+    except LichenError as error:
+        if error.code is not Code.PRIVACY_BUDGET or not is_stream(plan):
+            raise
+        log.warning("noise alone is sent, since to refuse would tell which rows are here: %s", error)
+        return ledger.reserve(split, run, message_id, round, steps, limits, frozenset(), as_of=as_of)
+
+
 def _train_central(
     node: Node, plan: Plan, asked: Asked, message: Message, trainer: Trainer, start: State, rows: Rows
 ) -> Serving[tuple[Trained, records.TrainReport]]:
     """Train without noise, and clip: the coordinator promises the noise, and the policy has permitted to believe it.
 
-    The first message of a run pays for the whole of it, since ε counts the rounds in which this node is not drawn as well.
+    The first message that reads a record pays for the whole run, since ε counts the rounds in which this node is not drawn as well.
     """
     run = str(message.metadata.run_id)
     with open_ledger(node.home, own=node.simulated) as ledger:
-        planned = planned_central(plan).segment
-        grant = ledger.reserve("train", run, "all rounds", asked.round, planned, _limits(node, plan), rows.segments, whole=True)
+        planned, paid = planned_central(plan).segment, ledger.paid(run, "train", _WHOLE_RUN)
+        readable = rows.segments & paid
+        if (rest := rows.segments - paid) or not readable:
+            try:
+                limits = _limits(node, plan)
+                readable |= ledger.reserve(
+                    "train", run, _WHOLE_RUN, asked.round, planned, limits, rest, as_of=rows.as_of, whole=True
+                ).readable
+            except LichenError as error:  # what is paid for goes on without the others
+                if error.code is not Code.PRIVACY_BUDGET or not readable:
+                    raise
     log.info("un-noised: unit client, ε ≤ %g, promised by the coordinator", plan.privacy.epsilon)
-    readable = [row for unit in rows.readable_units(grant.readable) for row in unit]
-    if not readable:
+    readable_rows = [row for unit in rows.readable_units(readable) for row in unit]
+    if not readable_rows:
         raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(node.home / "data.yaml"))
     source = SeededSource("order", plan.seed, node.name, asked.round)
-    trained = yield trainer, Job(start, rows.encoded.select(readable), asked.round, source, most_steps=asked.assignment.steps)
+    trained = yield trainer, Job(start, rows.encoded.select(readable_rows), asked.round, source, most_steps=asked.assignment.steps)
     clip = asked.assignment.clip or plan.privacy.clip
     delta, norm = clipped(trained.delta, clip)
     report = records.TrainReport(
@@ -373,7 +411,8 @@ def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving
         run, message_id = str(message.metadata.run_id), message.metadata.message_id
         with open_ledger(node.home, own=node.simulated) as ledger:
             ahead = evaluations(plan, after=round - 1) - 1 if before else evaluations(plan, after=round)
-            grant = ledger.reserve("holdout", run, message_id, round, segment, _limits(node, plan), rows.segments, ahead=ahead)
+            limits = _limits(node, plan)
+            grant = _reserve(ledger, "holdout", plan, run, message_id, round, segment, limits, rows.segments, rows.as_of, ahead)
             segment = grant.segment
             Gate(segment).step(segment)
             readable = [row for unit in rows.readable_units(grant.readable) for row in unit]
@@ -436,6 +475,8 @@ class Rows:
     """Fingerprints of the rows to train on, by which a later online run knows that they are not new; of a simulated node none."""
     batches: arrivals.Batches | None = None
     """Of an online run."""
+    as_of: int = 0
+    """When the data segments were looked up; see `Ledger.reserve`."""
 
     @property
     def segments(self) -> frozenset[int]:
@@ -461,7 +502,7 @@ def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer, round: int, ru
     changed: tuple[object, ...] = (stamp(node.home),)
     if plan.private:
         with open_ledger(node.home, own=node.simulated) as ledger:  # another ledger knows nothing of this one's data segments
-            changed += (ledger.id,)
+            changed += (ledger.id, ledger.split_at)
     return _read_rows(node.home, plan, split, trainer, number, changed, node.simulated, batches)
 
 
@@ -513,9 +554,10 @@ def _read_rows(
         if entity:
             found += fingerprints(ledger.fingerprint_key, f"entity:{entity}", [list(owners)])
         of = ledger.assign(split, found, apart=reads_apart(plan))
+        as_of = ledger.split_at
     together = {unit: frozenset([*(of[row] for row in rows), *([of[count + unit]] if entity else [])]) for unit, rows in enumerate(units)}
     shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
-    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size, by_task, known_by, batches)
+    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size, by_task, known_by, batches, as_of)
 
 
 def _rows_by_batch(batch_of: Sequence[int | None], number: int, *, alone: bool) -> tuple[list[int], list[list[int]]]:

@@ -93,6 +93,11 @@ class Ledger(Database):
         """What no other ledger is called: the hash of its first entry."""
         return self._book.hashes[min(self._book.hashes)].hex()
 
+    @property
+    def split_at(self) -> int:
+        """The log's number of the last split, as this object's last transaction saw it; see `reserve`."""
+        return self._book.split_at
+
     # --- records ---
 
     def assign(self, split: Split, fingerprints: Sequence[int], *, apart: bool = False) -> list[int]:
@@ -144,6 +149,12 @@ class Ledger(Database):
             changed |= dict.fromkeys(own, number)
         return changed
 
+    def paid(self, run: str, split: Split, message_id: str) -> frozenset[int]:
+        """The data segments that a message of a run has paid for, but for those that nobody may read any more."""
+        self._refresh()
+        own = (entry.charged for entry in self._book.history(run=run) if (entry.split, entry.message_id) == (split, message_id))
+        return frozenset(number for number in frozenset[int]().union(*own) if not self._book.segments[number].written_off)
+
     def read_outside(self, run: str, split: Split, first: int, last: int) -> frozenset[int]:
         """The data segments that a run has read in other rounds than these, earlier or later: the order in which it asks is its own."""
         self._refresh()
@@ -162,6 +173,7 @@ class Ledger(Database):
         limits: Limits,
         reads: AbstractSet[int],
         *,
+        as_of: int,
         ahead: int = 0,
         whole: bool = False,
     ) -> Grant:
@@ -179,16 +191,24 @@ class Ledger(Database):
             planned: the steps it asks for.
             limits: what must hold afterwards.
             reads: the data segments of the records that are there.
+            as_of: `split_at` when these were looked up. A record that has moved to another segment since would be read for nothing.
             ahead: steps that the run plans after these, for which there should be budget too.
             whole: all steps with the noise that was planned, or none.
 
         Raises:
             LichenError: PRIVACY_BUDGET, if nothing that was read has enough left, or if other steps on it protected another unit;
-                INTERNAL for no steps, or fewer than none ahead.
+                LEDGER_MOVED, if records have moved since; INTERNAL for no steps, or fewer than none ahead.
         """
         if planned.steps < 1 or ahead < 0:
             raise LichenError(Code.INTERNAL, f"{planned.steps} steps to reserve, {ahead} ahead")
         with self._transaction() as db:
+            if reads and self._book.split_at > as_of:
+                raise LichenError(
+                    Code.LEDGER_MOVED,
+                    "another process of this user has moved records to another data segment meanwhile",
+                    where=str(self.path),
+                    fix="Nothing was read. The coordinator may ask again.",
+                )
             for entry in reversed(self._book.history(run=run)):
                 same = (entry.split, entry.message_id, entry.unit, entry.planned_noise, entry.segment.sample_rate)
                 if same == (split, message_id, limits.unit, *planned[:2]):

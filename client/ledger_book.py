@@ -106,6 +106,8 @@ class Book:
     hashes: dict[int, bytes] = field(default_factory=dict)
     written_off_at: dict[str, int] = field(default_factory=dict)
     """By home, the number of its last write-off."""
+    split_at: int = 0
+    """The number of the last split; 0: no records have ever moved from one data segment to another."""
 
     def add(self, logged: ledger_log.Logged) -> None:
         """Take in the next entry of the log."""
@@ -132,6 +134,7 @@ class Book:
                 number = body["segment"]
                 self.segments[number] = DataSegment(number, body["split"], body["records"], body["at"], body["digest"])
             case "split":
+                self.split_at = logged.sequence
                 number, old = body["segment"], self.segments[body["of"]]
                 self.segments[number] = replace(old, number=number, records=body["records"], digest=body["digest"])
                 self.segments[old.number] = replace(old, records=old.records - body["records"], digest=body["rest"])

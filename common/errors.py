@@ -60,6 +60,7 @@ class Code(IntEnum):
     CODEC_MISMATCH = 64
     MODEL_BEHIND = 65
     CLOCK_WRONG = 66
+    LEDGER_MOVED = 67
     # 70: keys, certificates, enrolment
     CERTIFICATE_MISSING = 70
     CERTIFICATE_EXPIRED = 71

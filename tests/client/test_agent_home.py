@@ -204,9 +204,9 @@ def test_ledger_tells_what_is_left(home: Path, tmp_path: Path, monkeypatch: pyte
     with Ledger(home) as ledger:
         train, holdout = set(ledger.assign("train", [1, 2])), set(ledger.assign("holdout", [3]))
         for round in (1, 2):
-            ledger.reserve("train", "7", f"{round:032x}", round, Segment(2.0, 0.1, 5), limits, train)
-        ledger.reserve("train", "8", "8" * 32, 1, Segment(3.0, 0.1, 5), limits, train)
-        ledger.reserve("holdout", "7", "7" * 32, 1, Segment(9.0, 1.0, 1), limits, holdout)
+            ledger.reserve("train", "7", f"{round:032x}", round, Segment(2.0, 0.1, 5), limits, train, as_of=ledger.split_at)
+        ledger.reserve("train", "8", "8" * 32, 1, Segment(3.0, 0.1, 5), limits, train, as_of=ledger.split_at)
+        ledger.reserve("holdout", "7", "7" * 32, 1, Segment(9.0, 1.0, 1), limits, holdout, as_of=ledger.split_at)
         spent, held_out = (ledger.spent(number, Limit(8.0, 1e-5)).epsilon for number in (1, 2))
     found = json.loads(client("ledger", "--json", home=home))
     assert found.keys() == empty.keys()

@@ -16,6 +16,7 @@ from lichen.client.data import add_source
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit
 from lichen.client.policy import load_policy
+from lichen.client.trainer import Trainer
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
@@ -131,3 +132,25 @@ def test_what_was_spent_for_rows_is_not_added_to_what_is_spent_for_clients(
     add_source(home, home / "rows.jsonl", fields={"text": "text", "label": "label"}, declared_size=32)
     assert not ask(home, rows, run=5).has_error()
     refused(ask(home, plan_of()), Code.PRIVACY_BUDGET)
+
+
+@pytest.mark.parametrize("method", ["sequential", "replay"])
+def test_each_task_of_a_stream_is_trained_on_its_own_rows_and_each_row_pays_for_the_run(
+    home: Path, plan_of: Callable[..., Plan], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = [{"name": "fields", "labels": ["crop", "metal"]}, {"name": "banks", "labels": ["money"]}]
+    document = plan_of().model_dump(mode="json")
+    continual = {"method": method, "stream": stream, "replay": {"share": 0.5}}
+    plan = parse_plan(document | {"rounds": 4, "continual": continual})
+    trained: list[int] = []
+    original = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self, job: trained.append(len(job.data)) or original(self, job))
+    for round in (1, 2, 3, 4):
+        assert not ask(home, plan, round).has_error()
+    with open_ledger(home) as ledger:
+        old, new = (segment.records for segment in ledger.segments())
+        assert trained[:2] == [old] * 2
+        assert trained[2] == trained[3] >= new
+        assert (trained[2] > new) == (method == "replay")
+        assert [entry.segment for entry in ledger.entries()] == [planned_central(plan).segment] * 2
+        assert all(5.9 < ledger.spent(segment.number, LIFE).epsilon <= 6.0 for segment in ledger.segments())

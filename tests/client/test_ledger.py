@@ -31,7 +31,9 @@ def limits(run: float, life: float | None = None, *, repeats: bool = False, unit
 def reserve(ledger: Ledger, split: Split, run: str, message: str, round: int, planned: Segment, limits: Limits, **more: Any) -> int:
     """Steps granted to one who reads the one record of a split."""
     reads = set(ledger.assign(split, [len(split)]))
-    return ledger.reserve(split, run, message, round, planned, limits, more.pop("reads", reads), **more).segment.steps
+    return ledger.reserve(
+        split, run, message, round, planned, limits, more.pop("reads", reads), as_of=ledger.split_at, **more
+    ).segment.steps
 
 
 def history(ledger: Ledger, split: Split = "train", run: str | None = None) -> list[Segment]:
@@ -246,7 +248,7 @@ with Ledger(home) as ledger:
     reads, limits = set(ledger.assign("train", [len("train")])), Limits("example", Limit(limit, 1e-5))
     for number in range(int(count)):
         try:
-            ledger.reserve("train", "r", f"{name}-{number}", 1, Segment(1.0, 0.1, int(steps)), limits, reads)
+            ledger.reserve("train", "r", f"{name}-{number}", 1, Segment(1.0, 0.1, int(steps)), limits, reads, as_of=ledger.split_at)
         except LichenError as error:
             print(int(error.code))
 print("done", flush=True)

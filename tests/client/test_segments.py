@@ -41,11 +41,21 @@ def test_what_two_processes_took_for_their_own_leaves_once(tmp_path: Path) -> No
     with Ledger(tmp_path) as one, Ledger(tmp_path) as other:
         reads = set(one.assign("train", [1, 2]))
         for ledger in (one, other):
-            ledger.reserve("train", "r", "m", 1, STEP, limits(), reads)
+            ledger.reserve("train", "r", "m", 1, STEP, limits(), reads, as_of=ledger.split_at)
         one.released("train", "r", "m")
         refused(Code.PRIVACY_BUDGET, lambda: other.released("train", "r", "m"))
         other.released("train", "r", "m", again=True)  # a simulation's, bit for bit the same
         assert len(one.entries()) == 1
+
+
+def test_records_that_have_moved_since_they_were_looked_up_are_not_read(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as one, Ledger(tmp_path) as other:
+        reads, as_of = set(one.assign("train", [1, 2, 3])), one.split_at
+        other.assign("train", [3], apart=True)
+        refused(Code.LEDGER_MOVED, lambda: one.reserve("train", "r", "m", 1, STEP, limits(), reads, as_of=as_of))
+        assert one.entries() == []
+        reads = set(one.assign("train", [1, 2, 3]))
+        assert one.reserve("train", "r", "m", 1, STEP, limits(), reads, as_of=one.split_at).readable == {1, 2}
 
 
 def test_no_steps_and_fewer_than_none_ahead_are_refused(tmp_path: Path) -> None:
@@ -53,7 +63,7 @@ def test_no_steps_and_fewer_than_none_ahead_are_refused(tmp_path: Path) -> None:
         reads = set(ledger.assign("train", [1]))
         for planned, ahead in ((STEP, -1), (STEP, -20), (STEP._replace(steps=0), 0), (STEP._replace(steps=-1), 0)):
             with pytest.raises(LichenError, match="steps to reserve"):
-                ledger.reserve("train", "r", "m", 1, planned, limits(), reads, ahead=ahead)
+                ledger.reserve("train", "r", "m", 1, planned, limits(), reads, ahead=ahead, as_of=ledger.split_at)
         assert ledger.entries() == []
     refused(Code.INTERNAL, lambda: epsilon([STEP, STEP._replace(steps=-1)], DELTA))
 
@@ -65,11 +75,11 @@ def test_a_segment_is_held_against_the_noise_that_it_is_charged_with(tmp_path: P
     planned = Segment(noise_multiplier(8.0, DELTA, q, rounds * steps), q, steps)
     with Ledger(tmp_path) as ledger:
         old = set(ledger.assign("train", [1]))
-        ledger.reserve("train", "old", "m", 1, Segment(noise_multiplier(7.06, DELTA, q, 400), q, 400), bounds, old)
+        ledger.reserve("train", "old", "m", 1, Segment(noise_multiplier(7.06, DELTA, q, 400), q, 400), bounds, old, as_of=ledger.split_at)
         new = set(ledger.assign("train", [2]))
         for round in range(1, rounds):
-            ledger.reserve("train", "r", str(round), round, planned, bounds, new, ahead=steps * (rounds - round))
-        grant = ledger.reserve("train", "r", str(rounds), rounds, planned, bounds, old | new)
+            ledger.reserve("train", "r", str(round), round, planned, bounds, new, ahead=steps * (rounds - round), as_of=ledger.split_at)
+        grant = ledger.reserve("train", "r", str(rounds), rounds, planned, bounds, old | new, as_of=ledger.split_at)
         assert grant.readable
         for number in (1, 2):
             assert ledger.spent(number, LIFE).epsilon <= 8.0
@@ -113,14 +123,14 @@ def test_a_reservation_charges_all_that_it_reads_and_the_spent_are_left_out(tmp_
     planned = Segment(noise_multiplier(2.0, DELTA, 0.1, 20), 0.1, 20)
     with Ledger(tmp_path) as ledger:
         old = set(ledger.assign("train", [1]))
-        ledger.reserve("train", "a", "m", 1, planned, limits(2.0, 2.05), old)
+        ledger.reserve("train", "a", "m", 1, planned, limits(2.0, 2.05), old, as_of=ledger.split_at)
         both = old | set(ledger.assign("train", [2]))
-        grant = ledger.reserve("train", "b", "m", 1, planned, limits(2.0, 2.05), both)
+        grant = ledger.reserve("train", "b", "m", 1, planned, limits(2.0, 2.05), both, as_of=ledger.split_at)
         assert grant.readable == {2}  # the first has so little left that it would need more than four times the noise
         assert grant.segment == planned
         assert [entry.charged for entry in ledger.entries()] == [{1}, {2}]
         # a wider bound: the first pays by more noise, and so does, in the same step, the second
-        grant = ledger.reserve("train", "c", "m", 1, planned, limits(2.0, 3.0), both)
+        grant = ledger.reserve("train", "c", "m", 1, planned, limits(2.0, 3.0), both, as_of=ledger.split_at)
         assert grant.readable == both
         assert grant.segment.noise_multiplier > planned.noise_multiplier
         assert ledger.spent(1, Limit(3.0, DELTA)).epsilon <= 3.0
@@ -129,12 +139,12 @@ def test_a_reservation_charges_all_that_it_reads_and_the_spent_are_left_out(tmp_
 def test_a_message_that_comes_again_reads_what_it_was_charged_for(tmp_path: Path) -> None:
     with Ledger(tmp_path) as ledger:
         first = set(ledger.assign("train", [1]))
-        ledger.reserve("train", "a", "m", 1, STEP, limits(), first)
+        ledger.reserve("train", "a", "m", 1, STEP, limits(), first, as_of=ledger.split_at)
         both = first | set(ledger.assign("train", [2]))
-        assert ledger.reserve("train", "a", "m", 1, STEP, limits(), both).readable == first
+        assert ledger.reserve("train", "a", "m", 1, STEP, limits(), both, as_of=ledger.split_at).readable == first
         assert len(ledger.entries()) == 1
         ledger.released("train", "a", "m")
-        assert ledger.reserve("train", "a", "m", 1, STEP, limits(), both).readable == both
+        assert ledger.reserve("train", "a", "m", 1, STEP, limits(), both, as_of=ledger.split_at).readable == both
 
 
 def test_noise_that_a_run_was_given_lasts_it_to_its_end(tmp_path: Path) -> None:
@@ -142,9 +152,11 @@ def test_noise_that_a_run_was_given_lasts_it_to_its_end(tmp_path: Path) -> None:
     planned = Segment(noise_multiplier(4.0, DELTA, 0.1, 60), 0.1, 10)
     with Ledger(tmp_path) as ledger:
         reads = set(ledger.assign("train", [1]))
-        ledger.reserve("train", "a", "m", 1, planned._replace(steps=60), limits(4.0, 5.0), reads)
+        ledger.reserve("train", "a", "m", 1, planned._replace(steps=60), limits(4.0, 5.0), reads, as_of=ledger.split_at)
         grants = [
-            ledger.reserve("train", "b", str(number), number, planned, limits(4.0, 5.0), reads, ahead=60 - 10 * number).segment
+            ledger.reserve(
+                "train", "b", str(number), number, planned, limits(4.0, 5.0), reads, ahead=60 - 10 * number, as_of=ledger.split_at
+            ).segment
             for number in range(1, 7)
         ]
         assert len(set(grants)) == 1
@@ -156,9 +168,9 @@ def test_which_bound_a_number_is(tmp_path: Path) -> None:
     with Ledger(tmp_path) as ledger:
         reads = set(ledger.assign("train", [1]))
         for number in (1, 2):
-            ledger.reserve("train", "a", str(number), number, STEP, limits(), reads)
+            ledger.reserve("train", "a", str(number), number, STEP, limits(), reads, as_of=ledger.split_at)
         assert ledger.spent(1, LIFE) == (epsilon([STEP, STEP], DELTA), "pld")
-        ledger.reserve("train", "b", "1", 1, STEP, limits(), reads)
+        ledger.reserve("train", "b", "1", 1, STEP, limits(), reads, as_of=ledger.split_at)
         order = filter_order(*STEP[:2], *vars(LIFE).values())
         assert ledger.spent(1, LIFE) == (filter_epsilon([STEP] * 3, DELTA, order), "rdp-filter")
         assert ledger.spent(1, LIFE).epsilon > epsilon([STEP] * 3, DELTA)
@@ -167,9 +179,11 @@ def test_which_bound_a_number_is(tmp_path: Path) -> None:
 def test_units_are_not_added_up_in_any_split(tmp_path: Path) -> None:
     with Ledger(tmp_path) as ledger:
         reads = set(ledger.assign("holdout", [1]))
-        ledger.reserve("holdout", "a", "m", 1, STEP, limits(), reads)
+        ledger.reserve("holdout", "a", "m", 1, STEP, limits(), reads, as_of=ledger.split_at)
         moved = set(ledger.assign("train", [1, 2]))
-        refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "b", "m", 1, STEP, limits(unit="entity:who"), moved))
+        refused(
+            Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "b", "m", 1, STEP, limits(unit="entity:who"), moved, as_of=ledger.split_at)
+        )
 
 
 # --- what is written off -------------------------------------------------------------------------------------------------------------
@@ -178,12 +192,12 @@ def test_units_are_not_added_up_in_any_split(tmp_path: Path) -> None:
 def test_what_is_written_off_is_never_read_again(tmp_path: Path) -> None:
     with Ledger(tmp_path) as ledger:
         old = set(ledger.assign("train", [1]))
-        ledger.reserve("train", "a", "m", 1, STEP, limits(), old)
+        ledger.reserve("train", "a", "m", 1, STEP, limits(), old, as_of=ledger.split_at)
         assert ledger.write_off(after=40) == 1
         assert ledger.state()[0] == 41
         both = old | set(ledger.assign("train", [1, 2]))
-        assert ledger.reserve("train", "a", "m", 1, STEP, limits(), both).readable == both - old
-        refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "b", "m", 1, STEP, limits(life=None), old))
+        assert ledger.reserve("train", "a", "m", 1, STEP, limits(), both, as_of=ledger.split_at).readable == both - old
+        refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "b", "m", 1, STEP, limits(life=None), old, as_of=ledger.split_at))
     with Ledger(tmp_path) as ledger:
         assert ledger.verify() == 6
         assert [one.written_off for one in ledger.segments()] == [True, False]
@@ -209,7 +223,7 @@ def test_two_homes_share_what_the_same_rows_have_spent(tmp_path: Path, monkeypat
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     with open_ledger(tmp_path / "a") as ledger:
-        ledger.reserve("train", "r", "m", 1, STEP, limits(), set(ledger.assign("train", [1, 2])))
+        ledger.reserve("train", "r", "m", 1, STEP, limits(), set(ledger.assign("train", [1, 2])), as_of=ledger.split_at)
     with open_ledger(tmp_path / "b") as ledger:
         (number,) = set(ledger.assign("train", [2, 1]))
         assert ledger.spent(number, LIFE).epsilon == epsilon([STEP], DELTA)
@@ -228,7 +242,7 @@ def full(folder: Path) -> Path:
     with Ledger(folder) as ledger:
         reads = set(ledger.assign("train", [1, 2, 3]))
         for number in range(3):
-            ledger.reserve("train", "r", str(number), number, STEP, limits(), reads)
+            ledger.reserve("train", "r", str(number), number, STEP, limits(), reads, as_of=ledger.split_at)
             ledger.released("train", "r", str(number))
     return folder / FILE
 
@@ -324,7 +338,9 @@ def test_no_sequence_of_runs_moves_exports_and_crashes_passes_a_records_budget(e
             of = ledger.assign(split, records)
             planned = Segment(noise, 0.1 if split == "train" else 1.0, 10)
             try:
-                grant = ledger.reserve(split, str(run), str(message), 1, planned, limits(2.5, life), set(of), ahead=10)
+                grant = ledger.reserve(
+                    split, str(run), str(message), 1, planned, limits(2.5, life), set(of), ahead=10, as_of=ledger.split_at
+                )
             except LichenError as error:
                 if error.code is not Code.PRIVACY_BUDGET:
                     raise

@@ -98,7 +98,9 @@ def test_no_record_is_read_in_two_tasks_whatever_its_label(tmp_path: Path, tiny_
         charged = [entry.charged for entry in ledger.entries()]
     assert charged == [frozenset({1}), frozenset({2})]
     (home / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in relabelled if row["text"] in first_texts(rows)) + "\n")
-    assert ask(home, plan, 4).error.code == Code.PRIVACY_BUDGET, "all that is left was read in the first task"
+    assert not ask(home, plan, 4).has_error(), "a refusal would tell that there are rows"
+    with open_ledger(home) as ledger:
+        assert ledger.entries()[-1].charged == frozenset(), "all that is left was read in the first task: noise alone"
 
 
 def test_nor_if_a_coordinator_asks_for_the_later_task_first(tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan]) -> None:
@@ -107,7 +109,46 @@ def test_nor_if_a_coordinator_asks_for_the_later_task_first(tmp_path: Path, tiny
     lines = [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
     renamed = [{**row, "label": "crop"} for row in lines if row["label"] == "money"]
     (home / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in renamed) + "\n")
-    assert ask(home, plan, 1).error.code == Code.PRIVACY_BUDGET
+    assert not ask(home, plan, 1).has_error()
+    with open_ledger(home) as ledger:
+        assert ledger.entries()[-1].charged == frozenset()
+
+
+def test_whether_a_task_has_rows_is_told_neither_with_budget_nor_without(
+    tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan]
+) -> None:
+    """A task may be one patient's: what the node answers must not follow from whether there are such rows."""
+    probe = plan_of([{"name": "all", "where": {"site": ["a", "b"]}}, {"name": "probe", "where": {"site": ["a"]}}], privacy=PRIVACY)
+    rows = tiny_rows(40)
+    answers = []
+    for name, kept in (("with", rows), ("without", [])):
+        home = home_of(tmp_path / name, kept or rows)
+        if not kept:
+            lines = (home / "rows.jsonl").read_text().splitlines()
+            (home / "rows.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["site"] == "b") + "\n")
+        (home / "policy.yaml").write_text("format: 1\nprivacy: {max_epsilon: 4.0}\n")
+        whole = parse_plan(probe.model_dump(mode="json") | {"continual": {}, "rounds": 2})
+        for round in (1, 2):
+            assert not ask(home, whole, round, run=1).has_error(), "life's budget is spent"
+        answers += [ask(home, probe, round, run=2).content.config_records["report"] for round in (1, 3)]
+        with open_ledger(home) as ledger:
+            assert [entry.charged for entry in ledger.entries()[-2:]] == [frozenset()] * 2
+    assert dict(answers[0]) == dict(answers[2])
+    assert dict(answers[1]) == dict(answers[3])
+
+
+def test_records_that_another_process_parts_are_charged_where_they_are_now(
+    tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan]
+) -> None:
+    home, plan = home_of(tmp_path / "node", tiny_rows(40)), plan_of(privacy=PRIVACY)
+    whole = parse_plan(plan.model_dump(mode="json") | {"continual": {}, "rounds": 3})
+    assert not ask(home, whole, 1).has_error()
+    with open_ledger(home) as ledger:
+        some = [one for (one,) in ledger._rows("SELECT fingerprint FROM records LIMIT 7")]
+        assert ledger.assign("holdout", some, apart=True) == [2] * 7
+    assert not ask(home, whole, 2).has_error()
+    with open_ledger(home) as ledger:
+        assert ledger.entries()[-1].charged == {1, 2}
 
 
 def first_texts(rows: list[dict[str, Any]]) -> set[str]:
@@ -153,7 +194,7 @@ def test_a_record_keeps_its_history_however_segments_are_parted(
             together = dict(zip(range(12), ledger.assign("train", range(12)), strict=True)) if apart else {}
             if apart:
                 assert {one for one, segment in together.items() if segment in numbers} == found
-            ledger.reserve("train", "r", str(number), number + 1, STEP, limits, numbers)
+            ledger.reserve("train", "r", str(number), number + 1, STEP, limits, numbers, as_of=ledger.split_at)
             for one in found:
                 paid[one] = paid.get(one, 0) + 1
         of = dict(zip(range(12), ledger.assign("train", range(12)), strict=True))

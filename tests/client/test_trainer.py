@@ -378,9 +378,9 @@ def test_training_stops_before_epsilon_would_pass(make: Callable[..., Trainer], 
     bound = epsilon([planned._replace(steps=7)], 1e-5)
     with Ledger(tmp_path) as ledger:
         reads, limits = set(ledger.assign("train", [1])), Limits("example", Limit(bound, 1e-5))
-        granted = ledger.reserve("train", "r", "m", 1, planned, limits, reads).segment
+        granted = ledger.reserve("train", "r", "m", 1, planned, limits, reads, as_of=ledger.split_at).segment
         assert granted.steps == private(trainer, rows, granted).steps == 7
-        refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "r", "n", 2, planned, limits, reads))
+        refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "r", "n", 2, planned, limits, reads, as_of=ledger.split_at))
 
 
 @pytest.mark.parametrize("unit", ["example", "entity"])

@@ -39,7 +39,7 @@ def home(tmp_path: Path) -> Path:
 def spend(home: Path, message: str, *records: int) -> None:
     with Ledger(home) as ledger:
         reads = set(ledger.assign("train", records or [1, 2, 3]))
-        ledger.reserve("train", "r", message, 1, Segment(2.0, 0.1, 5), LIMITS, reads)
+        ledger.reserve("train", "r", message, 1, Segment(2.0, 0.1, 5), LIMITS, reads, as_of=ledger.split_at)
         ledger.released("train", "r", message)
 
 
@@ -154,7 +154,7 @@ def test_a_write_off_speaks_for_one_home(home: Path, tmp_path: Path, monkeypatch
     for place in (home, other):
         with open_ledger(place) as ledger:
             reads = set(ledger.assign("train", [hash(place)]))
-            ledger.reserve("train", place.name, "m", 1, Segment(2.0, 0.1, 5), LIMITS, reads)
+            ledger.reserve("train", place.name, "m", 1, Segment(2.0, 0.1, 5), LIMITS, reads, as_of=ledger.split_at)
         states.append(signed(place))
     shutil.rmtree(tmp_path / "shared")
     for place, state in zip((home, other), states, strict=True):
@@ -342,7 +342,7 @@ def test_the_write_off_knows_what_a_plan_would_read(home: Path) -> None:
             before = ledger.state()
             of = set(ledger.assign(split, found))
             assert ledger.state() == before
-            _refused(lambda of=of, split=split: ledger.reserve(split, "r", "m", 1, Segment(2.0, 0.1, 5), LIMITS, of))
+            _refused(lambda of=of, split=split: ledger.reserve(split, "r", "m", 1, Segment(2.0, 0.1, 5), LIMITS, of, as_of=ledger.split_at))
 
 
 def _refused(call: Callable[[], object]) -> None:

@@ -32,7 +32,7 @@ def live(folder: Path, pipe: int, first: int) -> None:
         reads = set(ledger.assign("train", [1, 2, 3]))
         number = first
         while True:
-            ledger.reserve("train", str(number), "m", 1, ROUND, LIMITS, reads)
+            ledger.reserve("train", str(number), "m", 1, ROUND, LIMITS, reads, as_of=ledger.split_at)
             ledger.released("train", str(number), "m")
             os.write(pipe, struct.pack("<q", number))
             number += 1
