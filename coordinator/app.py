@@ -7,6 +7,7 @@ and ``test`` (Parquet files) and ``spool``.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -98,7 +99,10 @@ class OwnData:
         return self._score_by_task(state, self._test, stage)
 
     def add_counts(self, reports: list[records.EvaluateReport], stage: Stage) -> tuple[Metrics, dict[str, Metrics | None]]:
-        """Metrics of the clients' hold-outs together, and by task of the stream until the stage."""
+        """Metrics of the clients' hold-outs together, and by task of the stream until the stage.
+
+        None for a task of which these clients have no rows, and under privacy where the noise could be all that there is.
+        """
         sizes = {len(report.counts) for report in reports}
         if len(sizes) != 1 or 0 in sizes or len(reports[0].counts) % (stage.number + 1):
             raise LichenError(Code.FRAME_INVALID, f"{len(reports[0].counts)} counts are not those of {stage.number + 1} tasks")
@@ -107,10 +111,15 @@ class OwnData:
         each = len(counts) // (stage.number + 1)
         by_task = [counts[start : start + each] for start in range(0, len(counts), each)]
         whole = [sum(column) for column in zip(*by_task, strict=True)]
-        tasks = tasks_of(self.plan)[: stage.number + 1]
+        names = [task.name for task in tasks_of(self.plan)[: stage.number + 1]]
+        # two standard deviations of a sum of that many noised counts
+        least = 2 * math.sqrt(each * sum((report.noise_multiplier or 0.0) ** 2 for report in reports))
         return (
             self.task.scores_from(whole, sum(losses) if len(losses) == len(reports) else None).metrics(),
-            {task.name: self.task.scores_from(own, None).metrics() for task, own in zip(tasks, by_task, strict=False)},
+            {
+                name: self.task.scores_from(own, None).metrics() if sum(own) > least else None
+                for name, own in zip(names, by_task, strict=False)
+            },
         )
 
     def show(self, state: State) -> None:

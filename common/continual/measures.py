@@ -20,7 +20,7 @@ class Measures(NamedTuple):
     fwt: float | None
     """Forward transfer: mean over all but the first task of how much better the model before it was than that at the start."""
     forgetting: float | None
-    """Mean over all but the last task of how much the last model lacks of the best score before."""
+    """Mean over all but the last task of how much the last model lacks of the best score of any before it."""
 
 
 def measures(matrix: Sequence[Row], start: Row | None = None) -> Measures:
@@ -34,7 +34,7 @@ def measures(matrix: Sequence[Row], start: Row | None = None) -> Measures:
     if last < 0:
         return Measures(None, None, None, None)
     end = matrix[last]
-    forgotten = [_less(_most(row[task] for row in matrix[task:last]), end[task]) for task in range(last)]
+    forgotten = [_less(_most(row[task] for row in matrix[:last]), end[task]) for task in range(last)]
     return Measures(
         acc=_mean(end[: last + 1]),
         bwt=_mean([_less(end[task], matrix[task][task]) for task in range(last)]),

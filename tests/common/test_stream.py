@@ -224,6 +224,11 @@ def test_the_measures_are_those_of_the_papers() -> None:
     assert found.bwt == pytest.approx((0.8 - 0.9 + 0.5 - 0.8) / 2)
     assert found.fwt == pytest.approx((0.1 - 0.2 + 0.2 - 0.1) / 2)
     assert found.forgetting == pytest.approx((0.9 - 0.8 + 0.8 - 0.5) / 2)
+    early = measures([[0.5, 0.6], [0.5, 0.3]])
+    assert early.forgetting == 0.0, "of tasks before the last alone"
+    assert measures([[0.5, 0.6, 0.1], [0.4, 0.5, 0.2], [0.4, 0.3, 0.9]]).forgetting == pytest.approx((0.1 + 0.3) / 2), (
+        "the best of any model before"
+    )
     half = measures(matrix[:2])
     assert half.fwt is None
     assert half._replace(fwt=0) == pytest.approx((0.75, -0.2, 0, 0.2))
