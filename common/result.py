@@ -43,6 +43,8 @@ class Round(_Section):
     """Error number of each failed client, also of one that failed in evaluation alone; null for one that did not answer in time."""
     unneeded: int = 0
     """Clients that were asked beyond `cohort.size` and called off when enough updates were there."""
+    called_off: list[str] = Field(default_factory=list)
+    """Their names: what they had done by then is in no report. Empty under `unit: client`."""
     staleness: float | None = None
     """Under `mode: buffered`: mean over the updates used, in steps of the server since the models that they were made from."""
     train_loss: float | None = None
@@ -74,7 +76,7 @@ class Round(_Section):
     def without_cohort(self) -> Round:
         """The round without all that tells who, or how many, took part."""
         secret = dict.fromkeys(("participants", "failed", "uplink_bytes", "downlink_bytes", "seconds", "train_loss", "federated"))
-        return self.model_copy(update={**secret, "errors": {}, "federated_by_task": {}})
+        return self.model_copy(update={**secret, "errors": {}, "called_off": [], "federated_by_task": {}})
 
 
 class ClientPrivacy(_Section):

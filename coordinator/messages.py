@@ -149,7 +149,7 @@ class Messages:
             self.arrived(reply, sent[reply.metadata.src_node_id], state)
         late = sent.keys() - {reply.metadata.src_node_id for reply in replies}
         if enough and late:
-            told.unneeded = len(late)
+            told.unneeded, told.called_off = len(late), sorted(map(self._name, late))
             log.info("round %d: %d updates are there, so %d clients are called off", told.round, wanted, len(late))
             return replies
         for node in sorted(late):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lichen.common.aggregation import MEMORY
 from lichen.common.continual.method import Learned, Method, Refuse, check_features, check_sums, head_of
 from lichen.common.continual.ridge import CROSS, GRAM, Sums, one_hot, solved
-from lichen.common.continual.stream import Stage, stages
+from lichen.common.continual.stream import Stage, is_online, stages
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,12 @@ class Analytic(Method):
         if kind != "head":
             refuse(f"continual.method: analytic solves for the head, and model.adapter.kind is {kind}", "Set model.adapter.kind: head.")
         if any(stage.rounds != 1 for stage in stages(self.plan)):
-            refuse("continual.method: analytic has one round a task: a second would count rows twice", "Set rounds to the number of tasks.")
+            refuse(
+                "continual.method: analytic has one round a task: a second would count rows twice",
+                "Set continual.online.rounds: 1." if is_online(self.plan) else "Set rounds to the number of tasks.",
+            )
+        if self.plan.model.head.init == "base":
+            refuse("continual.method: analytic solves for the whole head, and keeps nothing of the base's", "Set model.head.init: zeros.")
         if self.plan.transfer.downlink.codec != "none":
             refuse("continual.method: analytic is exact, and codecs round what travels", "Set transfer.downlink.codec: none.")
 

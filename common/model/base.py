@@ -117,10 +117,12 @@ def head_of_base(model: Model, auto_class: Any) -> tuple[dict[str, torch.Tensor]
 
     with _loading(model) as where:
         network, told = _from_files(model, where, auto_class, dtype=torch.float32)
-    if missing := [name for name in told["missing_keys"] if name.split(".")[0] in HEADS]:
+    missing = [name for name in told["missing_keys"] if name.split(".")[0] in HEADS]
+    # two kinds may call their heads alike, of which one reads a pooler's output, and the other single tokens'
+    if missing or type(network).__name__ not in (network.config.architectures or ()):
         raise LichenError(
             Code.MODEL_UNSUPPORTED,
-            f"{model.base!r} has no weights for {missing[0]}: it was not trained to classify, or pools in another way",
+            f"{model.base!r} has no head of a {type(network).__name__}: it was not trained to classify, or pools in another way",
             where="model.head.init",
             fix="Set model.head.init: zeros, or model.head.pooling as it was when the base was trained.",
         )

@@ -172,7 +172,7 @@ def _bounds(plan: Plan, result: Result) -> dict[str, Bound]:
         how = "rounds, noise and cohorts as the coordinator accounts for them"
         bound = Bound(epsilon=spent, delta=privacy.delta, epsilon_sum=spent, delta_sum=privacy.delta, how=how)
         return {EVERY: bound}
-    failed = {name for told in result.rounds for name in (*told.errors, *told.before_errors)}
+    failed = {name for told in result.rounds for name in (*told.errors, *told.before_errors, *told.called_off)}
     whole = result.status == "finished" and result.engine != "flower"  # stock Flower may ask twice, and a round under way is not told yet
     segments = (len(tasks_of(plan)) if one_task_each(plan) else 1) + bool(plan.evaluation.federated_every)
     gated = Bound(
@@ -302,7 +302,14 @@ def _assumptions(plan: Plan, *, central: bool) -> Iterator[str]:
     yield f"A client's segments ({of}) are disjoint: one record is in one of them{_segments(plan)}."
     yield "This run alone: what earlier or later runs spend on the same rows adds to it, and is kept in the node's ledger."
     yield "Each client's data are its own: who has rows at several clients adds up their ε and δ."
-    yield "Labels, their descriptions, the base model and the plan are public, and were not made from these rows."
+    if plan.model.head.init == "base":
+        yield (
+            "Labels, their descriptions and the plan are public, and were not made from these rows. The base model may be an earlier "
+            "run's: what that spent on a row adds to this run's ε and δ, and a node's ledger has both; if it trained without privacy, ε "
+            "bounds nothing for the rows that it read."
+        )
+    else:
+        yield "Labels, their descriptions, the base model and the plan are public, and were not made from these rows."
     if plan.privacy.audit.canaries:
         yield "Canaries were drawn, clipped and charged like rows; which of them were trained on is known to the node alone."
 

@@ -70,7 +70,7 @@ def bench_continual(
         data = [*(() if full else SHORT), *data_of(scenario, folder, full=full, validation=validation)]
         for epsilon, method, seed in product(epsilons, methods, seeds):
             plan = plan_of(scenario, method, epsilon, (f"seed={seed}", *data, *settings))
-            found = _run(plan, scenario, folder / f"{scenario}-{method}-{epsilon:g}-{seed}")
+            found = _run(plan, scenario, folder / f"{scenario}{'-validation' if validation else ''}-{method}-{epsilon:g}-{seed}")
             yield {"method": method, "epsilon": epsilon, "seed": seed} | found
 
 
@@ -150,7 +150,7 @@ def data_of(scenario: str, folder: Path, *, full: bool, validation: bool) -> lis
     for name, rows, count in zip(("path", "test"), (train, test), SHORT_ROWS, strict=True):
         if rows:
             chosen = rows if full else [rows[row] for row in np.random.default_rng(0).permutation(len(rows))[:count]]
-            source[name] = str(folder / f"{scenario}-{name}.parquet")
+            source[name] = str(folder / f"{scenario}-{'validation-' if validation else ''}{name}.parquet")
             pq.write_table(pa.Table.from_pylist(chosen), source[name])
     return [f"simulation.data={json.dumps(source)}", *(["evaluation.test_fraction=0"] if validation else [])]
 

@@ -100,6 +100,23 @@ def test_what_the_coordinator_cannot_account_for_is_told_with_the_plans_epsilon(
     assert absent.clients["ward-1"].epsilon == 5.5
 
 
+def test_who_was_called_off_may_have_worked_unseen() -> None:
+    plan = plan_of()
+    round = Round(
+        round=1, participants=1, failed=0, unneeded=2, called_off=["ward-2", "ward-3"], uplink_bytes=0, downlink_bytes=0, seconds=1
+    )
+    found = make_statement(plan, result_of(plan, rounds=[round])).clients
+    assert {name: bound.epsilon for name, bound in found.items()} == {"ward-1": 5.5, "ward-2": EPSILON, "ward-3": EPSILON}
+
+
+def test_an_earlier_runs_model_is_not_called_public() -> None:
+    plan = plan_of(model={"base": "x", "head": {"init": "base"}})
+    told = text_of(make_statement(plan, result_of(plan)))
+    assert "may be an earlier run's" in told
+    assert "the base model and the plan are public" not in told
+    assert "the base model and the plan are public" in text_of(make_statement(plan_of(), result_of(plan_of())))
+
+
 @pytest.mark.parametrize("change", [{"status": "failed"}, {"status": "running"}, {"status": "stopped"}, {"engine": "flower"}])
 def test_a_round_under_way_is_told_with_the_plans_epsilon(change: dict[str, str]) -> None:
     plan = plan_of()

@@ -338,6 +338,13 @@ def test_a_head_is_taken_from_no_base_that_has_none_of_the_labels(tiny_models: M
     with pytest.raises(LichenError) as caught:
         built(tmp_path / "old", init="base", labels=["wind", "rain"])
     assert "crop" in caught.value.what
+    # the same name and shape, but it reads the pooler's output
+    before, old = built(tiny_models("bert"), pooling="pooler", kind="head")
+    old.network.save_pretrained(tmp_path / "pooled")
+    before.tokenizer.save_pretrained(tmp_path / "pooled")
+    with pytest.raises(LichenError) as caught:
+        built(tmp_path / "pooled", init="base")
+    assert caught.value.where == "model.head.init"
     # a head that starts anew may be for other classes than the base's was
     _, model = built(tmp_path / "old", init="zeros", labels=["wind", "rain"])
     assert {tuple(model.trainable[name].shape) for name in model.head} == {(2, 16), (2,)}

@@ -64,6 +64,7 @@ def test_a_round_ends_with_enough_updates_and_calls_the_others_off(tmp_path: Pat
     federation = Federation(tmp_path, plan, {}, SLOW)
     result = federation.run()
     assert [(told.participants, told.failed, told.unneeded, told.errors) for told in result.rounds] == [(2, 0, 1, {})] * 2
+    assert [told.called_off for told in result.rounds] == [["client-2"]] * 2
     assert federation.grid.clock() == 8.0, "nobody waited for the third"
     close(federation.model(), expected(plan, 2, ["client-0", "client-1"]))
 

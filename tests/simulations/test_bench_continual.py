@@ -49,6 +49,8 @@ def test_each_method_is_run_and_held_between_sequential_and_joint(small: list[st
     again = CliRunner().invoke(app, [*command, *options, "--keep", str(tmp_path), "--json"], catch_exceptions=False)
     assert json.loads(again.stdout) == told
     assert (run / "result.json").stat() == written
+    plans = {data_of(SCENARIOS[0], tmp_path, full=False, validation=validation)[0] for validation in (False, True)}
+    assert len(plans) == 2, "what was scored on other rows is not read for these"
 
 
 @pytest.mark.parametrize("method", METHODS)
