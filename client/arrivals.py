@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FILE = "arrivals.sqlite"
 FORMAT = 1
 _AT_ONCE = 500  # fingerprints looked up: SQLite takes 999 parameters and more
+_PASSED = -1
+"""In place of a batch's number: of no batch."""
 _SCHEMA = """
 CREATE TABLE about (key BLOB NOT NULL) STRICT;
 CREATE TABLE reads (
@@ -50,6 +52,8 @@ class Batches:
     """The size of the data that the last batch came in, as declared; None where none is needed or, in a simulation, declared."""
     rows: frozenset[tuple[int, int]] = frozenset()
     """Fingerprints, each with the number of its batch (from 0)."""
+    passed: frozenset[int] = frozenset()
+    """Fingerprints of rows that the last batch leaves out; see `New`."""
     dealt: int | None = None
     """In place of them, in a simulation, to which no files come: so many batches, to which all rows are dealt."""
 
@@ -68,6 +72,8 @@ class New(NamedTuple):
     """Of the pieces of data that hold any rows of it to train on, together."""
     rows: list[int]
     """Fingerprints, those of held-out rows in these pieces too."""
+    passed: list[int]
+    """Of rows that the task can't use. They were new once, and come, when they are mended, with the next batch."""
 
 
 class Arrivals(Database):
@@ -102,9 +108,13 @@ class Arrivals(Database):
             part = rows[start : start + _AT_ONCE]
             marks = ",".join("?" * len(part))
             query = f"SELECT fingerprint FROM reads WHERE fingerprint IN ({marks})"  # noqa: S608 - question marks
-            found = self._rows(f"{query} AND run = ?", *part, run) if again else self._rows(query, *part)
+            found = self._rows(f"{query} AND run = ?", *part, run) if again else self._rows(f"{query} AND batch > {_PASSED}", *part)
             read.update(one for (one,) in found)
         return [one for one in rows if one not in read]
+
+    def passed(self, run: str) -> set[int]:
+        """The fingerprints of rows that were told to be new for a run, but were of no use to it."""
+        return {one for (one,) in self._rows("SELECT fingerprint FROM reads WHERE run = ?", _passed(run))}
 
     def note(self, run: str, rows: Iterable[int], batch: int = 0) -> None:
         """Keep that a run has read rows; of those that it had read before nothing changes."""
@@ -116,7 +126,7 @@ class Arrivals(Database):
         with _usable(self._file), self._transaction() as db:
             values = (run, number, new.declared_size, time.time())
             if db.execute("INSERT OR IGNORE INTO batches (run, number, declared, at) VALUES (?, ?, ?, ?)", values).rowcount:
-                rows = ((one, run, number) for one in new.rows)
+                rows = [(one, run, number) for one in new.rows] + [(one, _passed(run), _PASSED) for one in new.passed]
                 db.executemany("INSERT OR IGNORE INTO reads (fingerprint, run, batch) VALUES (?, ?, ?)", rows)
 
     def batch(self, run: str, number: int) -> Batches | None:
@@ -149,13 +159,17 @@ def _usable(file: Path) -> Iterator[None]:
         ) from None
 
 
+def _passed(run: str) -> str:
+    return f"passed over by {run}"
+
+
 def says(plan: Plan, columns: Mapping[str, Sequence[object]]) -> list[Sequence[object]]:
     """The columns by which rows are known: what the task reads but for the label, since a row with another label is the same row."""
     return [columns[plan.task.text_field]]
 
 
 def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict[str, object] | None = None) -> New:
-    """What an online run may read as new here: rows that its task can use. Others are left out under privacy, and an error without.
+    """What an online run may read as new here. A row that its task can't use is an error; under privacy it is new, and passed over.
 
     Args:
         home: the node's.
@@ -167,16 +181,19 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
     Raises:
         LichenError: DATA_DECLARED_SIZE, if a piece that has new rows has no declared size; as `lichen.client.data.load`; DATA_LABEL.
     """
-    size, new = 0, list[int]()
+    size, new, passed = 0, list[int](), set[int]()
+    before = arrivals.passed(run) if plan.private else set[int]()
     for piece in pieces(home):
         state = piece.state()
         if settled is not None and settled.get(piece.source.path) == state:
             continue
-        found = list(_usable_rows(piece, plan))
-        known = fingerprints(arrivals.key, "row", says(plan, {plan.task.text_field: [row[plan.task.text_field] for _, row in found]}))
-        sides = {one: side for one, (side, _) in zip(known, found, strict=True)}
+        found = list(_rows_of(piece, plan))
+        known = fingerprints(arrivals.key, "row", says(plan, {plan.task.text_field: [row[plan.task.text_field] for _, row, _ in found]}))
+        sides = {one: side for one, (side, _, _) in zip(known, found, strict=True)}
+        usable = {one for one, (_, _, fault) in zip(known, found, strict=True) if fault is None}
         own = arrivals.unread(run, list(sides), again=plan.continual.online.read_again)
-        if all(sides[one] == "holdout" for one in own):
+        if all(sides[one] == "holdout" for one in own if one not in before):
+            new += [one for one in own if one in before and one in usable]  # mended
             if settled is not None:
                 settled[piece.source.path] = state
             continue
@@ -188,16 +205,21 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
                 fix="Add the source again with --declared-size N; of a watched folder it is each file's.",
             )
         size += piece.source.declared_size
-        new += own
-    return New(size, new)
+        new += [one for one in own if one in usable]
+        passed.update(one for one in own if one not in usable)
+    return New(size, new, list(passed))
 
 
-def _usable_rows(piece: Piece, plan: Plan) -> Iterator[tuple[Split, Row]]:
+def _rows_of(piece: Piece, plan: Plan) -> Iterator[tuple[Split, Row, str | None]]:
+    """A piece's rows with their sides, and why the task can't use one.
+
+    Under privacy those count too: the coordinator chooses the labels, and is told without noise whether anything is new.
+    """
     for side, row in piece.rows(plan.task.fields, strict=not plan.private):
-        if (fault := plan.task.fault(row)) is None:
-            yield side, row
-        elif not plan.private:
+        fault = plan.task.fault(row)
+        if fault is not None and not plan.private:
             raise LichenError(Code.DATA_LABEL, fault, where=piece.source.path, fix="Mend the row, or take it out.")
+        yield side, row, fault
 
 
 def take(home: Path, plan: Plan, run: str, number: int) -> Batches:
@@ -210,16 +232,16 @@ def take(home: Path, plan: Plan, run: str, number: int) -> Batches:
         if (found := arrivals.batch(run, number)) is not None:
             return found
         new = new_rows(home, plan, run, arrivals)
-        if not new.rows:
+        if not new.declared_size:
             raise LichenError(Code.DATA_EMPTY, "no new rows since the last batch", where=str(home / "data.yaml"))
-        return Batches(arrivals.key, new.declared_size, frozenset((one, number) for one in new.rows))
+        return Batches(arrivals.key, new.declared_size, frozenset((one, number) for one in new.rows), frozenset(new.passed))
 
 
 def begin(home: Path, run: str, number: int, batches: Batches) -> None:
     """Let a batch be of these rows from now on, just before they are trained on: what fails before that loses nothing."""
     with Arrivals(home) as arrivals:
         rows = [one for one, batch in batches.rows if batch == number]
-        arrivals.begin(run, number, New(batches.declared_size or 0, rows))
+        arrivals.begin(run, number, New(batches.declared_size or 0, rows, list(batches.passed)))
 
 
 def until(home: Path, plan: Plan, run: str, number: int, *, new: bool) -> Batches:

@@ -182,7 +182,13 @@ def data_add(
         watch=watch,
     )
     typer.echo(f"added {source.path}: {', '.join(f'{name} = {column}' for name, column in source.fields.items())}")
-    if declared_size is None:
+    if declared_size is None and watch:
+        typer.echo(
+            "No size was declared. Online runs need one, and so do plans with differential privacy: a constant for each file, such as a"
+            " power of two near the rows that you expect in one. It may be known to all; the true numbers may not."
+            "\n  lichen client data add … --watch --declared-size N"
+        )
+    elif declared_size is None:
         rows = next(found.train for found in check(home).sources if found.path == source.path)
         typer.echo(
             "No size was declared. Plans with differential privacy need one: a constant that may be known to all, since the true number"

@@ -19,8 +19,8 @@ from tempfile import mkdtemp
 from typing import Any, BinaryIO
 
 from lichen.common.errors import Code, LichenError
+from lichen.coordinator.export import ARCHIVE
 from lichen.coordinator.home import Home
-from lichen.coordinator.models import ARCHIVE
 from lichen.coordinator.run_directory import RESTORED
 from lichen.coordinator.store import Store
 

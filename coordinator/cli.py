@@ -30,7 +30,7 @@ from lichen.coordinator.cli_tools import (
     print_table,
     when,
 )
-from lichen.coordinator.export import ExportFormat, FormatOption, OutOption, VersionOption, export_model
+from lichen.coordinator.export import ExportFormat, FormatOption, OutOption, VersionOption, export_model, has_version
 from lichen.coordinator.home import ENROLMENT_PORT, FLEET_PORT, Home, Runtime
 from lichen.coordinator.operations import find_run
 
@@ -240,13 +240,13 @@ def export(
     form: FormatOption = ExportFormat.PEFT,
     version: VersionOption = None,
 ) -> None:
-    """Write a finished run's model, for transformers and peft; of a stream of tasks any version, at any time.
+    """Write a run's model, for transformers and peft; of a stream of tasks what is given out, or any version, at any time.
 
     Example: lichen coordinator export latest --out model --format merged
     """
     found = do(home, "run", run=run)
-    if found["status"] != "finished" and version is None:
-        raise LichenError(Code.NO_MODEL, f"run {found['run_id']} is {found['status']}: it has no final model")
+    if found["status"] != "finished" and version is None and not has_version(Path(found["directory"])):
+        raise LichenError(Code.NO_MODEL, f"run {found['run_id']} is {found['status']}: it has no model yet")
     export_model(Path(found["directory"]), out, form.value, version)
     typer.echo(f"wrote {out}")
 

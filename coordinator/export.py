@@ -18,6 +18,8 @@ from lichen.common.privacy.statement import make_statement
 from lichen.common.result import read_result, write_atomically
 
 Format = Literal["peft", "merged"]
+ARCHIVE = "model.tar"
+"""Beside a model, the same as nodes fetch it; made when one does."""
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 
@@ -32,7 +34,9 @@ OutOption = Annotated[Path, typer.Option(help="The directory to write.", show_de
 FormatOption = Annotated[
     ExportFormat, typer.Option("--format", help="peft: as it was trained. merged: a LoRA adapter added into its base's weights.")
 ]
-VersionOption = Annotated[int | None, typer.Option(min=1, help="Of a stream of tasks: the model after so many; left out, the final one.")]
+VersionOption = Annotated[
+    int | None, typer.Option(min=1, help="Of a stream of tasks: the model after so many; left out, what is given out.")
+]
 
 
 @app.command()
@@ -54,7 +58,7 @@ def export_model(run: Path, out: Path, form: Format = "peft", version: int | Non
         run: the run directory.
         out: a directory, made here; it may exist only if it is empty.
         form: ``peft`` copies `model/` as it is; ``merged`` adds a LoRA adapter into its base's weights.
-        version: of a stream of tasks, in place of the final model.
+        version: of a stream of tasks, in place of what is given out: the final model, or before there is one the newest version.
 
     Raises:
         LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE, NO_MODEL; MODEL_NOT_FOUND if the base is not here.
@@ -66,6 +70,8 @@ def export_model(run: Path, out: Path, form: Format = "peft", version: int | Non
         if version is not None:
             model = Path(stack.enter_context(TemporaryDirectory())) / "model"
             _write_version(run, version, model)
+        elif not (model / "README.md").is_file() and has_version(run):
+            model = model_so_far(run)
         if not (model / "README.md").is_file():
             raise LichenError(Code.NO_MODEL, "this run has no model yet", where=str(run), fix="Wait until it has finished.")
         try:
@@ -103,9 +109,38 @@ def give_out(run: Path, number: int) -> None:
             result.continual = result.continual.model_copy(update=told)
             write_atomically(run / "result.json", result.model_dump_json(indent=2) + "\n")
             write_report(run)
+        (run / ARCHIVE).unlink(missing_ok=True)  # nodes fetched the other
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(run)) from None
+
+
+def has_version(run: Path) -> bool:
+    """Whether a run of a stream gives out a version."""
+    from lichen.coordinator.versions import FOLDER, Versions
+
+    return (run / FOLDER).is_dir() and Versions(run, load_plan(run / "plan.yaml")).given_out() is not None
+
+
+def model_so_far(run: Path) -> Path:
+    """The model of the version that an unfinished run gives out, beside its tensors; written when it is first asked for.
+
+    Raises:
+        LichenError: NO_MODEL, if no task has ended; MODEL_NOT_FOUND, if the base is not here; OUTPUT_UNUSABLE.
+    """
+    from lichen.coordinator.versions import FOLDER, Versions
+
+    version = Versions(run, load_plan(run / "plan.yaml")).current()
+    folder = run / FOLDER / version.name / "model"
+    if not folder.exists():
+        new = folder.with_name("model.new")
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            _write_version(run, version.number, new)
+            new.rename(folder)
+        except OSError as error:
+            raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(folder)) from None
+    return folder
 
 
 def _write_version(run: Path, number: int, folder: Path) -> None:

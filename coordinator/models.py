@@ -1,4 +1,4 @@
-"""Serve the final models of finished runs to enrolled nodes, on the fleet's listener."""
+"""Serve the models of finished runs, and what an unfinished stream gives out so far, to enrolled nodes, on the fleet's listener."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import grpc
 import grpc.aio
 
 from lichen.common.channel import models_pb2 as pb
-from lichen.common.channel.archive import pack
+from lichen.common.channel.archive import PLAN, pack
 from lichen.common.channel.refusal import refuse
 from lichen.common.errors import Code, LichenError
 from lichen.common.records import PayloadRef
 from lichen.coordinator.admission import admit, one_line
+from lichen.coordinator.export import ARCHIVE, has_version, model_so_far
 from lichen.coordinator.store import Run, Store
 
 PROTOCOL = 1
-ARCHIVE = "model.tar"
 PART = 32 << 10  # bytes: one that is not there whole is fetched again, and a slow link takes seconds for it
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class ModelService:
     def __init__(self, store: Store, runs: Path) -> None:
         self._store = store
         self._runs = runs
-        self._packed: dict[int, PayloadRef] = {}
+        self._packed: dict[Path, PayloadRef] = {}
         self._packing = threading.Lock()
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
@@ -69,26 +69,30 @@ class ModelService:
 
     def _find(self, run_id: int) -> tuple[int, Path, PayloadRef]:
         """The run, its archive (made now if need be), and the archive's digest and length."""
-        run = self._finished(run_id)
+        run = self._with_model(run_id)
         directory = self._runs / run.directory
-        path = directory / ARCHIVE
         with self._packing:
-            if (ref := self._packed.get(run.run_id)) is None or not path.exists():
+            model = directory / "model" if run.status == "finished" else model_so_far(directory)
+            path = model.parent / ARCHIVE
+            if (ref := self._packed.get(path)) is None or not path.exists():
                 if path.exists():
                     with path.open("rb") as file:
                         ref = PayloadRef(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
                 else:
-                    ref = pack(directory, path)
-                self._packed[run.run_id] = ref
+                    ref = pack(directory / PLAN, model, path)
+                self._packed[path] = ref
         return run.run_id, path, ref
 
-    def _finished(self, run_id: int) -> Run:
+    def _with_model(self, run_id: int) -> Run:
+        """The run of this number, or the newest that has a model: it is finished, or a version of it is given out already."""
         if run_id:
             run = self._store.run(run_id)
-            if run.status != "finished":
-                raise LichenError(Code.NO_MODEL, f"run {run_id} is {run.status}: it has no final model")
+            if not self._has_model(run):
+                raise LichenError(Code.NO_MODEL, f"run {run_id} is {run.status}: it has no model yet")
             return run
-        finished = [run for run in self._store.runs() if run.status == "finished"]
-        if not finished:
-            raise LichenError(Code.NO_MODEL, "no run has finished yet")
-        return finished[-1]
+        if found := [run for run in self._store.runs() if self._has_model(run)]:
+            return found[-1]
+        raise LichenError(Code.NO_MODEL, "no run has a model yet")
+
+    def _has_model(self, run: Run) -> bool:
+        return run.status == "finished" or has_version(self._runs / run.directory)

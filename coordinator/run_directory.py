@@ -47,6 +47,8 @@ class Before(BaseModel):
     by_task: dict[str, Metrics | None] = Field(default_factory=dict)
     """The last scores."""
     drift: float | None = None
+    enough: bool = False
+    """Whether that was enough to begin: then nothing is scored again after a crash."""
     errors: dict[str, int | None] = Field(default_factory=dict)
     """Of clients that failed in any of them, their error's number; null for no answer."""
 

@@ -258,14 +258,14 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
         while True:
             nodes, rows = self._cohorts.wait_for_data(number, grid, state, announce, before.least)
-            if not self.plan.evaluation.federated_every:
+            if not self.plan.evaluation.federated_every or before.enough:
                 return nodes
             self._evaluate_before(nodes, grid, before)
-            enough = online.drift is None or before.drift is None or before.drift >= online.drift or not rows
-            before.least = rows if enough else rows + online.clients * online.rows
+            before.enough = online.drift is None or before.drift is None or before.drift >= online.drift or not rows
+            before.least = rows if before.enough else rows + online.clients * online.rows
             state.before = before
             self.directory.save_state(state)  # what was scored is charged, whatever comes next
-            if enough:
+            if before.enough:
                 return nodes
             log.info(
                 "round %d waits: drift is %.3f, below continual.online.drift (%g), in %d rows", number, before.drift, online.drift, rows

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lichen.common.continual.stream import is_stream
+from lichen.common.continual.stream import is_online, is_stream
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import load_plan
+from lichen.common.plan import Plan, load_plan
 from lichen.coordinator.cli_tools import DEFAULT_HOME, HomeOption, JsonOption, RunArgument, do, print_json, print_table
 from lichen.coordinator.versions import Version, Versions, measured, scored_tasks
 
@@ -29,7 +29,7 @@ def versions(run: RunArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOpt
     if as_json:
         print_json([version.model_dump(mode="json") for version in every])
         return
-    tasks = scored_tasks(load_plan(directory / "plan.yaml"))
+    tasks = _tasks(load_plan(directory / "plan.yaml"), every)
     given_out = found.given_out()
     print_table(
         ("version", "parent", "round", "ε", *tasks, ""),
@@ -55,7 +55,7 @@ def diff(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """How two versions' scores differ, by task, on the coordinator's validation rows.
+    """How two versions' scores differ, by task, on the coordinator's validation rows, or where it has none on the clients' hold-outs.
 
     Example: lichen coordinator diff latest 1 2
     """
@@ -65,13 +65,13 @@ def diff(
         if number not in by_number:
             found.find(number)  # which tells what there is
     before, after = by_number[first], by_number[second]
-    tasks = scored_tasks(load_plan(directory / "plan.yaml"))
+    tasks = _tasks(load_plan(directory / "plan.yaml"), [before, after])
     rows = {task: _pairs(before, after, task) for task in tasks}
     if as_json:
         print_json({task: {key: {"first": a, "second": b} for key, (a, b) in metrics.items()} for task, metrics in rows.items()})
         return
     if not any(rows.values()):
-        typer.echo("the coordinator has no validation rows, so nothing was scored")
+        typer.echo("nothing was scored: the coordinator has no validation rows, and the plan no evaluation.federated_every at a task's end")
         return
     print_table(
         ("task", "metric", before.name, after.name, "change"),
@@ -113,6 +113,12 @@ def _versions(run: str, home: Path) -> tuple[Versions, Path]:
     if not is_stream(plan):
         raise LichenError(Code.NO_MODEL, "the run's plan has no stream of tasks, so its model has no versions", where=str(directory))
     return Versions(directory, plan), directory
+
+
+def _tasks(plan: Plan, every: list[Version]) -> list[str]:
+    """What versions were scored on: the plan's tasks, or of an online run the batches until then."""
+    scored = dict.fromkeys(task for version in every for task in version.validation)
+    return list(scored) if is_online(plan) else scored_tasks(plan)
 
 
 def _pairs(before: Version, after: Version, task: str) -> dict[str, tuple[float | None, float | None]]:

@@ -19,19 +19,25 @@ PLAN = "plan.yaml"
 _NAME = re.compile(r"plan\.yaml|model/[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.(?:safetensors|json|txt|md|jinja|model)")
 
 
-def pack(run: Path, target: Path) -> PayloadRef:
-    """Write the archive of a run directory's plan and model; returns its digest and length.
+def pack(plan: Path, model: Path, target: Path) -> PayloadRef:
+    """Write the archive of a run's plan and a model of it; returns its digest and length.
 
     Raises:
-        LichenError: NO_MODEL, if the run has no model yet.
+        LichenError: NO_MODEL, if there is no model, or it is one of several folders.
     """
-    files = sorted(path for path in (run / "model").glob("*") if _NAME.fullmatch(f"model/{path.name}"))
+    files = {f"model/{path.name}": path for path in sorted(model.glob("*")) if _NAME.fullmatch(f"model/{path.name}")}
     if not files:
-        raise LichenError(Code.NO_MODEL, "this run has no model", where=str(run))
+        raise LichenError(Code.NO_MODEL, "this run has no model")
+    if next(model.glob("*/*.safetensors"), None):
+        raise LichenError(
+            Code.NO_MODEL,
+            "this run's model is one for each task, in folders of their own, which are not sent",
+            fix="Ask the operator for it: lichen coordinator export RUN --out FOLDER.",
+        )
     temporary = target.with_name(target.name + ".tmp")
     with temporary.open("wb") as out, tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for path in (run / PLAN, *files):
-            entry = tarfile.TarInfo(str(path.relative_to(run)))
+        for name, path in {PLAN: plan, **files}.items():
+            entry = tarfile.TarInfo(name)
             entry.size, entry.mode = path.stat().st_size, 0o644
             with path.open("rb") as file:
                 archive.addfile(entry, file)

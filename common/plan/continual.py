@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lichen.common.plan.sections import Number, Section
 
 Bound = float | str
 """Of a window: a number, or a text such as a date, which is compared as text."""
+
+Value = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""A text, for which a whole number may stand, such as a year."""
 
 
 class StreamTask(Section):
@@ -20,7 +23,7 @@ class StreamTask(Section):
     """A short name: figures, data segments and versions of the model bear it."""
     labels: tuple[str, ...] = ()
     """Rows of these labels of `task.labels`. Those that no earlier task had are new here: until then the model chooses among the others."""
-    where: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    where: dict[str, tuple[Value, ...]] = Field(default_factory=dict)
     """By data field: rows that have one of these values there, read as text."""
     between: dict[str, tuple[Bound, Bound]] = Field(default_factory=dict)
     """By data field: rows whose value is the first or later, and before the second. Both are numbers, or both texts (ISO dates sort)."""

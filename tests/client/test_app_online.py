@@ -114,7 +114,7 @@ def test_what_an_ordinary_run_has_read_is_not_new_later(home: Path, tiny_plan: d
     assert not ask(home, parse_plan(tiny_plan), 1, run=1).has_error()
     with Arrivals(home) as arrivals:
         left = new_rows(home, online, "2", arrivals)
-    assert left == (0, []), "held-out rows alone make no batch"
+    assert left == (0, [], []), "held-out rows alone make no batch"
     assert ask(home, online, 1, run=2).error.code == Code.DATA_EMPTY
     (home / "arrivals.sqlite").write_bytes(b"damaged" * 1000)
     reply = ask(home, online, 1, run=2)

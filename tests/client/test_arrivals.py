@@ -126,15 +126,24 @@ def test_held_out_rows_make_no_batch_and_come_with_one(tmp_path: Path) -> None:
     assert len(take(tmp_path, plan, RUN, 0).rows) == 40
 
 
-def test_rows_that_the_task_cannot_use_are_not_new_and_come_once_mended(tmp_path: Path) -> None:
+def test_rows_that_the_task_cannot_use_are_told_of_once_and_come_when_they_are_mended(tmp_path: Path) -> None:
     folder, private = watched(tmp_path), plan_of(privacy={"unit": "example", "sample_rate": 0.5})
     rows = [{"text": "a", "label": "a"}, {"text": "b", "label": "typo"}, {"text": 3, "label": "a"}, {"label": "a"}]
     (folder / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(take(tmp_path, private, RUN, 0).rows) == 2
-    deliver(folder, "one.jsonl", ["a", "b"])
-    assert len(take(tmp_path, private, RUN, 1).rows) == 1
-    (folder / "two.jsonl").write_text('{"text": "c", "label": "typo"}\n')
+    assert count(tmp_path, private) == 64
+    first = take(tmp_path, private, RUN, 0)
+    assert (len(first.rows), len(first.passed)) == (2, 1)
+    begin(tmp_path, RUN, 0, first)
     assert count(tmp_path, private) == 0
+    deliver(folder, "one.jsonl", ["a", "b"])
+    assert count(tmp_path, private) == 0, "it was told of"
+    (folder / "two.jsonl").write_text('{"text": "c", "label": "typo"}\n')
+    assert count(tmp_path, private) == 64, "the coordinator names the labels, and is told nothing of these"
+    second = take(tmp_path, private, RUN, 1)
+    assert (len(second.rows), len(second.passed)) == (1, 1), "what was mended"
+    begin(tmp_path, RUN, 1, second)
+    with Arrivals(tmp_path) as arrivals:
+        assert {number for _, number in arrivals.until(RUN, 1)} == {0, 1}
     with pytest.raises(LichenError) as caught:
         count(tmp_path, plan_of())
     assert caught.value.code is Code.DATA_LABEL
@@ -214,8 +223,8 @@ def test_no_row_is_in_two_batches_of_a_run_and_none_is_lost(tmp_path_factory: py
     with Arrivals(tmp_path_factory.mktemp("home")) as arrivals:
         batches: list[set[int]] = []
         for number, rows in enumerate(sent):
-            arrivals.begin(RUN, number, New(1, arrivals.unread(RUN, sorted(rows), again=False)))
-            arrivals.begin(RUN, number, New(1, list(range(100, 110))))  # which has begun
+            arrivals.begin(RUN, number, New(1, arrivals.unread(RUN, sorted(rows), again=False), []))
+            arrivals.begin(RUN, number, New(1, list(range(100, 110)), []))  # which has begun
             batch = arrivals.batch(RUN, number)
             assert batch is not None
             batches.append(set(dict(batch.rows)))

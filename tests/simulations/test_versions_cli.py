@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from lichen.common.channel.archive import pack
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import parse_plan
 from lichen.common.result import read_result
 from lichen.coordinator.cli import app
 from lichen.coordinator.export import export_model
 from lichen.coordinator.home import Home
+from lichen.coordinator.models import ModelService
 from lichen.simulations.simulate import run
 
 STREAM = [{"name": "fields", "labels": ["crop", "metal"]}, {"name": "banks", "labels": ["money"]}]
@@ -105,6 +108,66 @@ def test_a_rollback_that_was_killed_between_two_moves_is_done_again(lichen: Call
     assert (directory / "model" / "adapter_config.json").exists()
     assert not (directory / "model.old").exists()
     assert "rolled back to 1-fields" in (directory / "report.html").read_text(encoding="utf-8")
+
+
+def test_nodes_fetch_what_is_given_out_after_a_rollback_too(lichen: Callable[..., Any], home: tuple[Path, Path]) -> None:
+    made = Home(home[0])
+    store = made.open_store()
+    service = ModelService(store, made.runs)
+    _, path, before = service._find(7)
+    assert service._find(0) == (7, path, before)
+    lichen("rollback", "1")
+    assert service._find(7)[2].digest != before.digest
+    lichen("rollback", "2")
+    assert ModelService(store, made.runs)._find(7)[1:] == (path, before)
+    store.close()
+
+
+def test_before_its_end_a_stream_gives_out_the_newest_version(lichen: Callable[..., Any], home: tuple[Path, Path], tmp_path: Path) -> None:
+    made, directory = Home(home[0]), home[1]
+    store = made.open_store()
+    store.set_run_status(7, "running")
+    shutil.move(directory / "model", tmp_path / "final")
+    lichen("export", "--out", str(tmp_path / "so-far"))
+    weights = {name: (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("so-far", "final")}
+    assert weights["so-far"] == weights["final"]
+    run_id, path, ref = ModelService(store, made.runs)._find(0)
+    assert (run_id, path.parent.name, path.stat().st_size) == (7, "2-banks", ref.length)
+    shutil.rmtree(directory / "versions")
+    for ask in (0, 7):
+        with pytest.raises(LichenError) as caught:
+            ModelService(store, made.runs)._find(ask)
+        assert caught.value.code is Code.NO_MODEL
+    store.close()
+
+
+def test_a_model_of_several_folders_is_not_sent_in_part(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
+    continual = {"stream": STREAM, "method": "adapters"}
+    run(parse_plan(csv_plan | {"rounds": 4, "cohort": {"size": 3}, "continual": continual}), tmp_path, "inprocess")
+    with pytest.raises(LichenError) as caught:
+        pack(tmp_path / "plan.yaml", tmp_path / "model", tmp_path / "model.tar")
+    assert caught.value.code is Code.NO_MODEL
+    assert not (tmp_path / "model.tar").exists()
+
+
+def test_the_versions_of_an_online_run_are_told_by_batch(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
+    continual = {"mode": "online", "online": {"rounds": 1}}
+    evaluation = {"federated_every": 1, "validation_fraction": 0.0}
+    data = {key: value for key, value in csv_plan["simulation"]["data"].items() if key != "test"}
+    changes = {"rounds": 2, "cohort": {"size": 3}, "continual": continual, "evaluation": evaluation}
+    plan = parse_plan(csv_plan | changes | {"simulation": csv_plan["simulation"] | {"data": data}})
+    made = Home.create(tmp_path / "home", ["127.0.0.1"])
+    run(plan, made.runs / "7", "inprocess")
+    store = made.open_store()
+    store.add_run(7, plan.canonical_json(), "7")
+    store.close()
+    told = {}
+    for command in (["versions", "7"], ["diff", "7", "1", "2"]):
+        done = CliRunner().invoke(app, [*command, "--home", str(tmp_path / "home")], catch_exceptions=False)
+        told[command[0]] = [line.split("\t") for line in done.stdout.splitlines()]
+    assert told["versions"][0][4:6] == ["batch-1", "batch-2"]
+    assert told["versions"][2][4] != "–"
+    assert ["batch-1", "accuracy"] in [line[:2] for line in told["diff"]]
 
 
 def test_a_run_that_goes_on_is_not_rolled_back(lichen: Callable[..., Any], home: tuple[Path, Path]) -> None:
