@@ -71,7 +71,7 @@ def test_the_tasks_share_the_rounds_and_each_round_is_of_one(given_: list[int | 
 
 def test_a_row_is_of_a_task_if_it_meets_all_that_is_said() -> None:
     plan = plan_of(
-        {"labels": ["a", "b"], "where": {"site": ["x", "7"]}},
+        {"labels": ["a", "b"], "where": {"site": ["x", 7]}},
         {"between": {"year": [1800, 1850.5]}},
         {"between": {"day": ["2024-01-01", "2024-07-01"]}, "where": {"site": ["x"]}},
     )
