@@ -42,6 +42,7 @@ _OF_TASK = re.compile(rf"{MEMORY}\.(\d+)\.(.+)")
 class Adapters(Method):
     """Keeps each task's adapter at the coordinator, and what finds a row's task."""
 
+    alone = True
     gathered_in_words = (
         "sums over rows of their features, by label, and with router: ridge of products of two features (in a task's first round)"
     )
@@ -73,10 +74,6 @@ class Adapters(Method):
     def gathered_like(self, stage: Stage, state: Mapping[str, torch.Tensor]) -> State:
         """Sums of the features of each of the task's classes, and where the plan asks for it Σ x xᵀ."""
         return self._sums.like(state[head_of(state)], len(self.own_places(stage.number)))
-
-    def choices(self, number: int) -> tuple[str, ...]:
-        """The task's own labels: the router decides among tasks."""
-        return self.own_choices(number)
 
     def gather(self, features: torch.Tensor, data: Any, weights: torch.Tensor, stage: Stage) -> State:
         """Each row adds its feature to its class' sum: where only directions are compared, counts are not needed."""

@@ -27,6 +27,7 @@ _ANCHOR, _FISHER, _SUMS = f"{KEPT}.anchor.", f"{KEPT}.fisher.", f"{SUMS}.fisher.
 class EWC(Method):
     """Keeps an anchor and a weight for each trained number."""
 
+    alone = True
     gathered_in_words = "squares of summed gradients (in a task's last round, in place of an update)"
 
     def check(self, refuse: Refuse) -> None:

@@ -31,6 +31,8 @@ _KNOWN = 64
 class LwF(Method):
     """Keeps the last task's model, as all clients' teacher."""
 
+    alone = True
+
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         self._taught: OrderedDict[str, tuple[Encoded, Encoded]] = OrderedDict()  # of what rows, and those with the answers
@@ -45,10 +47,6 @@ class LwF(Method):
         import torch
 
         return {_BEFORE + name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in trained.items()}
-
-    def choices(self, number: int) -> tuple[str, ...]:
-        """The task's own labels: rows of new classes say of the old ones only that they are others, which would be all that is learned."""
-        return self.own_choices(number)
 
     def examples(self, task: Task[Any], model: TunedModel, data: Encoded, stage: Stage) -> Encoded:
         """With what the model before says of them; in the first task there is none."""

@@ -63,6 +63,9 @@ class Method:
 
     holds = False
     """Whether each adapted layer adds what is kept by the names of `HELD_A` and `HELD_B`."""
+    alone = False
+    """Whether a task's labels compete with each other alone: else new rows say of old classes only that they are others, and that is all
+    that is learned of them."""
     gathered_in_words = ""
     """What a round sends in place of an update, if it gathers; for the privacy statement."""
 
@@ -96,18 +99,14 @@ class Method:
 
     def choices(self, number: int) -> tuple[str, ...]:
         """The labels among which the model chooses while a task (its number, from 0) is trained."""
-        return labels_until(self.plan, number)
+        own = self.own_labels(number)
+        return own if self.alone and len(own) > 1 else labels_until(self.plan, number)  # of one label nothing would be learned
 
     def own_labels(self, number: int) -> tuple[str, ...]:
         """Those of a task alone, in the plan's order; all, where it names none."""
         tasks = self.plan.continual.stream
         own = tasks[number].labels if tasks else ()
         return tuple(label for label in self.plan.task.labels if label in own) if own else self.plan.task.labels
-
-    def own_choices(self, number: int) -> tuple[str, ...]:
-        """What `choices` is for methods that let a task's labels compete with each other alone; of one label nothing would be learned."""
-        own = self.own_labels(number)
-        return own if len(own) > 1 else labels_until(self.plan, number)
 
     def own_places(self, number: int) -> list[int]:
         """Where these are among the plan's."""

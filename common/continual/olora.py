@@ -26,6 +26,7 @@ class OLoRA(Method):
     """Keeps all earlier adapters at all clients, one after another in two matrices a layer."""
 
     holds = True
+    alone = True
 
     def check(self, refuse: Refuse) -> None:
         """It needs tasks, and a LoRA whose A is trained."""

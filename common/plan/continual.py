@@ -87,7 +87,7 @@ class Adapters(Section):
 class EWC(Section):
     """Of `method: ewc`."""
 
-    weight: Number = Field(default=0.1, ge=0)
+    weight: Number = Field(default=1.0, ge=0)
     """λ: how strongly a weight of mean importance is pulled to where the old tasks left it, against the mean gradient of a batch."""
 
 
