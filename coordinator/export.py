@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -176,8 +177,11 @@ def _merge(run: Path, model: Path, out: Path) -> None:
     if plan.task.kind == "causal-lm":
         kind, settings = AutoPeftModelForCausalLM, {}
     try:
-        tuned = kind.from_pretrained(model, **settings)
-        tuned.merge_and_unload().save_pretrained(out)
+        # a base's own head, of other classes, is not the one that was trained
+        tuned = kind.from_pretrained(model, ignore_mismatched_sizes=True, **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned.merge_and_unload().save_pretrained(out)
     except (OSError, ValueError) as error:
         raise LichenError(
             Code.MODEL_NOT_FOUND, f"can't load the base model: {str(error).splitlines()[0]}", where="model.base", fix="Export as peft."

@@ -174,7 +174,7 @@ def card(plan: Plan, statement: Statement, *, merged: bool = False) -> str:
     )
     # some bases have none, and then know the last token of one text only
     padding = "model.config.pad_token_id = tokenizer.pad_token_id\n" if lora and plan.model.head.pooling == "pooler" else ""
-    base = f", num_labels={len(plan.task.labels)}" if lora else ""
+    base = f", num_labels={len(plan.task.labels)}, ignore_mismatched_sizes=True" if lora else ""  # the base may have a head of its own
     return f"""---
 library_name: {"peft" if lora else "transformers"}
 ---

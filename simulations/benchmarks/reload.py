@@ -72,5 +72,5 @@ def _load(directory: Path, labels: int, model: dict[str, Any]) -> Any:
 
     kind = "TokenClassification" if model["head"]["pooling"] == "mean" else "SequenceClassification"
     if (directory / "adapter_config.json").exists():
-        return getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(directory, num_labels=labels).eval()
+        return getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(directory, num_labels=labels, ignore_mismatched_sizes=True).eval()
     return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(directory).eval()

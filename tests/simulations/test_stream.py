@@ -30,6 +30,7 @@ from lichen.coordinator.export import app, export_model
 from lichen.coordinator.run_directory import RunDirectory
 from lichen.coordinator.runs import disk_failed
 from lichen.coordinator.versions import FOLDER, Versions
+from lichen.simulations.benchmarks.reload import bench_reload
 from lichen.simulations.simulate import run
 from streams import EXACT, PRIVATE, STREAM, same, states, told
 
@@ -50,7 +51,8 @@ def test_a_later_plan_goes_on_from_a_runs_model_with_a_label_that_is_new(tmp_pat
     first, second = STREAM[0]["labels"], STREAM[1]["labels"]
     only = csv_plan | {"rounds": 2, "cohort": {"size": 3}}
     # the data have all labels: what is of no task of the stream is not read
-    run(parse_plan(only | {"continual": {"stream": STREAM[:1]}}), tmp_path / "old", "inprocess")
+    known = {"task": csv_plan["task"] | {"labels": first}, "continual": {"stream": STREAM[:1]}}
+    run(parse_plan(only | known), tmp_path / "old", "inprocess")
     export_model(tmp_path / "old", tmp_path / "model", "merged")
     model = csv_plan["model"] | {"base": str(tmp_path / "model"), "head": {"init": "base"}}
     task = csv_plan["task"] | {"labels": [*second, *first]}
@@ -58,6 +60,10 @@ def test_a_later_plan_goes_on_from_a_runs_model_with_a_label_that_is_new(tmp_pat
     found = told(run(grown, tmp_path / "new", "inprocess"))
     assert found.start[0] == pytest.approx(read_result(tmp_path / "old").final["accuracy"])
     assert found.matrix[1][1] > 0.9
+    export_model(tmp_path / "new", tmp_path / "grown", "merged")
+    weights = load_file(tmp_path / "grown" / "model.safetensors")
+    assert weights["classifier.weight"].shape[0] == 3
+    assert bench_reload(tmp_path / "new")["accuracy"] == pytest.approx(read_result(tmp_path / "new").final["accuracy"])
 
 
 def test_each_task_is_a_version_and_r_tells_what_was_learned_and_forgotten(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
