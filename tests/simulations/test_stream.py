@@ -22,7 +22,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
 from lichen.common.model.export import load_saved
 from lichen.common.plan import Plan, parse_plan
-from lichen.common.records import EvaluateReport
+from lichen.common.records import TRAIN, EvaluateReport
 from lichen.common.result import read_result
 from lichen.common.tasks import make_task
 from lichen.coordinator.app import OwnData
@@ -326,6 +326,19 @@ def test_a_simulated_online_run_deals_rows_to_batches(tmp_path: Path, csv_plan: 
                         rounds.setdefault(number, set()).add((entry.round - 1) // 2)
             assert all(len(batches) == 1 for batches in rounds.values()), "a segment is read in one batch"
             assert set().union(*rounds.values()) == {0, 1, 2}
+
+    answered: list[str] = []
+
+    def cut(kind: str, done: int, _: int) -> None:
+        answered.extend([kind] if done == 1 else [])
+        if answered.count(TRAIN) == 5:
+            raise RuntimeError("in the first round of the last batch, which had been scored")
+
+    with pytest.raises(RuntimeError):
+        run(plan, tmp_path / "cut", "inprocess", progress=cut)
+    resumed = run(plan, tmp_path / "cut", "inprocess", resume=True)
+    assert resumed.continual == found
+    assert resumed.privacy.clients == result.privacy.clients, "nothing was scored again"
 
     expected = states(tmp_path / "whole", plan)
     (tmp_path / "whole" / "checkpoints" / "round-00006.safetensors").unlink()
