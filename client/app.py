@@ -365,7 +365,7 @@ def _train_central(
     """
     run = str(message.metadata.run_id)
     with open_ledger(node.home, own=node.simulated) as ledger:
-        planned, paid = planned_central(plan).segment, ledger.paid(run, "train", _WHOLE_RUN)
+        planned, paid = planned_central(plan).segment, ledger.paid(run, "train", _WHOLE_RUN, rows.as_of)
         readable = rows.segments & paid
         if (rest := rows.segments - paid) or not readable:
             try:

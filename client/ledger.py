@@ -149,9 +149,14 @@ class Ledger(Database):
             changed |= dict.fromkeys(own, number)
         return changed
 
-    def paid(self, run: str, split: Split, message_id: str) -> frozenset[int]:
-        """The data segments that a message of a run has paid for, but for those that nobody may read any more."""
+    def paid(self, run: str, split: Split, message_id: str, as_of: int) -> frozenset[int]:
+        """The data segments that a message of a run has paid for, but for those that nobody may read any more; ``as_of`` as in `reserve`.
+
+        Raises:
+            LichenError: LEDGER_MOVED.
+        """
         self._refresh()
+        self._check_unmoved(as_of)
         own = (entry.charged for entry in self._book.history(run=run) if (entry.split, entry.message_id) == (split, message_id))
         return frozenset(number for number in frozenset[int]().union(*own) if not self._book.segments[number].written_off)
 
@@ -202,13 +207,8 @@ class Ledger(Database):
         if planned.steps < 1 or ahead < 0:
             raise LichenError(Code.INTERNAL, f"{planned.steps} steps to reserve, {ahead} ahead")
         with self._transaction() as db:
-            if reads and self._book.split_at > as_of:
-                raise LichenError(
-                    Code.LEDGER_MOVED,
-                    "another process of this user has moved records to another data segment meanwhile",
-                    where=str(self.path),
-                    fix="Nothing was read. The coordinator may ask again.",
-                )
+            if reads:
+                self._check_unmoved(as_of)
             for entry in reversed(self._book.history(run=run)):
                 same = (entry.split, entry.message_id, entry.unit, entry.planned_noise, entry.segment.sample_rate)
                 if same == (split, message_id, limits.unit, *planned[:2]):
@@ -225,6 +225,15 @@ class Ledger(Database):
                 raise _spent(self.path, limits)
             self._reserve(db, split, run, message_id, round, segment, planned.noise_multiplier, limits.unit, readable, time.time())
             return Grant(segment, readable)
+
+    def _check_unmoved(self, as_of: int) -> None:
+        if self._book.split_at > as_of:
+            raise LichenError(
+                Code.LEDGER_MOVED,
+                "another process of this user has moved records to another data segment meanwhile",
+                where=str(self.path),
+                fix="Nothing was read. The coordinator may ask again.",
+            )
 
     def _together(self, usable: Mapping[int, Segment], run: str, planned: Segment, limits: Limits) -> tuple[Segment, frozenset[int]]:
         """One kind of steps for all data segments, the most noise and the fewest that any needs, and the segments that can pay those.

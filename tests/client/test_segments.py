@@ -53,6 +53,7 @@ def test_records_that_have_moved_since_they_were_looked_up_are_not_read(tmp_path
         reads, as_of = set(one.assign("train", [1, 2, 3])), one.split_at
         other.assign("train", [3], apart=True)
         refused(Code.LEDGER_MOVED, lambda: one.reserve("train", "r", "m", 1, STEP, limits(), reads, as_of=as_of))
+        refused(Code.LEDGER_MOVED, lambda: one.paid("r", "train", "m", as_of))
         assert one.entries() == []
         reads = set(one.assign("train", [1, 2, 3]))
         assert one.reserve("train", "r", "m", 1, STEP, limits(), reads, as_of=one.split_at).readable == {1, 2}
