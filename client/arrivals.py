@@ -140,6 +140,20 @@ class Arrivals(Database):
         """The fingerprints of all batches until one, each with the number of its batch."""
         return frozenset(self._rows("SELECT fingerprint, batch FROM reads WHERE run = ? AND batch <= ?", run, number))
 
+    def history(self) -> list[dict[str, Any]]:
+        """How much each run has read, an online one in each batch, for the owner's eyes.
+
+        Returns:
+            By time `run`, `batch` (from 0), `begun` (Unix time; both None for a run that is not online) and `rows`, held-out ones included
+            where they came with a batch.
+        """
+        query = (
+            "SELECT reads.run, batch, at, count(*) FROM reads LEFT JOIN batches ON batches.run = reads.run AND number = batch"
+            " WHERE batch > ? GROUP BY reads.run, batch ORDER BY at, reads.run"
+        )
+        found = self._rows(query, _PASSED)
+        return [{"run": run, "batch": None if at is None else batch, "begun": at, "rows": rows} for run, batch, at, rows in found]
+
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         with _usable(self._file):
             return super()._rows(query, *values)

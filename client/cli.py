@@ -222,6 +222,25 @@ def data_check(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         raise typer.Exit(int(Code.DATA_ROW if bad_rows else Code.DATA_EMPTY))
 
 
+@data_app.command("history")
+def data_history(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Show how many rows each run has read, and each batch of an online run. For your eyes. Example: lichen client data history."""
+    from lichen.client.arrivals import FILE, Arrivals
+
+    _need(home)
+    found = list[dict[str, Any]]()
+    if (home / FILE).exists():
+        with Arrivals(home) as arrivals:
+            found = arrivals.history()
+    if as_json:
+        _print_json(found)
+    elif not found:
+        typer.echo("no run has read anything here yet")
+    else:
+        shown = [row if row["begun"] is None else row | {"batch": row["batch"] + 1, "begun": _when(row["begun"])} for row in found]
+        _print_table([{key: "" if value is None else value for key, value in row.items()} for row in shown], {key: key for key in shown[0]})
+
+
 # --- what the owner permits --------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from lichen.client.arrivals import Arrivals, New
 from lichen.client.cli import app
 from lichen.client.data import add_source, read_manifest
 from lichen.client.ledger import Ledger
@@ -172,6 +173,21 @@ def test_data_add_and_check(tmp_path: Path, home: Path) -> None:
     bad = runner.invoke(app, ["data", "check", "--home", str(home)])
     assert bad.exit_code == Code.DATA_ROW
     assert "row 101" in bad.output
+
+
+def test_what_runs_have_read_is_shown_to_the_owner(tmp_path: Path, home: Path) -> None:
+    client("data", "history", home=tmp_path / "nowhere", fails=Code.AGENT_HOME_MISSING)
+    client("data", "add", write_rows(tmp_path / "rows.jsonl", 10), "--field", "text=text", "--field", "label=label", home=home)
+    assert "no run has read anything" in client("data", "history", home=home)
+    assert json.loads(client("data", "history", "--json", home=home)) == []
+    with Arrivals(home) as arrivals:
+        arrivals.begin("online", 0, New(64, [1, 2], [3]))
+        arrivals.note("planned", [1, 2, 4])
+    *_, first, second = client("data", "history", home=home).splitlines()
+    assert first.split() == ["planned", "3"]
+    assert second.split()[:2] == ["online", "1"]
+    assert second.split()[-1] == "2"
+    assert [row["batch"] for row in json.loads(client("data", "history", "--json", home=home))] == [None, 0]
 
 
 def test_policy_and_approvals(home: Path, tiny_plan: dict[str, Any]) -> None:

@@ -99,6 +99,20 @@ def test_what_another_run_has_read_is_new_only_where_the_plan_says_so(tmp_path: 
     assert count(tmp_path, again) == 0, "in one run no row is in two batches"
 
 
+def test_what_was_read_is_told_by_run_and_batch(tmp_path: Path) -> None:
+    plan, folder = plan_of(), watched(tmp_path)
+    deliver(folder, "one.jsonl", ["a", "b"])
+    take(tmp_path, plan, RUN, 0)
+    deliver(folder, "two.jsonl", ["c"])
+    take(tmp_path, plan, RUN, 1)
+    with Arrivals(tmp_path) as arrivals:
+        arrivals.note("not online", [1, 2, 3])
+        told = arrivals.history()
+    assert [(row["run"], row["batch"], row["rows"]) for row in told] == [("not online", None, 3), (RUN, 0, 2), (RUN, 1, 1)]
+    assert told[0]["begun"] is None
+    assert told[1]["begun"] <= told[2]["begun"]
+
+
 def test_what_is_scored_before_a_batch_stays_new(tmp_path: Path) -> None:
     plan, folder = plan_of(), watched(tmp_path)
     deliver(folder, "one.jsonl", ["a", "b"])
