@@ -58,12 +58,14 @@ def _score(home: Path, plan: Plan, fetched: FetchedModel | None) -> Scored:
     from lichen.common.tasks import make_task
 
     load_policy(home).check_model(plan.model.base)
-    task = make_task(plan)
+    # what was saved whole is told from the base in 32 bits
+    whole = fetched is not None and not (fetched.model / "adapter_config.json").exists()
+    task = make_task(plan.at_precision("float32") if whole else plan)
     rows = load(home, "holdout", task.fields)
     if len(rows) == 0:
         raise LichenError(Code.DATA_EMPTY, "no rows are held out", where=str(home), fix="Add the data again with --holdout 0.1.")
     model = task.build()
     if fetched is not None:
-        load_saved(fetched.model, model)
+        task.choose_among(load_saved(fetched.model, model) or None)
     scores = task.score(model.network, task.encode({field: rows.column(field) for field in task.fields}), plan.evaluation.batch_size)
     return Scored("start" if fetched is None else f"run {fetched.run_id}", len(rows), scores.metrics())

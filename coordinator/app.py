@@ -20,7 +20,7 @@ from lichen.common import records
 from lichen.common.aggregation import MEMORY, part_of
 from lichen.common.continual import make_method
 from lichen.common.continual.method import Part, Scored, together
-from lichen.common.continual.stream import Stage, fields_of, is_online, is_stream, rows_by_task, rows_of, stages, tasks_of
+from lichen.common.continual.stream import Stage, fields_of, is_online, is_stream, labels_until, rows_by_task, rows_of, stages, tasks_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import save_models
 from lichen.common.plan import Plan, plan_from_json
@@ -87,10 +87,13 @@ class OwnData:
         """The same on the rows of each task of the stream, after a stage or before the first; empty if there is no split."""
         return self._score_by_task(state, self._validation, stage)
 
-    def final(self, state: State) -> dict[str, Any] | None:
-        """`split` and metrics of the test split, or if there is none of the validation split; None without either."""
+    def final(self, state: State, learned: int) -> dict[str, Any] | None:
+        """`split` and metrics of the test split, or if there is none of the validation split; None without either.
+
+        A model chooses among the labels of the tasks until ``learned``, and misses the rows of others.
+        """
         for name, split in (("test", self._test), ("validation", self._validation)):
-            if (found := self._score(state, split, stages(self.plan)[-1])) is not None:
+            if (found := self._score(state, split, stages(self.plan)[-1], learned)) is not None:
                 return {"split": name, **found}
         return None
 
@@ -130,11 +133,12 @@ class OwnData:
         else:
             self.model.show(model)
 
-    def _score(self, state: State, split: Path | None, stage: Stage) -> Metrics | None:
+    def _score(self, state: State, split: Path | None, stage: Stage, learned: int | None = None) -> Metrics | None:
         if split is None:
             return None
         sets = self._rows[split].apart[: stage.number + 1]
-        if not (found := self._scored(state, split, sets, stage.number)):
+        choices = labels_until(self.plan, stage.number if learned is None else learned)
+        if not (found := self._scored(state, split, sets, [choices] * len(sets))):
             return None
         metrics = together(self.task, [one.scores for one in found.values()]).metrics()
         for key in next(iter(found.values())).shares:
@@ -146,16 +150,17 @@ class OwnData:
         """The model chooses among the labels of all tasks until the stage, and until the task that is scored."""
         if split is None:
             return {}
-        found = self._scored(state, split, self._rows[split].by_task, -1 if stage is None else stage.number)
+        sets, last = self._rows[split].by_task, -1 if stage is None else stage.number
+        found = self._scored(state, split, sets, [labels_until(self.plan, max(last, number)) for number in range(len(sets))])
         names = enumerate(scored_tasks(self.plan))
         return {name: found[number].metrics() if number in found else None for number, name in names}
 
-    def _scored(self, state: State, split: Path, sets: list[list[int]], last: int) -> dict[int, Scored]:
-        """By number those of the tasks' rows of which there are any."""
+    def _scored(self, state: State, split: Path, sets: list[list[int]], choices: list[tuple[str, ...]]) -> dict[int, Scored]:
+        """By number those of the tasks' rows of which there are any; for each what to choose among."""
         data = self._rows[split].encoded
         with self._batches.of(data, self._cache and self._cache / split.stem) as collate:
-            parts = [Part(data, rows, number, collate) for number, rows in enumerate(sets) if rows]
-            found = make_method(self.plan).score(self.task, self.model, state, parts, last, self.show)
+            parts = [Part(data, rows, number, choices[number], collate) for number, rows in enumerate(sets) if rows]
+            found = make_method(self.plan).score(self.task, self.model, state, parts, self.show)
         return {part.number: scored for part, scored in zip(parts, found, strict=True)}
 
     def _read(self, path: Path) -> _Split:
@@ -220,10 +225,10 @@ def main(grid: Grid, context: Context) -> None:
         content = RecordDict()
         records.put_tensors(content, own.start, spool)
         strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)
-        final = strategy.final_model()
+        final, learned = strategy.final_model()
         statement = make_statement(plan, result.model_copy(update={"status": "finished"}))
-        save_models(directory.path / "model", plan, own.model, own.task.tokenizer, statement, final, own.show)
-        result.final = own.final(final)
+        save_models(directory.path / "model", plan, own.model, own.task.tokenizer, statement, final, learned, own.show)
+        result.final = own.final(final, learned)
         if is_stream(plan):
             result.continual = _told_of_tasks(Versions(directory.path, plan), own)
         result.status = "finished"

@@ -155,24 +155,25 @@ def _write_version(run: Path, number: int, folder: Path) -> None:
     version = versions.find(number)
     task, model, _ = workbench(plan.at_precision("float32"))
     statement = make_statement(plan, read_result(run))
-    save_models(folder, plan, model, task.tokenizer, statement, versions.state(version), model.load)
+    save_models(folder, plan, model, task.tokenizer, statement, versions.state(version), number - 1, model.load)
 
 
 def _merge(run: Path, model: Path, out: Path) -> None:
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, AutoPeftModelForTokenClassification
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     plan = load_plan(run / "plan.yaml")
-    labels = plan.task.labels
+    config = AutoConfig.from_pretrained(model)
+    labels = tuple(config.id2label[number] for number in sorted(config.id2label)) if plan.task.labels else ()
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the base lacks the head is no news: the adapter brings it
     kind = AutoPeftModelForTokenClassification if plan.model.head.pooling == "mean" else AutoPeftModelForSequenceClassification
     settings = {
         "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {name: number for number, name in enumerate(labels)},
+        "id2label": config.id2label,
+        "label2id": config.label2id,
     }
     if plan.task.kind == "causal-lm":
         kind, settings = AutoPeftModelForCausalLM, {}
@@ -190,4 +191,4 @@ def _merge(run: Path, model: Path, out: Path) -> None:
         logging.set_verbosity(verbosity)
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
     statement = make_statement(plan, read_result(run))
-    (out / "README.md").write_text(card(plan, statement, merged=True), encoding="utf-8")
+    (out / "README.md").write_text(card(plan, statement, labels, merged=True), encoding="utf-8")

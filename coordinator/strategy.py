@@ -19,6 +19,7 @@ from lichen.common.continual import make_method, training_rounds
 from lichen.common.continual.measures import drift_of
 from lichen.common.continual.stream import is_online, is_stream, stage_of
 from lichen.common.errors import Code, LichenError, name_of
+from lichen.common.model.base import rows_by_class
 from lichen.common.result import Result, Round
 from lichen.coordinator.aggregation.central_dp import CentralDP
 from lichen.coordinator.aggregation.merged import folded
@@ -150,15 +151,16 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._downlink.close(self.state)
         return FlowerResult()
 
-    def final_model(self) -> State:
+    def final_model(self) -> tuple[State, int]:
         """The mean of the last rounds' models, as the plan asks; of a stream the newest version that is not held back.
 
-        With it goes what the continual method keeps.
+        With it goes what the continual method keeps, and the number (from 0) of the last task that it has learned.
         """
         if is_stream(self.plan):
             versions = Versions(self.directory.path, self.plan)
-            return versions.state(versions.current())
-        return self._mean_of_last() | self.state.memory
+            current = versions.current()
+            return versions.state(current), current.number - 1
+        return self._mean_of_last() | self.state.memory, 0
 
     def _mean_of_last(self) -> State:
         count = self.plan.aggregation.average_last
@@ -348,10 +350,20 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
     def _step(self, change: State, restart: State, room: torch.Tensor | None = None) -> None:
         """Move the model; ``room`` may be overwritten."""
-        state = self.state
+        state, change = self.state, self._without_noise(change)
         step, state.velocity, state.squares = server_step(change, state.velocity, state.squares, self.plan.aggregation)
         whole = step | {name: step[name] + tensor if name in step else tensor for name, tensor in restart.items()}
         state.model = self._downlink.add(whole, state, room)
+
+    def _without_noise(self, change: State) -> State:
+        """Without what moves the head's rows of labels on which no loss of the task depends: noise of privacy, and of codecs."""
+        import torch
+
+        if not self.plan.continual.stream:
+            return change
+        labels, moved = self.plan.task.labels, self._method.moved_labels(stage_of(self.plan, self._told.round).number)
+        still = torch.tensor([place for place, label in enumerate(labels) if label not in moved], dtype=torch.int64)
+        return change | {name: change[name].index_fill(0, still, 0) for name in rows_by_class(change, len(labels))}
 
     def _add_to_average(self, number: int) -> None:
         if number in training_rounds(self.plan, stage_of(self.plan, number))[-self.plan.aggregation.average_last :]:

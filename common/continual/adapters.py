@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lichen.common.aggregation import KEPT, MEMORY, SUMS, B, part_of
 from lichen.common.continual.method import (
     Learned,
+    Learner,
     Method,
     Part,
     Refuse,
@@ -90,9 +91,10 @@ class Adapters(Method):
         fresh = self.plan.continual.adapters.start == "fresh"
         return Learned({name: start[name] - tensor for name, tensor in model.items()} if fresh else {}, memory | own)
 
-    def models(self, state: State) -> dict[str, State]:
+    def models(self, state: State, last: int) -> dict[str, Learner]:
         """Each task's."""
-        return {self.plan.continual.stream[number].name: own for number, own in self._models(state).items()}
+        tasks = self.plan.continual.stream
+        return {tasks[number].name: Learner(own, self.own_labels(number)) for number, own in self._models(state).items()}
 
     def router(self, state: State) -> State:
         """What each class' score is made by."""
@@ -115,13 +117,11 @@ class Adapters(Method):
                 by_task.setdefault(int(match[1]), {})[match[2]] = tensor
         return by_task
 
-    def score(
-        self, task: Task[Any], model: TunedModel, state: State, parts: Sequence[Part], stage: int, show: Callable[[State], None]
-    ) -> list[Scored]:
+    def score(self, task: Task[Any], model: TunedModel, state: State, parts: Sequence[Part], show: Callable[[State], None]) -> list[Scored]:
         """Each row by the adapter of the task that the router finds; while a task is trained, its own is the one under way."""
         router, by_task = self._router(state), self._models(state)
         if not router:
-            return super().score(task, model, state, parts, stage, show)
+            return super().score(task, model, state, parts, show)
         plain = {name: tensor for name, tensor in state.items() if part_of(name) != MEMORY}
         found = []
         for part in parts:

@@ -42,6 +42,10 @@ class LwF(Method):
         check_stream(self.plan, refuse)
         check_one_model(self.plan, refuse)
 
+    def moved_labels(self, number: int) -> tuple[str, ...]:
+        """The teacher's too."""
+        return labels_until(self.plan, number)
+
     def kept_like(self, trained: Mapping[str, torch.Tensor]) -> State:
         """Room for the model before."""
         import torch

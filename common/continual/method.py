@@ -102,6 +102,10 @@ class Method:
         own = self.own_labels(number)
         return own if self.alone and len(own) > 1 else labels_until(self.plan, number)  # of one label nothing would be learned
 
+    def moved_labels(self, number: int) -> tuple[str, ...]:
+        """The labels on whose rows of the head a task's losses depend (its number, from 0)."""
+        return self.choices(number)
+
     def own_labels(self, number: int) -> tuple[str, ...]:
         """Those of a task alone, in the plan's order; all, where it names none."""
         tasks = self.plan.continual.stream
@@ -181,17 +185,21 @@ class Method:
         """
         return Learned({}, memory)
 
-    def models(self, state: State) -> dict[str, State]:
-        """What is saved of a state with all that is kept: the model by the name "", or one for each task by its name."""
-        return {"": {name: tensor for name, tensor in state.items() if part_of(name) != MEMORY}}
+    def models(self, state: State, last: int) -> dict[str, Learner]:
+        """What is saved of a state with all that is kept: the model by the name "", or one for each task by its name.
+
+        Args:
+            state: after a task's end.
+            last: the task's number (from 0).
+        """
+        own = {name: tensor for name, tensor in state.items() if part_of(name) != MEMORY}
+        return {"": Learner(own, labels_until(self.plan, last))}
 
     def router(self, state: State) -> State:
         """By task's name the weights, (c, d), of its classes' scores, of which the best finds a row's task; empty for one model."""
         return {}
 
-    def score(
-        self, task: Task[Any], model: TunedModel, state: State, parts: Sequence[Part], stage: int, show: Callable[[State], None]
-    ) -> list[Scored]:
+    def score(self, task: Task[Any], model: TunedModel, state: State, parts: Sequence[Part], show: Callable[[State], None]) -> list[Scored]:
         """Scores of several sets of rows.
 
         Args:
@@ -199,16 +207,22 @@ class Method:
             model: is shown the state, or another of its kind.
             state: of the model, with what the coordinator keeps.
             parts: the sets.
-            stage: the number of the last task that was learned; -1 before the first.
             show: gives the model a state.
         """
         show(state)
         found = []
         for part in parts:
-            task.choose_among(labels_until(self.plan, max(stage, part.number)))
+            task.choose_among(part.choices)
             scores = task.score(model.network, part.data, self.plan.evaluation.batch_size, part.rows, part.collate)
             found.append(Scored(scores))
         return found
+
+
+class Learner(NamedTuple):
+    """A model, and what it has learned to tell apart."""
+
+    state: State
+    labels: tuple[str, ...]
 
 
 class Part(NamedTuple):
@@ -220,6 +234,8 @@ class Part(NamedTuple):
     """Their numbers."""
     number: int
     """Of the task (from 0) that they are of."""
+    choices: tuple[str, ...]
+    """The labels that the model chooses among, if it does not know itself."""
     collate: Collate | None = None
     """Makes the data's batches; None: the task does."""
 

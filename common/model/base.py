@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lichen.common.aggregation import part_of
 from lichen.common.errors import Code, LichenError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ PACKAGE = "package:"
 RANDOM = "random:llama"
 """A LLaMA of two layers and width 64 over bytes, with random weights, always the same: for first tries, where no other is at hand."""
 HEADS = ("pre_classifier", "classifier", "score")
+_OUTPUTS = ("classifier", "score", "out_proj")
+"""What a head's last layer is called."""
 """What transformers calls the modules of a classification head, by architecture."""
 WRAPPER = "base_model.model."
 """What PEFT puts before a base model's names."""
@@ -128,6 +131,12 @@ def head_of_base(model: Model, auto_class: Any) -> tuple[dict[str, torch.Tensor]
         )
     head = {name: tensor for name, tensor in network.state_dict().items() if name.split(".")[0] in HEADS}
     return head, {str(label): int(number) for number, label in network.config.id2label.items()}
+
+
+def rows_by_class(state: Mapping[str, torch.Tensor], classes: int) -> list[str]:
+    """The names of those of a state's tensors that have a row for each class: the weight of the head's last layer, and its bias."""
+    last = [name for name in state if part_of(name) is None and name.rpartition(".")[0].rpartition(".")[2] in _OUTPUTS]
+    return [name for name in last if len(state[name]) == classes]
 
 
 def outline_base(model: Model, auto_class: Any, **config: Any) -> PreTrainedModel:

@@ -50,7 +50,8 @@ class ClassificationScores:
         seen = counts.sum(0) + counts.sum(1)
         f1 = 2 * hits[seen > 0] / seen[seen > 0]
         found: Metrics = {"accuracy": float(hits.sum() / total), "macro_f1": float(f1.mean()) if f1.size else 0.0}
-        return found if self.loss_sum is None else found | {"loss": float(self.loss_sum / total)}
+        # infinite where a row's label was not to choose among: that says nothing
+        return found if self.loss_sum is None or math.isinf(self.loss_sum) else found | {"loss": float(self.loss_sum / total)}
 
 
 class TextClassification(Texts):

@@ -21,8 +21,8 @@ def right_answers(plan: Plan, out: Path) -> np.ndarray:
     from lichen.common.tasks import workbench
 
     bench = workbench(plan)
-    load_saved(out / "model", bench.model)
     task = cast("TextClassification", bench.task)
+    task.choose_among(load_saved(out / "model", bench.model))
     table = pq.read_table(out / "simulation" / "test.parquet")
     data = task.encode({field: table.column(field).to_pylist() for field in task.fields})
     order, most = data.lengths.argsort(kind="stable").tolist(), plan.evaluation.batch_size

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from lichen.client.ledger import Ledger
@@ -20,6 +21,7 @@ from lichen.common.continual.measures import measures
 from lichen.common.continual.stream import stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
+from lichen.common.model.base import rows_by_class
 from lichen.common.model.export import load_saved
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.records import TRAIN, EvaluateReport
@@ -56,7 +58,9 @@ def test_a_later_plan_goes_on_from_a_runs_model_with_a_label_that_is_new(tmp_pat
     export_model(tmp_path / "old", tmp_path / "model", "merged")
     model = csv_plan["model"] | {"base": str(tmp_path / "model"), "head": {"init": "base"}}
     task = csv_plan["task"] | {"labels": [*second, *first]}
-    grown = parse_plan(only | {"rounds": 4, "model": model, "task": task, "continual": {"stream": STREAM, "method": "ewc"}})
+    grown = parse_plan(
+        only | {"rounds": 4, "model": model, "task": task, "continual": {"stream": STREAM, "method": "ewc", "tolerance": 1.0}}
+    )
     found = told(run(grown, tmp_path / "new", "inprocess"))
     assert found.start[0] == pytest.approx(read_result(tmp_path / "old").final["accuracy"])
     assert found.matrix[1][1] > 0.9
@@ -64,6 +68,35 @@ def test_a_later_plan_goes_on_from_a_runs_model_with_a_label_that_is_new(tmp_pat
     weights = load_file(tmp_path / "grown" / "model.safetensors")
     assert weights["classifier.weight"].shape[0] == 3
     assert bench_reload(tmp_path / "new")["accuracy"] == pytest.approx(read_result(tmp_path / "new").final["accuracy"])
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_a_model_chooses_among_the_labels_that_it_has_learned(tmp_path: Path, plan_of: Callable[..., Plan], form: Any) -> None:
+    plan = plan_of(tolerance=0.0)
+    result = run(plan, tmp_path / "run", "inprocess")
+    export_model(tmp_path / "run", tmp_path / "model", form, 1)
+    assert read_config(tmp_path / "model") == dict(enumerate(STREAM[0]["labels"]))
+    found = told(result)
+    export_model(tmp_path / "run", tmp_path / "both", form, 2)
+    assert read_config(tmp_path / "both") == dict(enumerate(plan.task.labels))
+    assert (found.given_out, list(found.held_back)) == ("1-fields", ["2-banks"])
+    assert read_config(tmp_path / "run" / "model") == dict(enumerate(STREAM[0]["labels"]))
+    assert bench_reload(tmp_path / "run")["accuracy"] == pytest.approx(result.final["accuracy"])
+
+
+def read_config(folder: Path) -> dict[int, str]:
+    return dict(AutoConfig.from_pretrained(folder).id2label)
+
+
+def test_no_noise_moves_the_head_of_a_label_that_is_not_trained(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of(privacy=PRIVATE, transfer=EXACT)
+    run(plan, tmp_path, "inprocess")
+    start, (first, second) = make_task(plan).build().state(), states(tmp_path, plan)
+    learned = torch.tensor([label in STREAM[0]["labels"] for label in plan.task.labels])
+    for name in rows_by_class(start, len(plan.task.labels)):
+        assert torch.equal(first[name][~learned], start[name][~learned])
+        assert not torch.equal(first[name][learned], start[name][learned])
+        assert not torch.equal(second[name][~learned], start[name][~learned])
 
 
 def test_each_task_is_a_version_and_r_tells_what_was_learned_and_forgotten(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
@@ -251,7 +284,7 @@ def test_a_task_without_validation_rows_has_no_score_and_ends_nothing(tmp_path: 
     assert own.validation(state, first) is None
     assert own.validation_by_task(state, first)["fields"] is None
     assert own.validation(state, second) is not None
-    assert own.final(state) is not None
+    assert own.final(state, 0) is not None
 
 
 @pytest.mark.parametrize(("noise", "counted"), [(None, 0), (4.0, 23)])
