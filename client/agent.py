@@ -74,7 +74,7 @@ class Agent:
         self._unknown: set[str] = set()  # trainings whose speed could not be measured
         self._rows: dict[tuple[str, int | None], int] = {}  # at once, by training and memory limit, where memory was not enough for more
         self._connected = False
-        self._watcher = Watcher(self.home, self._tell_news)
+        self._watcher = Watcher(self.home, self._tell_news, lambda cause: self._status.change(not_counted=cause))
         self._witness = Witness(self.home)
         self._connection = connection.Connection(
             address,

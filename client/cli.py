@@ -115,6 +115,7 @@ def status(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         "memory": f"agent {facts['memory_mb']} MB, worker {facts['worker_memory_mb'] or 0} MB" if facts["memory_mb"] else None,
         "rows at once": f"{facts['rows']}, since memory was not enough for more" if facts["rows"] else None,
         "new rows": f"{facts['new_rows']} declared, told for the online run" if facts["new_rows"] is not None else None,
+        "not counted": facts["not_counted"],
         "profile told": _profile(facts["profile"]) if facts["profile"] else None,
     }
     for key, value in told.items():
@@ -215,11 +216,13 @@ def data_check(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
                 typer.echo("  labels: " + ", ".join(f"{label} {count}" for label, count in source.labels.items()))
             for name, (least, median, most) in source.characters.items():
                 typer.echo(f"  {name}: {least} to {most} characters, median {median}")
+            for fault in source.bad_files:
+                typer.echo(f"  bad file: {fault}")
             for bad in source.bad:
                 typer.echo(f"  bad: {bad.file}, row {bad.row}: {bad.reason}")
     if not report.usable:
-        bad_rows = sum(source.bad_rows for source in report.sources)
-        raise typer.Exit(int(Code.DATA_ROW if bad_rows else Code.DATA_EMPTY))
+        rows, files = (any(getattr(source, key) for source in report.sources) for key in ("bad_rows", "bad_files"))
+        raise typer.Exit(int(Code.DATA_ROW if rows else Code.DATA_FORMAT if files else Code.DATA_EMPTY))
 
 
 @data_app.command("history")

@@ -123,6 +123,7 @@ class SourceReport:
         holdout: usable rows held out.
         bad_rows: how many rows can't be used.
         bad: the first of them.
+        bad_files: what is wrong with files that fail as a whole.
         labels: how often each value of the field ``label`` occurs, the most frequent first (without such a field: empty).
         characters: for each text field the shortest, median and longest length in characters.
         repeated: rows that equal an earlier one.
@@ -137,6 +138,7 @@ class SourceReport:
     holdout: int
     bad_rows: int
     bad: tuple[BadRow, ...]
+    bad_files: tuple[str, ...]
     labels: dict[str, int]
     characters: dict[str, tuple[int, int, int]]
     repeated: int
@@ -157,8 +159,8 @@ class DataReport:
 
     @property
     def usable(self) -> bool:
-        """Whether :func:`load` would succeed: no bad row, and something to train on."""
-        return sum(source.train for source in self.sources) > 0 and not any(source.bad_rows for source in self.sources)
+        """Whether :func:`load` would succeed: no bad row, no bad file, and something to train on."""
+        return sum(source.train for source in self.sources) > 0 and not any(source.bad_rows or source.bad_files for source in self.sources)
 
 
 def read_manifest(home: Path) -> Manifest:
@@ -414,14 +416,14 @@ def _state(places: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
 
 
 def check(home: Path, *, limit: int = 20) -> DataReport:
-    """Read everything, and report instead of stopping at the first bad row. For the owner's eyes only.
+    """Read everything, and report instead of stopping at the first bad row or file. For the owner's eyes only.
 
     Args:
         home: the node's home.
         limit: how many bad rows of a source are listed; all are counted.
 
     Raises:
-        LichenError: DATA_NOT_FOUND, DATA_FORMAT, DATA_FIELD and DATA_EMPTY as :func:`load`, where a file fails as a whole.
+        LichenError: DATA_NOT_FOUND, DATA_FORMAT, DATA_EMPTY as :func:`load`, where a source has no file that could be read, or no row.
     """
     manifest = read_manifest(home)
     return DataReport(tuple(_report(home, source, manifest, limit) for source in manifest.sources))
@@ -429,6 +431,7 @@ def check(home: Path, *, limit: int = 20) -> DataReport:
 
 def _report(home: Path, source: Source, manifest: Manifest, limit: int) -> SourceReport:
     bad: list[BadRow] = []
+    bad_files: list[str] = []
     count = 0
 
     def note(row: BadRow) -> None:
@@ -437,13 +440,13 @@ def _report(home: Path, source: Source, manifest: Manifest, limit: int) -> Sourc
         if len(bad) < limit:
             bad.append(row)
 
-    reader = _reader(home, source, note)
+    reader = _reader(home, source, note, on_bad_file=lambda error: bad_files.append(str(error).replace("\n", " ")))
     sides: Counter[str] = Counter()
     labels: Counter[str] = Counter()
     lengths: dict[str, list[int]] = {}
     seen: set[int] = set()
     repeated = 0
-    for side, row in _sides(home, source, manifest.holdout_key, reader):
+    for side, row in _sides(home, source, manifest.holdout_key, reader, on_bad_file=lambda _: None):
         sides[side] += 1
         if "label" in row:
             labels[str(row["label"])] += 1
@@ -461,6 +464,7 @@ def _report(home: Path, source: Source, manifest: Manifest, limit: int) -> Sourc
         holdout=sides["holdout"],
         bad_rows=count,
         bad=tuple(bad),
+        bad_files=tuple(bad_files),
         labels=dict(labels.most_common()),
         characters={field: (min(found), sorted(found)[len(found) // 2], max(found)) for field, found in lengths.items()},
         repeated=repeated,
@@ -503,17 +507,38 @@ class _LeftOut:
         self._first = self._first or reason
 
 
-def _reader(home: Path, source: Source, on_bad: Callable[[BadRow], None] = refuse, *, apart: bool = False) -> Reader:
-    return Reader(home / source.path, source.fields, text_rows=source.text_rows, on_bad=on_bad, apart=apart, empty=source.watch)
+def _reader(
+    home: Path,
+    source: Source,
+    on_bad: Callable[[BadRow], None] = refuse,
+    *,
+    apart: bool = False,
+    on_bad_file: Callable[[LichenError], None] | None = None,
+) -> Reader:
+    return Reader(
+        home / source.path,
+        source.fields,
+        text_rows=source.text_rows,
+        on_bad=on_bad,
+        apart=apart,
+        empty=source.watch,
+        on_bad_file=on_bad_file,
+    )
 
 
-def _sides(home: Path, source: Source, holdout_key: str, reader: Reader | None = None) -> Iterator[tuple[Split, Row]]:
+def _sides(
+    home: Path,
+    source: Source,
+    holdout_key: str,
+    reader: Reader | None = None,
+    on_bad_file: Callable[[LichenError], None] | None = None,
+) -> Iterator[tuple[Split, Row]]:
     """Every usable row with its side. A number of held-out rows takes one pass more, to find the hash below which they lie."""
     key = bytes.fromhex(holdout_key)
     if source.holdout < 1:
         bound = int(source.holdout * _EVERYTHING)
     else:
-        digests = sorted(_digest(row, key) for row in _reader(home, source, lambda _: None))
+        digests = sorted(_digest(row, key) for row in _reader(home, source, lambda _: None, on_bad_file=on_bad_file))
         bound = digests[int(source.holdout)] if int(source.holdout) < len(digests) else _EVERYTHING
     for row in reader or _reader(home, source):
         yield ("holdout" if _digest(row, key) < bound else "train"), row

@@ -77,6 +77,7 @@ class Reader:
         apart: whether a row can be used may depend on that row alone, which privacy needs: all values are read as text, whatever type other
             rows have, a JSON row without a column is a bad row also where it is the first, and no rows are no error.
         empty: whether no files and no rows are no error: of a folder that files come to; those of no known kind are passed over.
+        on_bad_file: told what is wrong with a file that fails as a whole, after which the next one is read; by default that raises.
 
     Iterating raises LichenError: DATA_NOT_FOUND, DATA_FORMAT (no known kind, or damaged as a whole), DATA_FIELD (no such column) and
     DATA_EMPTY (a file of no bytes, or no row at all), besides what ``on_bad`` raises.
@@ -91,6 +92,7 @@ class Reader:
         on_bad: Callable[[BadRow], None] = refuse,
         apart: bool = False,
         empty: bool = False,
+        on_bad_file: Callable[[LichenError], None] | None = None,
     ) -> None:
         self.files = find_files(path, empty=apart or empty, others=empty)
         self._empty = apart or empty
@@ -98,7 +100,7 @@ class Reader:
         self._path = path
         self._fields = dict(fields)
         self._text_rows = text_rows
-        self._on_bad = on_bad
+        self._on_bad, self._on_bad_file = on_bad, on_bad_file
         self._types: dict[str, Any] = {}
 
     @property
@@ -112,22 +114,33 @@ class Reader:
         seen = False
         for file, kind in self.files:
             try:
-                for number, found in self._raw(file, kind):
+                for row in self._rows_of(file, kind):
                     seen = True
-                    reason = found if isinstance(found, str) else None
-                    row: Row = {}
-                    if isinstance(found, dict):
-                        row, reason = self._as_text(file, kind, found) if self._apart else self._checked(file, found)
-                    elif self._apart and isinstance(found, _Swallowed):
-                        raise LichenError(Code.DATA_FORMAT, f"row {number} {found}", where=str(file), fix=f"Mend it. {_LIST_ALL}")
-                    if reason is None:
+                    if row is not None:
                         yield row
-                    else:
-                        self._on_bad(BadRow(str(file), number, reason))
-            except OSError as error:
-                raise LichenError(Code.DATA_NOT_FOUND, f"can't be read: {error.strerror or error}", where=str(file)) from None
+            except LichenError as error:
+                if self._on_bad_file is None:
+                    raise
+                seen = True
+                self._on_bad_file(error)
         if not seen and not self._empty:
             raise LichenError(Code.DATA_EMPTY, "no rows", where=str(self._path), fix="Check that the export ran to its end.")
+
+    def _rows_of(self, file: Path, kind: Kind) -> Iterator[Row | None]:
+        """Each row of a file; None in place of a bad one."""
+        try:
+            for number, found in self._raw(file, kind):
+                reason = found if isinstance(found, str) else None
+                row: Row = {}
+                if isinstance(found, dict):
+                    row, reason = self._as_text(file, kind, found) if self._apart else self._checked(file, found)
+                elif self._apart and isinstance(found, _Swallowed):
+                    raise LichenError(Code.DATA_FORMAT, f"row {number} {found}", where=str(file), fix=f"Mend it. {_LIST_ALL}")
+                if reason is not None:
+                    self._on_bad(BadRow(str(file), number, reason))
+                yield row if reason is None else None
+        except OSError as error:
+            raise LichenError(Code.DATA_NOT_FOUND, f"can't be read: {error.strerror or error}", where=str(file)) from None
 
     def _raw(self, file: Path, kind: Kind) -> Iterator[tuple[int, Row | str]]:
         """Each row's number, with its columns or with the reason why it has none."""

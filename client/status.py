@@ -47,6 +47,8 @@ class AgentStatus:
     """Rows that pass through the model at once, after memory was not enough for more."""
     new_rows: int | None = None
     """The declared size of what is new for the online run, as the coordinator is told; None where there was no such run."""
+    not_counted: str | None = None
+    """Why nothing is told to be new, where data could not be read or the policy forbids it; None if that went well."""
 
 
 class StatusFile:

@@ -46,10 +46,12 @@ class Watcher:
     Args:
         home: the node's.
         tell: sends what there is.
+        note: is given why data can't be counted, and None when they can.
     """
 
-    def __init__(self, home: Path, tell: Callable[[News], None]) -> None:
-        self._home, self._tell = home, tell
+    def __init__(self, home: Path, tell: Callable[[News], None], note: Callable[[str | None], None] = lambda _: None) -> None:
+        self._home, self._tell, self._note = home, tell, note
+        self._looked: object = None  # what the files were like, unless that failed: what stood in the way may be gone
         self._watched = _read(home / FILE)
         self._begun = asyncio.Event()
         self._settled: dict[str, object] = {}
@@ -63,6 +65,7 @@ class Watcher:
             kept = {"format": FORMAT, "run": run, "plan": plan.canonical_json()} if watched else {"format": FORMAT}
             write_private(self._home / FILE, json.dumps(kept).encode())
             self._tell(News())
+            self._note(None)
         if watched:
             self._begun.set()
 
@@ -71,8 +74,7 @@ class Watcher:
         if self._watched:
             self._begun.set()
         seen: object = None
-        looked: object = None  # unless that failed: what stood in the way, such as a plan not approved yet, may be gone
-        told = ""
+        told: str | None = None
         while True:
             await self._begun.wait()
             if (watched := self._watched) is None:
@@ -85,14 +87,17 @@ class Watcher:
                 took = time.monotonic() - began
                 if refused := await asyncio.to_thread(self._refused, watched):  # by a policy that was changed, or by the hour
                     raise refused
-                if now == seen != looked:
+                if now == seen != self._looked:
                     await self.look()
-                    looked = now
+                    self._looked = now
+                if now == self._looked:
+                    self._note(told := None)
             except Exception as error:  # whatever it is, such as a folder on a share that is away, it may be gone later
-                looked, took = None, time.monotonic() - began  # all of it, since all is tried again
+                self._looked, took = None, time.monotonic() - began  # all of it, since all is tried again
                 self._tell(News(run_id=watched.run))
                 if told != (told := str(error)):
                     log.warning("new data is not counted: %s", error)
+                self._note(told)
             seen = now
             await asyncio.sleep(max(EVERY, _SHARE * took))
 
@@ -107,6 +112,7 @@ class Watcher:
             try:
                 await self.look()
             except Exception as error:  # what was trained must not be lost for it
+                self._looked = None
                 log.warning("new data is not counted: %s", error)
 
     async def look(self) -> None:

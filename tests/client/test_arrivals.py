@@ -252,7 +252,7 @@ def test_no_row_is_in_two_batches_of_a_run_and_none_is_lost(tmp_path_factory: py
 def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "EVERY", 0.02)
     (tmp_path / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n")
-    folder, told = watched(tmp_path), list[News]()
+    folder, told, faults = watched(tmp_path), list[News](), list[str | None]()
 
     async def wait_for(rows: int) -> None:
         async with asyncio.timeout(10):
@@ -260,7 +260,7 @@ def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytes
                 await asyncio.sleep(0.01)
 
     async def go(act: Callable[[Watcher], Any]) -> None:
-        watcher = Watcher(tmp_path, told.append)
+        watcher = Watcher(tmp_path, told.append, faults.append)
         task = asyncio.create_task(watcher.run())
         try:
             await act(watcher)
@@ -287,8 +287,11 @@ def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytes
         await wait_for(64)
         (folder / "loop.jsonl").symlink_to(folder / "loop.jsonl")  # what can't be looked at
         await wait_for(0)
+        assert "loop.jsonl" in str(faults[-1])
         (folder / "loop.jsonl").unlink()
         await wait_for(64)
+        await asyncio.sleep(0)
+        assert faults[-1] is None
 
     asyncio.run(go(first))
     told.clear()

@@ -271,6 +271,23 @@ def test_sources_add_up(tmp_path: Path) -> None:
         load(tmp_path, "train", ("label",))
 
 
+def test_check_goes_on_after_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = tmp_path / "inbox"
+    folder.mkdir()
+    (folder / "b.jsonl").write_text('{"text": "x", "label": "a"}\n{"text": "z", "label": "a"}\n')
+    add_source(tmp_path, folder, fields={"text": "text", "label": "label"}, holdout=1)
+    (folder / "a.csv").write_text("")
+    (folder / "c.parquet").write_bytes(b"PAR1 and no more")
+    (folder / "d.csv").write_text("text,other\nx,y\n")
+    (folder / "e.csv").write_text("text,label\ny,b\n")
+    report = check(tmp_path)
+    (source,) = report.sources
+    assert not report.usable
+    assert (source.files, source.train + source.holdout) == (5, 3)
+    assert [any(name in told for told in source.bad_files) for name in ("a.csv", "c.parquet")] == [True, True]
+    assert Path(source.bad[0].file).name == "d.csv"
+
+
 def test_check_lists_bad_rows_up_to_a_limit_and_counts_all(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl")
     add_source(tmp_path, path, fields=FIELDS, holdout=10)
