@@ -170,6 +170,13 @@ class Continual(_Section):
     given_out: str | None = None
     """The version that `model/` is, once the run has finished; `final` is of the one that it was then."""
 
+    def not_given_out(self) -> str:
+        """That `model/` is not what the last task made, in words; nothing where it is."""
+        last, why = next(reversed(self.held_back.items()), ("", ""))
+        if not self.given_out or not last or int(last.partition("-")[0]) < int(self.given_out.partition("-")[0]):
+            return ""
+        return f"{last} is held back ({why}); model/ is {self.given_out}"
+
 
 class Result(_Section):
     """The document `result.json`."""

@@ -16,6 +16,7 @@ from lichen.coordinator.versions import Version, Versions, measured, scored_task
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 Number = Annotated[int, typer.Argument(min=0, help="A version's number; 0 is the model before the first round.", show_default=False)]
+Made = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A version's number.", show_default=False)]
 
 
 @app.command()
@@ -80,7 +81,7 @@ def diff(
 
 
 @app.command()
-def rollback(run: RunArgument, version: Number, home: HomeOption = DEFAULT_HOME) -> None:
+def rollback(run: RunArgument, version: Made, home: HomeOption = DEFAULT_HOME) -> None:
     """Give out an earlier version, or one that was held back: those after it are held back, and `export` takes it.
 
     Nothing is deleted, and nothing is trained again: to take it back, name the later version.

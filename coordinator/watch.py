@@ -130,6 +130,8 @@ def conclusion(result: Result) -> str:
     if result.final:
         scores = (f"{key} {value:.4f}" for key, value in result.final.items() if isinstance(value, float))
         told += f": {result.final['split']} {', '.join(scores)}"
+    if result.continual and (withheld := result.continual.not_given_out()):
+        told += f"; {withheld}"
     if result.privacy.unit == "none":
         told += "; no differential privacy"
     elif result.privacy.max_epsilon is not None:

@@ -63,6 +63,8 @@ def simulate(
     final: dict[str, Any] = result.final or {}
     told = ", ".join(f"{metric_title(name)} {value:.4f}" for name, value in final.items() if isinstance(value, float))
     typer.echo(f"{final.get('split', 'no split')}: {told}" if final else "no evaluation data, so no score")
+    if result.continual and (withheld := result.continual.not_given_out()):
+        typer.echo(withheld)
     if result.privacy.unit == "none":
         typer.echo("no differential privacy (privacy.unit: none): updates and model may reveal rows")
     elif result.privacy.max_epsilon is not None:

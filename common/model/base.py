@@ -237,6 +237,14 @@ def _bytes() -> PreTrainedTokenizerBase:
 
 
 def _not_loaded(model: Model, error: Exception) -> LichenError:
+    folder = Path(model.base)
+    if (folder / "adapter_config.json").is_file() or any(folder.glob("*/adapter_config.json")):
+        return LichenError(
+            Code.MODEL_NOT_FOUND,
+            f"{model.base!r} has adapters, and no whole model",
+            where="model.base",
+            fix="lichen export DIR --format merged writes one; of continual.method: adapters a folder for each task.",
+        )
     return LichenError(
         Code.MODEL_NOT_FOUND if isinstance(error, OSError) else Code.MODEL_UNSUPPORTED,
         f"can't load {model.base!r}: {str(error).strip().splitlines()[0]}",

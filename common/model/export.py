@@ -332,8 +332,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-base = AutoModel.from_pretrained({resolve_base(plan.model.base)!r}).eval()
-tokenizer = AutoTokenizer.from_pretrained({resolve_base(plan.model.base)!r})
+where = {resolve_base(plan.model.base)!r}  # {plan.model.base}: elsewhere it may have another place
+base = AutoModel.from_pretrained(where).eval()
+tokenizer = AutoTokenizer.from_pretrained(where)
 router = load_file("model/{ROUTER}")
 batch = tokenizer(["a text"], truncation=True, max_length={plan.task.max_length}, padding=True, return_tensors="pt")
 with torch.no_grad():

@@ -47,7 +47,7 @@ class StreamTask(Section):
             if isinstance(first, str) != isinstance(end, str):
                 raise ValueError(f"between.{field} has a number and a text")
             if not first < end:  # type: ignore[operator]
-                raise ValueError(f"between.{field}: {first!r} is not before {end!r}")
+                raise ValueError(f"between.{field}: {first!r} is not before {end!r}, which is the end and not in it")
             if not isinstance(first, str) and not all(map(math.isfinite, (first, float(end)))):
                 raise ValueError(f"between.{field} is not finite")
         return self
@@ -159,5 +159,5 @@ class Continual(Section):
                 raise ValueError(f"task {task.name} needs labels, where or between: they tell which rows it is of")
         names = [task.name for task in self.stream]
         if len(set(names)) != len(names):
-            raise ValueError("two tasks of the stream have one name")
+            raise ValueError(f"two tasks of the stream have one name: {next(name for name in names if names.count(name) > 1)}")
         return self

@@ -32,6 +32,7 @@ from lichen.coordinator.export import app, export_model
 from lichen.coordinator.run_directory import RunDirectory
 from lichen.coordinator.runs import disk_failed
 from lichen.coordinator.versions import FOLDER, Versions
+from lichen.coordinator.watch import conclusion
 from lichen.simulations.benchmarks.reload import bench_reload
 from lichen.simulations.simulate import run
 from streams import EXACT, PRIVATE, STREAM, same, states, told
@@ -80,6 +81,9 @@ def test_a_model_chooses_among_the_labels_that_it_has_learned(tmp_path: Path, pl
     export_model(tmp_path / "run", tmp_path / "both", form, 2)
     assert read_config(tmp_path / "both") == dict(enumerate(plan.task.labels))
     assert (found.given_out, list(found.held_back)) == ("1-fields", ["2-banks"])
+    assert found.not_given_out() in conclusion(result)
+    assert found.not_given_out().startswith("2-banks is held back (")
+    assert not found.model_copy(update={"given_out": "3-other"}).not_given_out()
     assert read_config(tmp_path / "run" / "model") == dict(enumerate(STREAM[0]["labels"]))
     assert bench_reload(tmp_path / "run")["accuracy"] == pytest.approx(result.final["accuracy"])
 
