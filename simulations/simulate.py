@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flwr.app import Context, RecordDict
 
+from lichen.common.continual.stream import fields_of, rows_of
 from lichen.common.device import device
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import Result, read_result, write_atomically
@@ -183,6 +184,7 @@ def deal(plan: Plan, root: Path) -> tuple[NodeHomes, dict[str, str]]:
         if len(held):
             splits["validation"] = train.take(held)
         train = train.choose(kept)
+    _check_tasks(plan, train)
     clients = None if plan.simulation.partition.startswith("by:") else plan.simulation.clients
     parts = partition(train, plan.simulation.partition, clients, plan.seed, label=label)
     if len(parts) < plan.cohort.size:  # no other node will ever connect
@@ -211,6 +213,24 @@ def deal(plan: Plan, root: Path) -> tuple[NodeHomes, dict[str, str]]:
     rows = {name: splits[name].num_rows if name in splits else 0 for name in ("validation", "test")}
     write_atomically(root.parent / "simulation.json", _facts(plan, sizes, **rows))
     return homes, {name: str(root / f"{name}.parquet") for name in splits}
+
+
+def _check_tasks(plan: Plan, rows: StoredRows) -> None:
+    """Refuse a task of which there is no row, before the tasks before it are trained.
+
+    Raises:
+        LichenError: DATA_EMPTY.
+    """
+    fields = {field for field in (plan.task.label_field, *fields_of(plan)) if field in rows.columns}
+    columns = {field: list(rows.column(field)) for field in fields} if plan.continual.stream else {}
+    for task in plan.continual.stream:
+        if fields.issuperset(task.fields) and not rows_of(plan, task, columns):
+            raise LichenError(
+                Code.DATA_EMPTY,
+                f"no training row is of task {task.name!r}",
+                where="continual.stream",
+                fix="Hold its labels, where and between against the values that the data have.",
+            )
 
 
 def _tell_split_entities(rows: StoredRows, parts: Groups, entity: str) -> None:

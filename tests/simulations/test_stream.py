@@ -103,6 +103,13 @@ def test_no_noise_moves_the_head_of_a_label_that_is_not_trained(tmp_path: Path, 
         assert not torch.equal(second[name][~learned], start[name][~learned])
 
 
+def test_a_task_without_a_row_is_refused_before_the_first_round(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    stream = [{"name": "some", "where": {"site": ["a", "b"]}}, {"name": "none", "between": {"site": ["x", "y"]}}]
+    with pytest.raises(LichenError, match="no training row is of task 'none'") as caught:
+        run(plan_of(stream), tmp_path, "inprocess")
+    assert caught.value.code is Code.DATA_EMPTY
+
+
 def test_each_task_is_a_version_and_r_tells_what_was_learned_and_forgotten(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = plan_of()
     result = run(plan, tmp_path, "inprocess")
