@@ -198,6 +198,15 @@ def data_add(
         )
 
 
+@data_app.command("remove")
+def data_remove(path: Annotated[Path, typer.Argument(help="As it was added.", show_default=False)], home: Home = DEFAULT_HOME) -> None:
+    """Train on this data no more; the files stay, and so does what was spent on them. Example: lichen client data remove a.csv."""
+    from lichen.client.data import remove_source
+
+    remove_source(home, path)
+    typer.echo(f"removed {path}")
+
+
 @data_app.command("check")
 def data_check(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """Read all data, and list what cannot be used. For your eyes: it shows true counts. Example: lichen client data check."""

@@ -237,10 +237,9 @@ def add_source(
     place = path.expanduser().resolve()
     if watch and place.exists() and not place.is_dir():
         raise LichenError(Code.DATA_NOT_FOUND, "not a folder, and no files come to a file", where=str(path), fix="Leave --watch out.")
-    base = home.resolve()
     try:
         source = Source(
-            path=str(place.relative_to(base)) if place.is_relative_to(base) else str(place),
+            path=_stored(home, path),
             fields=dict(fields),
             declared_size=declared_size,
             holdout=holdout,
@@ -257,6 +256,30 @@ def add_source(
     others = tuple(other for other in manifest.sources if other.path != source.path)
     write_manifest(home, manifest.model_copy(update={"sources": (*others, source)}))
     return source
+
+
+def remove_source(home: Path, path: Path) -> None:
+    """Take an entry out of `data.yaml`; the data stay where they are, and what was spent on them stays in the ledger.
+
+    Args:
+        home: the node's home.
+        path: as it was added, or as `data.yaml` has it.
+
+    Raises:
+        LichenError: DATA_NOT_FOUND, if there is no such entry; as `read_manifest`.
+    """
+    manifest = read_manifest(home)
+    kept = tuple(source for source in manifest.sources if source.path not in {str(path), _stored(home, path)})
+    if len(kept) == len(manifest.sources):
+        there = ", ".join(source.path for source in manifest.sources) or "none"
+        raise LichenError(Code.DATA_NOT_FOUND, "no such entry", where=str(path), fix=f"{home / MANIFEST} has: {there}.")
+    write_manifest(home, manifest.model_copy(update={"sources": kept}))
+
+
+def _stored(home: Path, path: Path) -> str:
+    """A path as `data.yaml` has it: relative to the home if it lies in it."""
+    place, base = path.expanduser().resolve(), home.resolve()
+    return str(place.relative_to(base)) if place.is_relative_to(base) else str(place)
 
 
 def count_training(home: Path, source: Source, holdout_key: str) -> int:

@@ -175,6 +175,19 @@ def test_data_add_and_check(tmp_path: Path, home: Path) -> None:
     assert "row 101" in bad.output
 
 
+def test_data_are_removed_as_they_were_added(tmp_path: Path, home: Path) -> None:
+    client("data", "remove", tmp_path / "rows.jsonl", home=home, fails=Code.DATA_NOT_FOUND)
+    fields = ("--field", "text=text", "--field", "label=label")
+    for place in (tmp_path, home):
+        client("data", "add", write_rows(place / "rows.jsonl", 10), *fields, home=home)
+    client("data", "remove", "rows.jsonl", home=home)  # relative to the home, as data.yaml has it
+    assert [source.path for source in read_manifest(home).sources] == [str(tmp_path / "rows.jsonl")]
+    client("data", "remove", tmp_path / "other.jsonl", home=home, fails=Code.DATA_NOT_FOUND)
+    client("data", "remove", tmp_path / "rows.jsonl", home=home)
+    assert read_manifest(home).sources == ()
+    assert (tmp_path / "rows.jsonl").exists()
+
+
 def test_what_runs_have_read_is_shown_to_the_owner(tmp_path: Path, home: Path) -> None:
     client("data", "history", home=tmp_path / "nowhere", fails=Code.AGENT_HOME_MISSING)
     client("data", "add", write_rows(tmp_path / "rows.jsonl", 10), "--field", "text=text", "--field", "label=label", home=home)
