@@ -33,8 +33,8 @@ def bench_reload(directory: Path) -> dict[str, Any]:
     result = read_result(directory)
     plan = yaml.safe_load((directory / "plan.yaml").read_text(encoding="utf-8"))
     split = next((path for folder in ("simulation", "nodes") if (path := directory / folder / "test.parquet").exists()), None)
-    if split is None or not result.final or result.final["split"] != "test" or not (directory / "model").exists():
-        raise LichenError(Code.OUTPUT_UNUSABLE, "no finished run with a test split", where=str(directory))
+    if split is None or not result.final or result.final["split"] != "test" or not (directory / "model" / "config.json").exists():
+        raise LichenError(Code.OUTPUT_UNUSABLE, "no finished run of one model with a test split", where=str(directory))
     task, known = plan["task"], AutoConfig.from_pretrained(directory / "model").id2label
     labels = [known[number] for number in sorted(known)]
     model = _load(directory / "model", len(labels), plan["model"])
