@@ -54,10 +54,14 @@ class OLoRA(Method):
 
     def pulls(self, kept: State, trained: Mapping[str, torch.Tensor]) -> list[Pull]:
         """Of each A."""
+        import torch
+
         weight, found = 2 * self.plan.continual.olora.weight, []
         for name, tensor in trained.items():
             if part_of(name) == A and bool((earlier := kept[_held(name)].to(tensor.device)).any()):
-                found.append(Pull(name, partial(_towards_orthogonal, earlier=earlier, weight=weight)))
+                # a step of plain SGD, whose rate is large under privacy, then reaches the orthogonal, and not beyond it
+                most = 1 / (self.plan.local.learning_rate * float(torch.linalg.matrix_norm(earlier, 2)) ** 2)
+                found.append(Pull(name, partial(_towards_orthogonal, earlier=earlier, weight=min(weight, most))))
         return found
 
     def ended(self, model: State, memory: State, stage: Stage, start: State) -> Learned:

@@ -432,6 +432,18 @@ def test_each_task_has_an_adapter_beside_the_earlier_ones(tmp_path: Path, plan_o
     assert overlaps[50.0] < overlaps[0.0] / 3
 
 
+@pytest.mark.parametrize("rate", [0.01, 10.0])
+def test_no_step_goes_beyond_the_orthogonal(plan_of: Callable[..., Plan], csv_plan: dict[str, Any], rate: float) -> None:
+    plan = plan_of("olora", OVER, {"weight": 100.0}, local=csv_plan["local"] | {"learning_rate": rate})
+    generator, name = torch.Generator().manual_seed(0), "layer.lora_A.weight"
+    tensor, earlier = (torch.randn(4, 32, generator=generator) for _ in range(2))
+    (pull,) = make_method(plan).pulls({f"{KEPT}.{beside(name, HELD_A)}": earlier}, {name: tensor})
+    before = (tensor @ earlier.T).norm()
+    for _ in range(50):
+        tensor = tensor - rate * pull.gradient(tensor)
+    assert (tensor @ earlier.T).norm() < before / 10
+
+
 def test_what_is_saved_holds_all_adapters(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = plan_of("olora")
     result = run(plan, tmp_path, "inprocess")
