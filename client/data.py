@@ -446,7 +446,7 @@ def check(home: Path, *, limit: int = 20) -> DataReport:
         limit: how many bad rows of a source are listed; all are counted.
 
     Raises:
-        LichenError: DATA_NOT_FOUND, DATA_FORMAT, DATA_EMPTY as :func:`load`, where a source has no file that could be read, or no row.
+        LichenError: DATA_NOT_FOUND, DATA_FORMAT, DATA_EMPTY as :func:`load`, where a source has no file, or no row in any.
     """
     manifest = read_manifest(home)
     return DataReport(tuple(_report(home, source, manifest, limit) for source in manifest.sources))

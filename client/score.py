@@ -58,8 +58,8 @@ def _score(home: Path, plan: Plan, fetched: FetchedModel | None) -> Scored:
     from lichen.common.tasks import make_task
 
     load_policy(home).check_model(plan.model.base)
-    # what was saved whole is told from the base in 32 bits
-    whole = fetched is not None and not (fetched.model / "adapter_config.json").exists()
+    # LoRA that was saved whole is told from the base in 32 bits
+    whole = fetched is not None and plan.model.adapter.kind == "lora" and not (fetched.model / "adapter_config.json").exists()
     task = make_task(plan.at_precision("float32") if whole else plan)
     rows = load(home, "holdout", task.fields)
     if len(rows) == 0:

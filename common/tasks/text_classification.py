@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from lichen.common.continual.stream import labels_until
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import TunedModel, attach
-from lichen.common.model.base import HEADS, WRAPPER, head_of_base, load_base, outline_base
+from lichen.common.model.base import HEADS, WRAPPER, head_of_base, load_base, outline_base, rows_by_class
 from lichen.common.tasks.texts import EncodedTexts, Texts, seeded
 
 if TYPE_CHECKING:
@@ -210,10 +210,9 @@ class TextClassification(Texts):
         if head.init == "random":
             return
         # only the last layer: in a head of several, zeros all through would pass no gradient on, ever
-        last = [name for name in model.trainable if name in model.head][-1].rpartition(".")[0]
-        for name in model.head:
-            if name.rpartition(".")[0] == last:
-                model.trainable[name].zero_()
+        last = rows_by_class(model.trainable, len(self.plan.task.labels))
+        for name in last:
+            model.trainable[name].zero_()
         if head.init == "zeros":
             return
         if head.init == "base":
@@ -227,7 +226,7 @@ class TextClassification(Texts):
         (name,) = (name for name in model.head if model.trainable[name].shape == weight.shape)
         model.trainable[name].copy_(weight)
 
-    def _take_head(self, model: TunedModel, last: str) -> None:
+    def _take_head(self, model: TunedModel, last: list[str]) -> None:
         """Each class that the base knows by its label is as it is there; the others stay at zero."""
         found, classes = head_of_base(self.plan.model, self._kind())
         if not (known := [label for label in self.plan.task.labels if label in classes]):
@@ -241,7 +240,7 @@ class TextClassification(Texts):
         for name in model.head:
             own = model.trainable[name]
             tensor = found[name.removeprefix(WRAPPER)].to(own.device)
-            if name.rpartition(".")[0] == last:
+            if name in last:
                 own[ours] = tensor[theirs]
             else:
                 own.copy_(tensor)

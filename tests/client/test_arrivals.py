@@ -294,6 +294,18 @@ def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytes
         assert faults[-1] is None
 
     asyncio.run(go(first))
+
+    async def failing(watcher: Watcher) -> None:
+        await wait_for(64)
+        with monkeypatch.context() as patch:
+            patch.setattr(watcher, "_count", lambda *_: 1 / 0)
+            async with watcher.reading():
+                pass
+        assert told[-1].rows == 0
+        await wait_for(64)  # no file has changed
+
+    told.clear()
+    asyncio.run(go(failing))
     told.clear()
 
     async def after_a_restart(watcher: Watcher) -> None:

@@ -183,6 +183,16 @@ def test_models_that_are_not_there(base: str) -> None:
     assert caught.value.where == "model.base"
 
 
+@pytest.mark.parametrize("inner", ["", "task"])
+def test_a_base_that_is_an_adapter_is_named_as_such(tmp_path: Path, inner: str) -> None:
+    (tmp_path / inner).mkdir(exist_ok=True)
+    (tmp_path / inner / "adapter_config.json").write_text("{}")
+    with pytest.raises(LichenError, match="has adapters, and no whole model") as caught:
+        make_task(plan_for(tmp_path)).build()
+    assert caught.value.code is Code.MODEL_NOT_FOUND
+    assert "--format merged" in str(caught.value)
+
+
 def test_a_package_names_its_folder(monkeypatch: pytest.MonkeyPatch, tiny_models: Models) -> None:
     from lichen.common.model import base
 

@@ -88,6 +88,17 @@ def test_a_model_chooses_among_the_labels_that_it_has_learned(tmp_path: Path, pl
     assert bench_reload(tmp_path / "run")["accuracy"] == pytest.approx(result.final["accuracy"])
 
 
+@pytest.mark.parametrize("labels", ['{"0": "crop", "1": "strange"}', '{"0": "crop"}', "[]"])
+def test_a_saved_model_of_other_labels_is_refused(tmp_path: Path, plan_of: Callable[..., Plan], labels: str) -> None:
+    plan = plan_of()
+    run(plan, tmp_path / "run", "inprocess")
+    export_model(tmp_path / "run", tmp_path / "model", version=1)
+    (tmp_path / "model" / "config.json").write_text(f'{{"id2label": {labels}}}')
+    with pytest.raises(LichenError) as caught:
+        load_saved(tmp_path / "model", make_task(plan).build())
+    assert caught.value.code is Code.STATE_MISMATCH
+
+
 def read_config(folder: Path) -> dict[int, str]:
     return dict(AutoConfig.from_pretrained(folder).id2label)
 
