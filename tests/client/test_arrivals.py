@@ -183,7 +183,7 @@ def test_pieces_are_read_again_when_they_are_read_otherwise(tmp_path: Path) -> N
     with Arrivals(tmp_path) as arrivals:
         assert new_rows(tmp_path, plan_of(), RUN, arrivals, settled).declared_size == 0
         assert new_rows(tmp_path, plan_of(), RUN, arrivals, settled).declared_size == 0
-        add_source(tmp_path, folder, fields={"text": "label", "label": "label"}, watch=True, declared_size=64)
+        add_source(tmp_path, folder, fields={"text": "label", "label": "label"}, watch=True, declared_size=64, holdout=0.0)
         assert new_rows(tmp_path, plan_of(), RUN, arrivals, settled).declared_size == 64
 
 
