@@ -71,11 +71,19 @@ class Downlink:
             room = room if room is not None and len(room) == layout.count else None
             decoded = self._encoded(self._codec, step, layout, state).decoded(layout, into=room)
             moved = {name: decoded[name].add_(tensor) for name, tensor in state.model.items()}
+        return self._sent_as(moved)
+
+    def _sent_as(self, model: State) -> State:
         if self._spool is None:
-            return moved
+            return model
         content = RecordDict()
-        self._sent = records.put_tensors(content, moved, self._spool)
+        self._sent = records.put_tensors(content, model, self._spool)
         return records.get_tensors(content, self._spool)
+
+    def set(self, step: State, state: ServerState) -> State:
+        """The model after a change that must be exact, such as of what a continual method keeps: nodes fetch it whole."""
+        state.chain = []
+        return self._sent_as(state.model | {name: state.model[name] + tensor for name, tensor in step.items()})
 
     def _encoded(self, codec: Codec, step: State, layout: Layout, state: ServerState) -> Payload:
         if self._spool is None or self._sent is None:

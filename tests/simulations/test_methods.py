@@ -89,7 +89,7 @@ def test_lwf_without_weight_is_sequential(tmp_path: Path, plan_of: Callable[...,
 
 
 def test_the_teacher_is_the_model_as_the_last_task_left_it(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    plan = plan_of("lwf", transfer=EXACT)
+    plan = plan_of("lwf")
     run(plan, tmp_path, "inprocess")
     first, second = states(tmp_path, plan)
     for name, tensor in second.items():
@@ -244,7 +244,7 @@ def test_an_adapter_of_which_one_factor_a_round_is_trained_begins_with_b(tmp_pat
 
 @pytest.mark.parametrize("start", ["fresh", "last"])
 def test_the_next_adapter_begins_as_the_plan_says(tmp_path: Path, plan_of: Callable[..., Plan], start: str) -> None:
-    plan = plan_of("adapters", settings={"start": start}, transfer=EXACT)
+    plan = plan_of("adapters", settings={"start": start})
     run(plan, tmp_path, "inprocess")
     state = states(tmp_path, plan)[0]
     begun, own = (
@@ -363,7 +363,7 @@ def test_so_many_rows_a_label_are_refused_under_privacy(plan_of: Callable[..., P
 def test_weights_that_mattered_stay_where_old_tasks_left_them(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     moved = {}
     for weight in (0.0, 100.0):
-        plan = plan_of("ewc", OVER, {"weight": weight}, transfer=EXACT)
+        plan = plan_of("ewc", OVER, {"weight": weight})
         run(plan, tmp_path / str(weight), "inprocess")
         first, second = states(tmp_path / str(weight), plan)
         fisher = {name.removeprefix("kept.fisher."): tensor for name, tensor in first.items() if name.startswith("kept.fisher.")}
@@ -416,7 +416,7 @@ def test_what_noise_adds_to_squares_is_taken_off(plan_of: Callable[..., Plan], t
 def test_each_task_has_an_adapter_beside_the_earlier_ones(tmp_path: Path, plan_of: Callable[..., Plan], rule: str) -> None:
     overlaps = {}
     for weight in (0.0, 50.0):
-        plan = plan_of("olora", OVER, {"weight": weight}, transfer=EXACT, aggregation={"rule": rule})
+        plan = plan_of("olora", OVER, {"weight": weight}, aggregation={"rule": rule})
         run(plan, tmp_path / str(weight), "inprocess")
         first, second = states(tmp_path / str(weight), plan)
         for name in first:
@@ -454,7 +454,7 @@ def test_what_is_saved_holds_all_adapters(tmp_path: Path, plan_of: Callable[...,
 
 def test_a_task_that_has_ended_scores_the_same_with_its_adapter_kept(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     """The end moves the adapter to what is kept, which changes no output."""
-    plan = plan_of("olora", OVER, transfer=EXACT)
+    plan = plan_of("olora", OVER)
     run(plan, tmp_path, "inprocess")
     first = states(tmp_path, plan)[0]
     checkpoint = load_file(tmp_path / "checkpoints" / "round-00006.safetensors")
@@ -464,7 +464,7 @@ def test_a_task_that_has_ended_scores_the_same_with_its_adapter_kept(tmp_path: P
 
 
 def test_the_mean_of_the_last_rounds_is_of_those_that_train(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
-    plan = plan_of("adapters", transfer=EXACT, aggregation={"average_last": 2})
+    plan = plan_of("adapters", aggregation={"average_last": 2})
     run(plan, tmp_path, "inprocess")
     second = load_file(tmp_path / "checkpoints" / "round-00005.safetensors")
     kept = states(tmp_path, plan)[1]
