@@ -91,7 +91,7 @@ class Ledger(Database):
     @property
     def id(self) -> str:
         """What no other ledger is called: the hash of its first entry."""
-        return self._book.hashes[min(self._book.hashes)].hex()
+        return self._book.first.hex()
 
     @property
     def split_at(self) -> int:
@@ -346,7 +346,7 @@ class Ledger(Database):
                     raise _broken(self.path, f"the fingerprints of data segment {segment.number} are not those that were read")
             if found:
                 raise _broken(self.path, "it holds fingerprints that were never read")
-            return len(self._book.hashes)
+            return self._book.sequence
 
     # --- where it stands ---
 
@@ -355,31 +355,48 @@ class Ledger(Database):
         self._refresh()
         return self._book.sequence, self._book.head
 
-    def hash_at(self, sequence: int) -> bytes | None:
-        """The hash of an entry; None if there is none."""
-        self._refresh()
-        return self._book.hashes.get(sequence)
+    def sign(self, home: str) -> tuple[int, bytes]:
+        """Note that a home signs for the ledger as it is; returns how many times it has, and the entry's hash.
 
-    def written_off_at(self, home: str) -> int:
-        """The sequence number of a home's last write-off; 0 if there is none."""
-        self._refresh()
-        return self._book.written_off_at.get(home, 0)
+        It is a count of its own, since how many entries lie between two says which records a plan has found here.
+        """
+        with self._transaction() as db:
+            number = 1 + self._signed(home)
+            self._append(db, {"kind": "signed", "home": home, "number": number})
+            return number, self._book.head
 
-    def write_off(self, after: int = 0, home: str = "") -> int:
+    def signed(self, home: str) -> int:
+        """How many times a home has signed, those included that a write-off stands for."""
+        self._refresh()
+        return self._signed(home)
+
+    def _signed(self, home: str) -> int:
+        return max(self._book.written_off_until.get(home, 0), next(reversed(self._book.signed.get(home, {})), 0))
+
+    def signed_hash(self, home: str, number: int) -> bytes | None:
+        """The hash of the entry of the time that a home signed; None if there is none."""
+        self._refresh()
+        return self._book.signed.get(home, {}).get(number)
+
+    def written_off_until(self, home: str) -> int:
+        """How many times a home may have signed for a ledger that it has written off; -1 for none."""
+        self._refresh()
+        return self._book.written_off_until.get(home, -1)
+
+    def write_off(self, home: str, after: int = 0) -> int:
         """Take all that was ever read as spent for life, so that only new records can be read from now on.
 
         Args:
-            after: the sequence number that a lost ledger had reached: this one goes on behind it.
             home: whose records are known to be among those; see `Witness.name`.
+            after: how many times it had signed for a lost ledger: it goes on behind that.
 
         Returns:
             How many data segments were written off.
         """
         with self._transaction() as db:
             numbers = sorted(self._book.segments)
-            self._append(
-                db, {"kind": "write-off", "segments": numbers, "home": home, "at": time.time()}, max(after, self._book.sequence) + 1
-            )
+            signed = max(after, self._signed(home))
+            self._append(db, {"kind": "write-off", "segments": numbers, "home": home, "signed": signed, "at": time.time()})
         return len(numbers)
 
     # --- parts ---
@@ -404,8 +421,8 @@ class Ledger(Database):
         body = {"split": split, "run": run, "message_id": message_id, "round": round, "unit": unit, "charged": sorted(charged), "at": at}
         self._append(db, {"kind": "reserve", **body, **segment._asdict(), "planned_noise": planned_noise})
 
-    def _append(self, db: sqlite3.Connection, body: dict[str, Any], sequence: int | None = None) -> None:
-        self._book.add(ledger_log.append(db, self._book.sequence, self._book.head, body, sequence))
+    def _append(self, db: sqlite3.Connection, body: dict[str, Any]) -> None:
+        self._book.add(ledger_log.append(db, self._book.sequence, self._book.head, body))
 
     def _catch_up(self) -> None:
         """Read what the log holds beyond what this object knows."""

@@ -103,9 +103,12 @@ class Book:
     head: bytes = ledger_log.START
     entries: dict[int, Entry] = field(default_factory=dict)
     segments: dict[int, DataSegment] = field(default_factory=dict)
-    hashes: dict[int, bytes] = field(default_factory=dict)
-    written_off_at: dict[str, int] = field(default_factory=dict)
-    """By home, the number of its last write-off."""
+    first: bytes = b""
+    """The hash of the first entry."""
+    signed: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    """By home, the hashes of the entries that say that it signed, by how many times it had."""
+    written_off_until: dict[str, int] = field(default_factory=dict)
+    """By home, how many times it may have signed for entries that were lost, as its last write-off has it."""
     split_at: int = 0
     """The number of the last split; 0: no records have ever moved from one data segment to another."""
 
@@ -142,11 +145,12 @@ class Book:
                     if old.number in entry.charged:
                         self.entries[sequence] = replace(entry, charged=entry.charged | {number})
             case "write-off":
-                self.written_off_at[body.get("home", "")] = logged.sequence  # before homes had names: nobody's, so it is done again
+                self.written_off_until[body["home"]] = body["signed"]
                 for number in body["segments"]:
                     self.segments[number] = replace(self.segments[number], written_off=True)
-        self.sequence, self.head = logged.sequence, logged.hash
-        self.hashes[logged.sequence] = logged.hash
+            case "signed":
+                self.signed.setdefault(body["home"], {})[body["number"]] = logged.hash
+        self.sequence, self.head, self.first = logged.sequence, logged.hash, self.first or logged.hash
 
     def history(self, segment: int | None = None, run: str | None = None) -> list[Entry]:
         """The reservations, of one data segment or all, of one run or all; the oldest first."""

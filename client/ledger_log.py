@@ -16,8 +16,6 @@ from typing import Any
 SCHEMA = "CREATE TABLE log (sequence INTEGER PRIMARY KEY, body TEXT NOT NULL, hash BLOB NOT NULL) STRICT"
 START = bytes(32)
 """The hash before the first entry."""
-JUMPS = "write-off"
-"""The kind of entry whose sequence number may leave some out: it comes after entries that were lost."""
 
 
 class BrokenChainError(Exception):
@@ -55,16 +53,15 @@ def read(db: sqlite3.Connection, after: int, head: bytes) -> Iterator[Logged]:
     for sequence, text, found in db.execute("SELECT sequence, body, hash FROM log WHERE sequence > ? ORDER BY sequence", (after,)):
         try:
             body = json.loads(text)
-            kind = body["kind"]
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             raise BrokenChainError(f"entry {sequence} can't be read") from None
-        if (sequence != after + 1 and kind != JUMPS) or chained(head, sequence, text) != found:
+        if sequence != after + 1 or chained(head, sequence, text) != found:
             raise BrokenChainError(f"entry {sequence} does not follow from entry {after}")
         after, head = sequence, found
         yield Logged(sequence, body, found)
 
 
-def append(db: sqlite3.Connection, after: int, head: bytes, body: dict[str, Any], sequence: int | None = None) -> Logged:
+def append(db: sqlite3.Connection, after: int, head: bytes, body: dict[str, Any]) -> Logged:
     """Write one entry behind the last, within the caller's transaction.
 
     Args:
@@ -72,10 +69,8 @@ def append(db: sqlite3.Connection, after: int, head: bytes, body: dict[str, Any]
         after: the last entry's sequence number.
         head: its hash.
         body: what to write; JSON with a ``kind``.
-        sequence: a number above the next, for an entry that jumps.
     """
-    number = after + 1 if sequence is None else sequence
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    number, text = after + 1, json.dumps(body, sort_keys=True, separators=(",", ":"))
     found = chained(head, number, text)
     db.execute("INSERT INTO log (sequence, body, hash) VALUES (?, ?, ?)", (number, text, found))
     return Logged(number, body, found)

@@ -1,7 +1,8 @@
 """The rollback guard: what this node has told its coordinator of its ledger, and whether the ledger is still as far.
 
-With each reply the node sends where its ledger stands: the log's sequence number and a salted hash of its head, signed with a key that
-lies in the home and not in the ledger. The coordinator keeps the newest and gives it back when the node connects; the home keeps the newest
+With each reply the node sends where its ledger stands: how many times it has signed for it, which is an entry of the log as well, and a
+salted hash of that entry, signed with a key that lies in the home and not in the ledger. Any reply counts one: the log's own numbers
+would tell a coordinator, which chooses the rows that a task reads, whether there is one. The coordinator keeps the newest and gives it back when the node connects; the home keeps the newest
 that it has signed or was given back, for a coordinator that knows nothing of the node. A ledger that was restored from an older copy,
 deleted or left behind by a clone of this machine has not that entry, and nothing is trained.
 
@@ -35,7 +36,7 @@ LOST = Path("pki/ledger.lost.json")
 FORMAT = 1
 _MOST = 2**53
 """No ledger gets so far: a larger number under another key is made up, and would leave no room behind it."""
-_CONTEXT = b"lichen ledger state 1"
+_CONTEXT = b"lichen ledger state 2"
 
 
 class Witness:
@@ -83,7 +84,7 @@ class Witness:
             if not self._exists():
                 return None
             with open_ledger(self._home) as ledger:
-                sequence, head = ledger.state()
+                sequence, head = ledger.sign(self.name)
             salted = self._salted(head)
             state = LedgerState(sequence=sequence, head=salted, signature=self._key.sign(_bytes(sequence, salted)))
         except (LichenError, OSError) as error:
@@ -110,15 +111,15 @@ class Witness:
         why = "it is not there"
         if self._exists():
             with open_ledger(self._home) as ledger:
-                if ledger.written_off_at(self.name) > state.sequence:
+                if ledger.written_off_until(self.name) >= state.sequence:
                     return
-                found = ledger.hash_at(state.sequence)
+                found = ledger.signed_hash(self.name, state.sequence)
                 if found is not None and own and self._salted(found) == state.head:
                     return
-                why = f"its last entry is number {ledger.state()[0]}" if found is None else f"its entry {state.sequence} is another one"
+                why = f"its last is number {ledger.signed(self.name)}" if found is None else f"its number {state.sequence} is another one"
         if own or state.sequence <= _MOST:
             _write(self._home / LOST, json.dumps({"format": FORMAT, "sequence": state.sequence}).encode())
-        what = f"the ledger is not as far as entry {state.sequence}, which this node has signed: {why}"
+        what = f"the ledger lacks entry {state.sequence} of those that this node has signed: {why}"
         if not own:
             what += "; what was kept was signed by another key than this home's"
         raise LichenError(Code.LEDGER_BEHIND, what, where=str(ledger_folder(self._home) / FILE), fix=self._way_on(state, own))
@@ -177,7 +178,7 @@ def write_off(home: Path) -> int:
         after = max(after, state.sequence)
     with open_ledger(home) as ledger:
         _read_all(home, ledger)
-        count = ledger.write_off(after, Witness(home).name)
+        count = ledger.write_off(Witness(home).name, after)
     (home / LOST).unlink(missing_ok=True)
     return count
 

@@ -51,6 +51,8 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _labels_are_distinct(self) -> Self:
+        if self.labels and self.text_field == self.label_field:
+            raise ValueError("text_field and label_field are the same: a row is known by its text, and would say nothing")
         if self.kind == "text-classification" and len(self.labels) < 2:
             raise ValueError("labels: a classification needs two or more")
         if self.kind == "causal-lm" and self.labels:
@@ -258,7 +260,8 @@ class Privacy(Section):
     """ε for each unit over all rounds, at most."""
     delta: Number = Field(default=1e-5, gt=0, lt=0.1)
     """δ; below 1 / (number of units)."""
-    clip: Number = Field(default=1.0, gt=0)
+    # a norm whose square is too small for 32 bits would pass for zero, and be clipped by no clip of its size
+    clip: Number = Field(default=1.0, ge=1e-6, le=1e6)
     """ℓ2 bound on each unit's gradient; under `unit: client` on a client's whole update, of the first round if it adapts."""
     adaptive_clip: AdaptiveClip | None = None
     """Under `unit: client`: lets the clip follow the updates' norms; `{}` takes the defaults, left out it stays as it is."""

@@ -194,7 +194,7 @@ def test_an_evaluation_reads_no_row_that_is_spent(
     node, trainer = client_app.Node(context(home)), client_app.trainer_of(plan)
     before = len(client_app._rows(node, plan, "holdout", trainer, 1, "1").units)
     with Ledger(home) as ledger:
-        ledger.write_off()
+        ledger.write_off("home")
     assert ask(home, plan, kind=records.EVALUATE).error.code == Code.PRIVACY_BUDGET
     write_rows(home, [*unlike(tiny_rows(60), "x"), *unlike(tiny_rows(30), "y")])
     seen: list[int] = []

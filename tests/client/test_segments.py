@@ -194,13 +194,13 @@ def test_what_is_written_off_is_never_read_again(tmp_path: Path) -> None:
     with Ledger(tmp_path) as ledger:
         old = set(ledger.assign("train", [1]))
         ledger.reserve("train", "a", "m", 1, STEP, limits(), old, as_of=ledger.split_at)
-        assert ledger.write_off(after=40) == 1
-        assert ledger.state()[0] == 41
+        assert ledger.write_off("home", after=40) == 1
+        assert ledger.sign("home")[0] == 41
         both = old | set(ledger.assign("train", [1, 2]))
         assert ledger.reserve("train", "a", "m", 1, STEP, limits(), both, as_of=ledger.split_at).readable == both - old
         refused(Code.PRIVACY_BUDGET, lambda: ledger.reserve("train", "b", "m", 1, STEP, limits(life=None), old, as_of=ledger.split_at))
     with Ledger(tmp_path) as ledger:
-        assert ledger.verify() == 6
+        assert ledger.verify() == 7
         assert [one.written_off for one in ledger.segments()] == [True, False]
 
 
@@ -332,7 +332,7 @@ def test_no_sequence_of_runs_moves_exports_and_crashes_passes_a_records_budget(e
             folder = Path(shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "ledger"))
             ledger = Ledger(folder)
         elif event[0] == "write-off":
-            ledger.write_off()
+            ledger.write_off("home")
             ended |= {record for record in range(6) if any(entry for entry in left[record])}
         else:
             split, records, run, message, noise = event
@@ -426,3 +426,18 @@ def test_a_user_without_a_home_directory_is_told_to_name_a_folder(tmp_path: Path
     monkeypatch.setattr("pwd.getpwuid", unknown)
     assert "LICHEN_LEDGER" in refused(Code.OUTPUT_UNUSABLE, lambda: open_ledger(tmp_path)).fix
     assert Witness(tmp_path).sign() is None  # the agent lives on, and its reply is sent
+
+
+def test_what_is_signed_tells_nothing_of_which_records_a_plan_found(tmp_path: Path) -> None:
+    """A task's rows part a segment, or are a new one, and whose they are is a coordinator's to say."""
+    told = []
+    for task in ([], [1], [999]):
+        (tmp_path / str(task)).mkdir()
+        with Ledger(tmp_path / str(task)) as ledger:
+            ledger.assign("train", range(100))
+            first = ledger.sign("home")
+            ledger.assign("train", task, apart=True)
+            second = ledger.sign("home")
+        assert first[1] != second[1]
+        told.append((first[0], second[0]))
+    assert told == [(1, 2)] * 3

@@ -210,16 +210,6 @@ def test_a_damaged_ledger_of_a_home_that_went_back_is_written_off_at_once(home: 
     witness.check()
 
 
-def test_an_entry_of_no_home_is_nobodys_write_off(home: Path) -> None:
-    """As ledgers have it from before an entry named its home: whose data was read then is not known."""
-    spend(home, "a")
-    state = signed(home)
-    lose(home)
-    with Ledger(home) as ledger:
-        ledger.write_off(state.sequence)
-    behind(asked(home, state))
-
-
 def test_a_number_that_no_ledger_reaches_does_no_harm(home: Path) -> None:
     """Such a state is made up; writing off would cost all records and not even satisfy who made it up."""
     spend(home, "a")
