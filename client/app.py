@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -57,9 +57,6 @@ if TYPE_CHECKING:
     Serving = Generator[Work, Trained, T]
     """What asks for training on its way to a result."""
     Serve = Callable[["Node", Plan, "Asked", Message], Serving[RecordDict]]
-
-_WHOLE_RUN = "all rounds"
-"""In place of a message's id: what pays for a run under `unit: client`."""
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -343,17 +340,21 @@ def _reserve(
     as_of: int,
     ahead: int,
 ) -> Grant:
-    """`Ledger.reserve`; in a stream a node whose rows of a task have nothing left goes on with noise alone, for which nothing is charged.
+    """`Ledger.reserve`; in a stream a node whose rows of a task have not all that is asked for left sends noise alone, free of charge.
 
-    Which rows are of a task is what the plan says, so a refusal would tell without noise whether there is one of them.
+    Which rows are of a task is what the plan says: a refusal, fewer steps or more noise would tell exactly whether there is one of them.
     """
-    try:
+    if not is_stream(plan):
         return ledger.reserve(split, run, message_id, round, steps, limits, reads, as_of=as_of, ahead=ahead)
-    except LichenError as error:
-        if error.code is not Code.PRIVACY_BUDGET or not is_stream(plan):
-            raise
-        log.warning("noise alone is sent, since to refuse would tell which rows are here: %s", error)
-        return ledger.reserve(split, run, message_id, round, steps, limits, frozenset(), as_of=as_of)
+    for later in dict.fromkeys((ahead, 0)):  # with all that is ahead the accountant mostly knows the answer already
+        try:
+            return ledger.reserve(split, run, message_id, round, steps, limits, reads, as_of=as_of, ahead=later, whole=True)
+        except LichenError as error:
+            if error.code is not Code.PRIVACY_BUDGET:
+                raise
+            spent = error
+    log.warning("noise alone is sent, since to refuse would tell which rows are here: %s", spent)
+    return ledger.reserve(split, run, message_id, round, steps, limits, frozenset(), as_of=as_of)
 
 
 def _train_central(
@@ -363,16 +364,14 @@ def _train_central(
 
     The first message that reads a record pays for the whole run, since ε counts the rounds in which this node is not drawn as well.
     """
-    run = str(message.metadata.run_id)
+    run, whole = str(message.metadata.run_id), f"all rounds of {plan.sha256()}"  # a run's name is the coordinator's to choose
     with open_ledger(node.home, own=node.simulated) as ledger:
-        planned, paid = planned_central(plan).segment, ledger.paid(run, "train", _WHOLE_RUN, rows.as_of)
+        planned, paid = planned_central(plan).segment, ledger.paid(run, "train", whole, rows.as_of)
         readable = rows.segments & paid
         if (rest := rows.segments - paid) or not readable:
             try:
                 limits = _limits(node, plan)
-                readable |= ledger.reserve(
-                    "train", run, _WHOLE_RUN, asked.round, planned, limits, rest, as_of=rows.as_of, whole=True
-                ).readable
+                readable |= ledger.reserve("train", run, whole, asked.round, planned, limits, rest, as_of=rows.as_of, whole=True).readable
             except LichenError as error:  # what is paid for goes on without the others
                 if error.code is not Code.PRIVACY_BUDGET or not readable:
                     raise
@@ -468,6 +467,8 @@ class Rows:
     """The rows of each unit of privacy."""
     read_from: list[frozenset[int]]
     """The ledger's data segments of each unit; empty without privacy."""
+    segments: frozenset[int]
+    """All that to read the units is charged to."""
     declared_size: int | None
     by_task: list[list[int]]
     """Of held-out rows those of each task until the stage, each in its first; all in one without a stream."""
@@ -477,11 +478,6 @@ class Rows:
     """Of an online run."""
     as_of: int = 0
     """When the data segments were looked up; see `Ledger.reserve`."""
-
-    @property
-    def segments(self) -> frozenset[int]:
-        """The data segments that reading all units reads."""
-        return frozenset().union(*set(self.read_from))
 
     def readable_units(self, readable: frozenset[int]) -> list[list[int]]:
         """The units that lie in permitted data segments only."""
@@ -520,9 +516,11 @@ def _read_rows(
             fix="Add the source again with a share below 1 as --holdout.",
         )
     fields = dict.fromkeys([*trainer.task.fields, *([entity] if entity else []), *fields_of(plan)])
-    data = load(home, split, tuple(fields), fault=trainer.task.fault if plan.private else None)
+    data = load(home, split, tuple(fields), lenient=plan.private)
     columns = {field: data.column(field) for field in data.fields}
-    count, size, stage = len(data), data.declared_size, stages(plan)[number]
+    count, size, stage, every = len(data), data.declared_size, stages(plan)[number], columns
+    if plan.private and (faults := [trainer.task.fault({field: values[row] for field, values in columns.items()}) for row in range(count)]):
+        columns, count = _without(columns, faults)
     by_task = [list(range(count))]
     wanted = batches or (split == "train" and not simulated)
     known_by = _known_by(home, plan, columns, batches.key if batches else None) if wanted else []
@@ -546,18 +544,32 @@ def _read_rows(
         owners.setdefault(owner, []).append(row)
     units = list(owners.values())
     if not plan.private:
-        return Rows(encoded, units, [], size, by_task, known_by, batches)
-    # A row is known by what it says: with another label, or another entity's name on it, it is the same row.
-    says = [columns[field] for field in trainer.task.fields if field != plan.task.label_field]
+        return Rows(encoded, units, [], frozenset(), size, by_task, known_by, batches)
     with open_ledger(home, own=simulated) as ledger:
-        found = fingerprints(ledger.fingerprint_key, "row", says)
-        if entity:
-            found += fingerprints(ledger.fingerprint_key, f"entity:{entity}", [list(owners)])
-        of = ledger.assign(split, found, apart=reads_apart(plan))
+
+        def known(columns: Mapping[str, Sequence[object]], owners: Iterable[object]) -> list[int]:
+            # A row is known by what it says: with another label, or another entity's name on it, it is the same row.
+            found = fingerprints(ledger.fingerprint_key, "row", [columns[plan.task.text_field]])
+            return found + (fingerprints(ledger.fingerprint_key, f"entity:{entity}", [list(owners)]) if entity else [])
+
+        # the plan says which labels it can use, and what is charged must not tell which are here; a stream's rows are paid for by task
+        others = [] if is_stream(plan) else known(every, dict.fromkeys(map(said, every[entity])) if entity else ())
+        found = known(columns, owners)
+        of = ledger.assign(split, [*found, *others], apart=reads_apart(plan))
         as_of = ledger.split_at
     together = {unit: frozenset([*(of[row] for row in rows), *([of[count + unit]] if entity else [])]) for unit, rows in enumerate(units)}
     shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
-    return Rows(encoded, units, [shared.setdefault(own, own) for own in together.values()], size, by_task, known_by, batches, as_of)
+    read_from = [shared.setdefault(own, own) for own in together.values()]
+    return Rows(encoded, units, read_from, frozenset(of), size, by_task, known_by, batches, as_of)
+
+
+def _without(columns: dict[str, list[Any]], faults: Sequence[str | None]) -> tuple[dict[str, list[Any]], int]:
+    """The rows that have no fault, and how many; of the others this node's log tells alone."""
+    kept = [row for row, fault in enumerate(faults) if fault is None]
+    if len(kept) < len(faults):
+        first = next(filter(None, faults))
+        log.warning("%d rows can't be used and were left out, the first: %s (lichen client data check)", len(faults) - len(kept), first)
+    return {field: [values[row] for row in kept] for field, values in columns.items()}, len(kept)
 
 
 def _rows_by_batch(batch_of: Sequence[int | None], number: int, *, alone: bool) -> tuple[list[int], list[list[int]]]:

@@ -287,8 +287,8 @@ def count_training(home: Path, source: Source, holdout_key: str) -> int:
     return sum(side == "train" for side, _ in _sides(home, source, holdout_key))
 
 
-def load(home: Path, split: Split, fields: Sequence[str], *, fault: Callable[[Row], str | None] | None = None) -> LocalData:
-    """The rows of one split. Strictly, one bad row is an error; with ``fault`` it is left out, and told in this node's log alone.
+def load(home: Path, split: Split, fields: Sequence[str], *, lenient: bool = False) -> LocalData:
+    """The rows of one split. Strictly, one bad row is an error; else it is left out, and told in this node's log alone.
 
     Under privacy nothing else will do: an error that leaves the node tells of the row, and rows that one row takes with it are more than
     the one that ε is for. So there a row is used or left out for what it says itself, and all values are read as text.
@@ -302,11 +302,11 @@ def load(home: Path, split: Split, fields: Sequence[str], *, fault: Callable[[Ro
         home: the node's home.
         split: ``train`` or ``holdout``.
         fields: the task fields to read; every source must map each of them.
-        fault: why the task can't use a row, by that row alone; None if it can.
+        lenient: see above.
 
     Raises:
         LichenError: DATA_FIELD if a source does not map a field, or two sources hold different types; DATA_EMPTY if no row is left to
-            train on (an empty hold-out is none); DATA_NOT_FOUND, DATA_FORMAT, DATA_ROW as the data is. With ``fault`` neither DATA_ROW
+            train on (an empty hold-out is none); DATA_NOT_FOUND, DATA_FORMAT, DATA_ROW as the data is. If ``lenient`` neither DATA_ROW
             nor DATA_EMPTY.
     """
     import pyarrow as pa
@@ -318,20 +318,18 @@ def load(home: Path, split: Split, fields: Sequence[str], *, fault: Callable[[Ro
     for source in manifest.sources:
         _check_fields(source, fields)
         left_out = _LeftOut(source.path)
-        reader = _reader(home, source, left_out if fault else refuse, apart=fault is not None)
+        reader = _reader(home, source, left_out if lenient else refuse, apart=lenient)
         rows: Iterator[Row] = (row for side, row in _sides(home, source, manifest.holdout_key, reader) if side == split)
-        if fault:
-            rows = left_out.without(rows, fault)
         table = to_table(reader, rows, home)
         left_out.tell()
-        if not table.num_rows and source.watch and not fault:
+        if not table.num_rows and source.watch and not lenient:
             continue  # no row has a type yet
         tables.append(table.select(list(fields)))
         if tables[-1].schema != tables[0].schema:
             what = f"its types differ from those of {manifest.sources[0].path}: {_types(tables[-1])}, not {_types(tables[0])}"
             raise LichenError(Code.DATA_FIELD, what, where=source.path, fix="Export both alike.")
     table = pa.concat_tables(tables or [pa.schema([(field, pa.string()) for field in fields]).empty_table()])
-    if split == "train" and table.num_rows == 0 and not fault:
+    if split == "train" and table.num_rows == 0 and not lenient:
         raise LichenError(Code.DATA_EMPTY, "no rows to train on", where=str(home / MANIFEST))
     return LocalData(table, _declared(home, manifest) if split == "train" else None)
 
@@ -505,15 +503,8 @@ class _LeftOut:
         self._first = ""
 
     def __call__(self, bad: BadRow) -> None:
-        self._note(f"{bad.file}, row {bad.row}: {bad.reason}")
-
-    def without(self, rows: Iterator[Row], fault: Callable[[Row], str | None]) -> Iterator[Row]:
-        """Those rows that have no fault."""
-        for row in rows:
-            if (reason := fault(row)) is None:
-                yield row
-            else:
-                self._note(reason)
+        self._count += 1
+        self._first = self._first or f"{bad.file}, row {bad.row}: {bad.reason}"
 
     def tell(self) -> None:
         """Warn, if there were any."""
@@ -524,10 +515,6 @@ class _LeftOut:
                 self._count,
                 self._first,
             )
-
-    def _note(self, reason: str) -> None:
-        self._count += 1
-        self._first = self._first or reason
 
 
 def _reader(

@@ -49,6 +49,10 @@ class PrivacyPolicy(_Section):
     """Largest ε of a plan, and of all runs together over the life of each of this node's records, which the ledger keeps to."""
     max_delta: Number = Field(default=1e-5, gt=0, lt=1)
     """Largest δ of a plan. Over several runs the bound holds at twice this (docs/design.md: two accountants)."""
+    text_field: str = "text"
+    """The data field that plans read texts from (task.text_field). A row is known by it: by another it would be a new one, with a new ε."""
+    unit_fields: tuple[str, ...] | None = None
+    """Data fields that name entities (privacy.unit_field), such as a patient's number. Left out: any, if require has example; else none."""
 
 
 class Policy(_Section):
@@ -203,6 +207,13 @@ class Policy(_Section):
         asked, permitted = plan.privacy, self.privacy
         if asked.unit not in permitted.require:
             yield _told("privacy.unit", asked.unit, "privacy.require", ", ".join(permitted.require))
+        fields = permitted.unit_fields
+        if fields is None and "example" not in permitted.require:
+            fields = ()  # a plan would choose, and each text is an entity of its own
+        if asked.unit_field is not None and fields is not None and asked.unit_field not in fields:
+            yield _told("privacy.unit_field", asked.unit_field, "privacy.unit_fields", ", ".join(fields) or "none")
+        if plan.task.text_field != permitted.text_field:
+            yield _told("task.text_field", plan.task.text_field, "privacy.text_field", permitted.text_field)
         # Noise that is added elsewhere leaves this node's own update bare.
         if str(asked.noise) != "local" and self.unnoised_updates_to_coordinator == "never":
             yield _told("privacy.noise", asked.noise, "unnoised_updates_to_coordinator", "never")
@@ -359,7 +370,8 @@ def promise(plan: Plan) -> str:
         return "no differential privacy: un-noised updates leave this node"
     if plan.central:
         return f"ε ≤ {plan.privacy.epsilon:g} for all that this node has, promised by the coordinator: un-noised updates leave this node"
-    return f"ε ≤ {plan.privacy.epsilon:g} for each {plan.privacy.unit}, by noise that this node adds"
+    unit = f"value of {plan.privacy.unit_field}" if plan.privacy.unit_field else plan.privacy.unit
+    return f"ε ≤ {plan.privacy.epsilon:g} for each {unit}, by noise that this node adds"
 
 
 def request(home: Path, plan: Plan) -> None:

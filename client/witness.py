@@ -2,9 +2,10 @@
 
 With each reply the node sends where its ledger stands: how many times it has signed for it, which is an entry of the log as well, and a
 salted hash of that entry, signed with a key that lies in the home and not in the ledger. Any reply counts one: the log's own numbers
-would tell a coordinator, which chooses the rows that a task reads, whether there is one. The coordinator keeps the newest and gives it back when the node connects; the home keeps the newest
-that it has signed or was given back, for a coordinator that knows nothing of the node. A ledger that was restored from an older copy,
-deleted or left behind by a clone of this machine has not that entry, and nothing is trained.
+would tell a coordinator, which chooses the rows that a task reads, whether there is one. The coordinator keeps the newest and gives it
+back when the node connects; the home keeps the newest that it has signed or was given back, for a coordinator that knows nothing of the
+node. A ledger that was restored from an older copy, deleted or left behind by a clone of this machine has not that entry, and nothing is
+trained.
 
 A state under another key than this home's holds only while the coordinator gives it, since anybody can make one: kept for good, it would
 let a hostile coordinator shut the node out of every other federation.

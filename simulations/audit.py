@@ -204,9 +204,11 @@ def _rows(plan: Plan, homes: list[Path], directory: Path, bench: Workbench) -> t
     held_out: dict[str, list[object]] = {field: [] for field in fields}
     for home in homes:
         for split in ("train", "holdout"):
-            data = load(home, split, fields, fault=bench.task.fault if plan.private else None)
-            for field in fields:
-                (train if split == "train" else held_out)[field] += data.column(field)
+            data = load(home, split, fields, lenient=plan.private)
+            rows = zip(*map(data.column, fields), strict=True)
+            usable = [row for row in rows if bench.task.fault(dict(zip(fields, row, strict=True))) is None]
+            for field, values in zip(fields, zip(*usable, strict=True), strict=False):
+                (train if split == "train" else held_out)[field] += values
     for name in ("validation", "test"):
         if (path := directory / "simulation" / f"{name}.parquet").exists():
             table = pq.read_table(path)

@@ -21,6 +21,7 @@ from lichen.common.continual.method import (
     Scored,
     check_features,
     check_one_model,
+    check_one_task_each,
     check_stream,
     check_sums,
     head_of,
@@ -56,6 +57,7 @@ class Adapters(Method):
         """It needs tasks of two rounds and more, and an adapter of one rank."""
         check_stream(self.plan, refuse)
         check_one_model(self.plan, refuse)
+        check_one_task_each(self.plan, refuse)
         check_features(self.plan, refuse)
         check_sums(self.plan, refuse)
         if self.plan.evaluation.federated_every:

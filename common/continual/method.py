@@ -288,9 +288,24 @@ def check_features(plan: Plan, refuse: Refuse) -> None:
         refuse(f"continual.method: {plan.continual.method} needs the features of mean pooling", "Set model.head.pooling: mean.")
 
 
+def check_one_task_each(plan: Plan, refuse: Refuse) -> None:
+    """Refuse to add what an update lost to the next one, where that may be of another task's adapter."""
+    if plan.transfer.uplink.error_feedback:
+        refuse(
+            f"transfer.uplink.error_feedback with continual.method: {plan.continual.method}: what is left of one task's adapter is none of"
+            " the next one's",
+            "Leave it out, and use codec: eden, whose errors average out.",
+        )
+
+
 def check_sums(plan: Plan, refuse: Refuse) -> None:
     """Refuse what a round that gathers sums can't go with."""
     method = plan.continual.method
+    if plan.cohort.oversample > 1:
+        refuse(
+            f"cohort.oversample with continual.method: {method}: the rows of who is called off are in no sum, and none comes after it",
+            "Leave cohort.oversample out.",
+        )
     if plan.cohort.mode == "buffered":
         refuse(
             f"continual.method: {method} with cohort.mode: buffered, which has no round to gather sums in", "Set cohort.mode: synchronous."

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lichen.common.aggregation import HELD_A, HELD_B, KEPT, A, B, beside, part_of
-from lichen.common.continual.method import Learned, Method, Pull, Refuse, check_one_model, check_stream
+from lichen.common.continual.method import Learned, Method, Pull, Refuse, check_one_model, check_one_task_each, check_stream
 from lichen.common.continual.stream import Stage
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class OLoRA(Method):
         """It needs tasks, and a LoRA whose A is trained."""
         check_stream(self.plan, refuse)
         check_one_model(self.plan, refuse)
+        check_one_task_each(self.plan, refuse)
         if self.plan.model.adapter.kind != "lora":
             refuse(
                 f"continual.method: olora is for LoRA, and model.adapter.kind is {self.plan.model.adapter.kind}",

@@ -98,6 +98,28 @@ def test_rows_that_are_moved_from_the_hold_out_to_training_take_their_history_al
 
 
 @pytest.mark.parametrize("kind", [records.TRAIN, records.EVALUATE])
+def test_nothing_that_is_told_follows_from_which_labels_are_here(
+    tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan], kind: str
+) -> None:
+    """A plan's labels choose rows as a task does: a row of none of them is charged all the same, and may be one that has nothing left."""
+    rows = unlike(tiny_rows(60), "x")
+    answers = []
+    for name, kept in (("with", rows), ("without", [row for row in rows if row["label"] != "crop"])):
+        home = write_home(tmp_path / name, kept)
+        (home / "policy.yaml").write_text("format: 1\nprivacy: {max_epsilon: 6.0}\n")
+        probe = {"labels": ["crop", "zz"], "max_length": 32}
+        runs = [(probe, 2.0), (probe, 2.0), (None, 4.0), (None, 4.0), (probe, 2.0), (probe, 4.0)]
+        for run, (task, most) in enumerate(runs):
+            changes = {"privacy": {"epsilon": most}, "evaluation": {"federated_every": 1}, "rounds": 1} | ({"task": task} if task else {})
+            reply = ask(home, plan_of(**changes), run=run, kind=kind)
+            report = {} if reply.has_error() else dict(reply.content.config_records["report"])
+            report.pop("counts", None)
+            answers.append((report, reply.has_error() and reply.error.code))
+    assert answers[: len(runs)] == answers[len(runs) :]
+    assert {code for _, code in answers} >= {False, Code.PRIVACY_BUDGET}
+
+
+@pytest.mark.parametrize("kind", [records.TRAIN, records.EVALUATE])
 @pytest.mark.parametrize("round", [-1, 0, 3, 2**40])
 def test_a_round_that_the_plan_has_not_is_refused_and_costs_nothing(
     tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan], round: int, kind: str

@@ -206,7 +206,7 @@ def test_a_watched_folder_may_be_empty_and_its_size_is_each_files(tmp_path: Path
     with pytest.raises(LichenError) as caught:
         load(tmp_path, "train", ["text"])
     assert caught.value.code is Code.DATA_EMPTY
-    assert len(load(tmp_path, "train", ["text"], fault=lambda row: None)) == 0
+    assert len(load(tmp_path, "train", ["text"], lenient=True)) == 0
     deliver(folder, ".hidden.jsonl", ["a"])
     deliver(folder, "one.jsonl", ["a"])
     deliver(folder, "two.jsonl", ["b"])

@@ -117,6 +117,7 @@ def test_the_first_round_pays_for_the_run_and_a_second_run_must_fit(home: Path, 
         (entry,) = ledger.entries()
         assert (entry.unit, entry.segment) == ("client", planned_central(plan).segment)
         assert 5.9 < ledger.spent(1, LIFE).epsilon <= 6.0
+    refused(ask(home, plan_of(clip=0.7)), Code.PRIVACY_BUDGET)  # another plan under this run's name
     refused(ask(home, plan, run=8), Code.PRIVACY_BUDGET)  # 6 and 6 is more than the life's 8
     assert not ask(home, plan_of(epsilon=1.0), run=9).has_error()
     with open_ledger(home) as ledger:

@@ -91,6 +91,19 @@ LIMITS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "privacy.epsilon asks 3.5; privacy.max_epsilon permits 2",
     ),
     ({"privacy": {"max_delta": "1e-6"}}, {}, "privacy.delta asks 1e-05; privacy.max_delta permits 1e-06"),
+    (
+        {"privacy": {"text_field": "note"}},
+        {"task": {"labels": ["yes", "no"], "text_field": "patient"}},
+        "task.text_field asks patient; privacy.text_field permits note",
+    ),
+    *(
+        (
+            {"privacy": {"require": ["entity"]} | fields},
+            {"privacy": {"unit": "entity", "unit_field": "text"}},
+            f"privacy.unit_field asks text; privacy.unit_fields permits {permitted}",
+        )
+        for fields, permitted in (({}, "none"), ({"unit_fields": ["patient", "ward"]}, "patient, ward"))
+    ),
     ({"min_cohort": 3}, {}, "cohort.minimum asks 2; min_cohort permits 3 or more"),
     ({"secure_aggregation": "required"}, {}, "aggregation.secure asks False; secure_aggregation permits required"),
     ({"max_rounds": 4}, {}, "rounds asks 5; max_rounds permits 4"),

@@ -114,10 +114,11 @@ def test_nor_if_a_coordinator_asks_for_the_later_task_first(tmp_path: Path, tiny
         assert ledger.entries()[-1].charged == frozenset()
 
 
+@pytest.mark.parametrize("life", [4.0, 5.0])
 def test_whether_a_task_has_rows_is_told_neither_with_budget_nor_without(
-    tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan]
+    tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan], life: float
 ) -> None:
-    """A task may be one patient's: what the node answers must not follow from whether there are such rows."""
+    """A task may be one patient's: neither an error, nor fewer steps, nor more noise may follow from whether there are such rows."""
     probe = plan_of([{"name": "all", "where": {"site": ["a", "b"]}}, {"name": "probe", "where": {"site": ["a"]}}], privacy=PRIVACY)
     rows = tiny_rows(40)
     answers = []
@@ -126,10 +127,10 @@ def test_whether_a_task_has_rows_is_told_neither_with_budget_nor_without(
         if not kept:
             lines = (home / "rows.jsonl").read_text().splitlines()
             (home / "rows.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["site"] == "b") + "\n")
-        (home / "policy.yaml").write_text("format: 1\nprivacy: {max_epsilon: 4.0}\n")
+        (home / "policy.yaml").write_text(f"format: 1\nprivacy: {{max_epsilon: {life}}}\n")
         whole = parse_plan(probe.model_dump(mode="json") | {"continual": {}, "rounds": 2})
         for round in (1, 2):
-            assert not ask(home, whole, round, run=1).has_error(), "life's budget is spent"
+            assert not ask(home, whole, round, run=1).has_error(), "of life's budget little is left"
         answers += [ask(home, probe, round, run=2).content.config_records["report"] for round in (1, 3)]
         with open_ledger(home) as ledger:
             assert [entry.charged for entry in ledger.entries()[-2:]] == [frozenset()] * 2
