@@ -80,7 +80,7 @@ class Downlink:
         self._sent = records.put_tensors(content, model, self._spool)
         return records.get_tensors(content, self._spool)
 
-    def set(self, step: State, state: ServerState) -> State:
+    def add_exactly(self, step: State, state: ServerState) -> State:
         """The model after a change that must be exact, such as of what a continual method keeps: nodes fetch it whole."""
         state.chain = []
         return self._sent_as(state.model | {name: state.model[name] + tensor for name, tensor in step.items()})

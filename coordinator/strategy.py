@@ -202,7 +202,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     def _learn(self, learned: Learned) -> None:
         if learned.step:
             # where 8 bits hold a block's largest well, they lose most of a Fisher matrix, and move what is to stay
-            self.state.model = self._downlink.set(learned.step, self.state)
+            self.state.model = self._downlink.add_exactly(learned.step, self.state)
         self.state.memory = learned.memory
 
     def _save(self) -> None:
