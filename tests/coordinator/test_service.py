@@ -30,7 +30,8 @@ from lichen.common import pki
 from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
 from lichen.common.invite import Invite
-from lichen.common.plan import Plan, parse_plan
+from lichen.common.plan import Plan, digest_of, parse_plan
+from lichen.common.result import read_result
 from lichen.coordinator.admin import AdminServer, ask, served
 from lichen.coordinator.backup import restore_backup, write_backup
 from lichen.coordinator.export import export_model
@@ -165,6 +166,23 @@ def test_runs_wait_for_the_disk_one_after_the_other(home: Home) -> None:
         assert runner.stop(3) == "failed"
         refused(Code.RUN_UNKNOWN, runner.stop, 4)
         until(lambda: runner.current is None)
+        assert runner.close()
+
+
+def test_a_run_that_an_older_lichen_began_goes_on(home: Home, older_text: Callable[[Plan], str]) -> None:
+    plan = parse_plan(PLAN | {"model": {"base": "/no/such/model"}})
+    text, directory = older_text(plan), home.runs / "1"
+    (directory / "checkpoints").mkdir(parents=True)
+    (directory / "plan.yaml").write_text(yaml.safe_dump(json.loads(text)))
+    (directory / "checkpoints" / "plan.sha256").write_text(digest_of(text))
+    with closing(home.open_store()) as store:
+        store.add_run(1, text, "1")
+        store.set_run_status(1, "running")
+        runner = Runner(store, FleetServer(store, Spool(home.spool)), home.runs)
+        runner.start()
+        until(lambda: store.run(1).status == "failed")
+        assert "error 30 (model-not-found)" in str(store.run(1).error), "and not that it holds a run of another plan"
+        assert read_result(directory).plan_sha256 == digest_of(text)
         assert runner.close()
 
 
