@@ -130,7 +130,7 @@ class Agent:
         try:
             plan, assignment = await asyncio.to_thread(_assignment, message)
             private, round = plan.private, assignment.round
-            self._watcher.begin(message.metadata.run_id, plan)  # whatever stands in the way now may be gone later
+            self._watcher.begin(message.metadata.run_id, plan, assignment.plan)  # whatever stands in the way now may be gone later
             if is_paused(self.home):
                 raise LichenError(Code.AGENT_PAUSED, "the owner has paused this node", fix="lichen client pause --resume")
             self._status.change(run=run, round=round)
@@ -151,7 +151,7 @@ class Agent:
     async def _do(self, message: Message, plan: Plan, assignment: records.Assignment) -> Message:
         loop = asyncio.get_running_loop()
         began = loop.time() - self._connection.waited(message)
-        policy = await self._permission(plan, until=began + _HELD * plan.cohort.deadline_s)
+        policy = await self._permission(plan, assignment.plan_sha256, until=began + _HELD * plan.cohort.deadline_s)
         await asyncio.to_thread(self._locks.hold_data)
         if plan.private:
             await asyncio.to_thread(self._witness.check)
@@ -208,22 +208,22 @@ class Agent:
                 self._status.change(last_error=f"{error}", rows=before // 2)
                 records.spend_time(message, asyncio.get_running_loop().time() - now)
 
-    async def _permission(self, plan: Plan, until: float) -> Policy:
+    async def _permission(self, plan: Plan, plan_sha256: str, until: float) -> Policy:
         """The policy, once it permits the plan; while a person has yet to decide, wait for them."""
         from lichen.client.policy import enforce
 
         while True:
             try:
-                return await asyncio.to_thread(enforce, self.home, plan, datetime.now().astimezone())
+                return await asyncio.to_thread(enforce, self.home, plan, plan_sha256, datetime.now().astimezone())
             except LichenError as error:
                 if error.code is not Code.POLICY_APPROVAL or asyncio.get_running_loop().time() >= until:
                     raise
-                self._wait_for_a_person(plan)
+                self._wait_for_a_person(plan, plan_sha256)
             await asyncio.sleep(_DECISION_EVERY)
 
-    def _wait_for_a_person(self, plan: Plan) -> None:
+    def _wait_for_a_person(self, plan: Plan, plan_sha256: str) -> None:
         if self._status.state != "waiting":
-            log.warning("plan %s waits for your decision: lichen client approve %s, or reject", plan.name, plan.sha256()[:12])
+            log.warning("plan %s waits for your decision: lichen client approve %s, or reject", plan.name, plan_sha256[:12])
             self._status.change(state="waiting")
 
     # --- what this machine can do ---
@@ -347,15 +347,11 @@ def _assignment(message: Message) -> tuple[Plan, records.Assignment]:
     Raises:
         LichenError: FRAME_INVALID, if it asks for nothing that an agent does; PLAN_…
     """
-    from lichen.common.plan import plan_from_json  # here, because an agent without work can do without its schema
-
     kind = message.metadata.message_type
     config = message.content.config_records.get("assignment") if message.has_content() else None
     if kind not in _WORK or config is None:
         raise LichenError(Code.FRAME_INVALID, f"a message of type {kind!r} without an assignment, or of another type than training")
     assignment = records.from_config(records.Assignment, config)
-    plan = plan_from_json(assignment.plan)
-    if plan.sha256() != assignment.plan_sha256:
-        raise LichenError(Code.POLICY_REFUSED, f"the plan's digest is {plan.sha256()}, not {assignment.plan_sha256}", where=plan.name)
+    plan = assignment.read_plan()
     records.check_round(assignment.round, plan.rounds)
     return plan, assignment

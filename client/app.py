@@ -39,7 +39,7 @@ from lichen.common.continual import make_method
 from lichen.common.continual.stream import fields_of, is_online, is_stream, labels_until, rows_by_task, stage_of, stage_size, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.hardware import rounded
-from lichen.common.plan import Plan, plan_from_json
+from lichen.common.plan import Plan
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.clipping import clipped
 from lichen.common.privacy.randomness import RandomSource, SecretSource, SeededSource
@@ -162,12 +162,12 @@ def _serve(message: Message, context: Context, work: Serve) -> Serving[Message]:
     private = True  # until the plan says otherwise
     try:
         assignment = records.from_config(records.Assignment, message.content.config_records["assignment"])
-        plan = plan_from_json(assignment.plan)
+        plan = assignment.read_plan()
         private = plan.private
         node = Node(context)
         asked = Asked.of(assignment, plan, node)
         if not node.simulated:
-            enforce(node.home, plan, datetime.now().astimezone())
+            enforce(node.home, plan, assignment.plan_sha256, datetime.now().astimezone())
         return records.reply(message, (yield from work(node, plan, asked, message)))
     except LichenError as error:
         log.error("%s", error)

@@ -24,7 +24,7 @@ from lichen.common.aggregation import properties
 from lichen.common.continual.stream import is_online
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import resolve_base
-from lichen.common.plan import Number, Plan
+from lichen.common.plan import Number, Plan, load_plan
 from lichen.common.private_files import write_private
 
 POLICY = "policy.yaml"
@@ -132,7 +132,7 @@ class Policy(_Section):
 
         Args:
             plan: what arrived.
-            plan_sha256: the digest that a person approves; it must be the plan's own.
+            plan_sha256: the digest that a person approves: of the text that it came as (`Assignment.read_plan`).
             now: for `hours`.
             weights_sha256: finds the digest of the base model's weights; called only where `models` lists digests. Without it such a
                 model counts as not permitted.
@@ -142,14 +142,12 @@ class Policy(_Section):
                 has yet to decide.
         """
         refusals = [*self._refusals(plan, weights_sha256)]
-        if plan.sha256() != plan_sha256:
-            refusals.append(f"the plan's digest is {plan.sha256()}, not {plan_sha256}")
         if not self.open_at(now):
             refusals.append(f"the time is {now:%H:%M}; hours permits {self.hours}")
         if refusals:
             raise _refused(plan, refusals)
         if self.approval == "ask":
-            decided = decision(self._home, plan_sha256) if self._home else "pending"
+            decided = decision(self._home, plan, plan_sha256) if self._home else "pending"
             if decided == "rejected":
                 raise _refused(plan, ["a person rejected this plan; approval is ask"])
             if decided == "pending":
@@ -320,12 +318,13 @@ class Approval:
     plan: Path
 
 
-def enforce(home: Path, plan: Plan, now: datetime) -> Policy:
+def enforce(home: Path, plan: Plan, plan_sha256: str, now: datetime) -> Policy:
     """Load the policy and check a plan against it; a plan that needs a person is put before them.
 
     Args:
         home: the node's home.
         plan: what arrived.
+        plan_sha256: the digest of the text that it came as.
         now: for `hours`.
 
     Returns:
@@ -336,10 +335,10 @@ def enforce(home: Path, plan: Plan, now: datetime) -> Policy:
     """
     policy = load_policy(home)
     try:
-        policy.check(plan, plan.sha256(), now, weights_sha256=lambda: weights_sha256(plan.model.base))
+        policy.check(plan, plan_sha256, now, weights_sha256=lambda: weights_sha256(plan.model.base))
     except LichenError as error:
         if error.code is Code.POLICY_APPROVAL:
-            request(home, plan)
+            request(home, plan, plan_sha256)
         raise
     return policy
 
@@ -374,17 +373,30 @@ def promise(plan: Plan) -> str:
     return f"ε ≤ {plan.privacy.epsilon:g} for each {unit}, by noise that this node adds"
 
 
-def request(home: Path, plan: Plan) -> None:
+def request(home: Path, plan: Plan, plan_sha256: str) -> None:
     """Put a plan before the node's owner; nothing changes if it is there already."""
-    digest = plan.sha256()
-    if not _record(home, digest).exists():
-        write_private(home / APPROVALS / f"{digest}.plan.yaml", plan.to_yaml().encode())
-        _write(home, digest, plan.name, "pending")
+    record = _record(home, plan_sha256)
+    if not record.exists() or _is_of_another(_read(home, plan_sha256), plan):
+        record.unlink(missing_ok=True)  # first: what is written now nobody has approved
+        write_private(home / APPROVALS / f"{plan_sha256}.plan.yaml", plan.to_yaml().encode())
+        _write(home, plan_sha256, plan.name, "pending")
 
 
-def decision(home: Path, plan_sha256: str) -> Decision:
-    """What a person decided on a plan; ``pending`` also if they were never asked."""
-    return _read(home, plan_sha256).state if _record(home, plan_sha256).exists() else "pending"
+def decision(home: Path, plan: Plan, plan_sha256: str) -> Decision:
+    """What a person decided on a plan; ``pending`` also if they were never asked, or had another before them."""
+    if not _record(home, plan_sha256).exists() or _is_of_another(found := _read(home, plan_sha256), plan):
+        return "pending"
+    return found.state
+
+
+def _is_of_another(approval: Approval, plan: Plan) -> bool:
+    """Whether what was approved was not this plan: the same text is another to a lichen in which a default has changed."""
+    if approval.state != "approved":
+        return False
+    try:
+        return load_plan(approval.plan) != plan
+    except LichenError:
+        return True
 
 
 def approvals(home: Path) -> list[Approval]:

@@ -38,6 +38,8 @@ class Watched:
 
     run: int
     plan: Plan
+    text: str
+    """The plan's, as it came."""
 
 
 class Watcher:
@@ -57,12 +59,12 @@ class Watcher:
         self._settled: dict[str, object] = {}
         self._looking = asyncio.Lock()
 
-    def begin(self, run: int, plan: Plan) -> None:
+    def begin(self, run: int, plan: Plan, text: str) -> None:
         """Watch for this run from now on, also after a restart; one that is not online ends it."""
-        watched = Watched(run, plan) if is_online(plan) else None
+        watched = Watched(run, plan, text) if is_online(plan) else None
         if watched != self._watched:
             self._watched, self._settled = watched, {}
-            kept = {"format": FORMAT, "run": run, "plan": plan.canonical_json()} if watched else {"format": FORMAT}
+            kept = {"format": FORMAT, "run": run, "plan": text} if watched else {"format": FORMAT}
             write_private(self._home / FILE, json.dumps(kept).encode())
             self._tell(News())
             self._note(None)
@@ -132,9 +134,10 @@ class Watcher:
 
     def _refused(self, watched: Watched) -> LichenError | None:
         from lichen.client.policy import enforce
+        from lichen.common.plan import digest_of
 
         try:
-            enforce(self._home, watched.plan, datetime.now().astimezone())
+            enforce(self._home, watched.plan, digest_of(watched.text), datetime.now().astimezone())
         except LichenError as error:
             return error
         return None
@@ -158,6 +161,7 @@ def _read(path: Path) -> Watched | None:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT or "run" not in document:
             return None
-        return Watched(int(document["run"]), plan_from_json(str(document["plan"])))
+        text = str(document["plan"])
+        return Watched(int(document["run"]), plan_from_json(text), text)
     except (OSError, ValueError, KeyError, TypeError, LichenError):
         return None

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flwr.app import Array, ConfigRecord, Message, RecordDict
 
     from lichen.common.codec.codec import Codec, Payload
+    from lichen.common.plan import Plan
 
 INLINE = "lichen.safetensors.v1"
 ENCODED = "lichen.codec.v1"
@@ -106,6 +107,19 @@ class Assignment(_Record):
     def number(self) -> int:
         """Counts the node's trainings: never the same for two of them, so that draws and noise are others."""
         return self.round if self.training is None else self.training
+
+    def read_plan(self) -> Plan:
+        """The plan, if its text, as it came, has the digest by which policies and people know it.
+
+        Raises:
+            LichenError: POLICY_REFUSED; as `plan_from_json`.
+        """
+        from lichen.common.plan import digest_of, plan_from_json  # here, because an agent without work can do without its schema
+
+        plan = plan_from_json(self.plan)
+        if (digest := digest_of(self.plan)) != self.plan_sha256:
+            raise LichenError(Code.POLICY_REFUSED, f"the plan's digest is {digest}, not {self.plan_sha256}", where=plan.name)
+        return plan
 
 
 def spend_time(message: Message, seconds: float) -> None:

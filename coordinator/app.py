@@ -201,7 +201,7 @@ def main(grid: Grid, context: Context) -> None:
     result = Result(
         run_id=str(context.run_id),
         status="running",
-        plan_sha256=plan.sha256(),
+        plan_sha256=directory.plan_sha256,
         engine=engine,
         seed=plan.seed,
         versions=versions(),

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 
 from lichen.common import records
 from lichen.common.errors import Code
+from lichen.common.plan import digest_of
 from lichen.coordinator.replies import note_failure
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Messages:
 
     Args:
         plan: the run's.
+        text: the plan's, which nodes get.
         name: of a node, by its id.
         downlink: the model's way to the nodes.
         cohorts: is told who has no privacy budget left.
@@ -50,6 +52,7 @@ class Messages:
     def __init__(
         self,
         plan: Plan,
+        text: str,
         name: Callable[[int], str],
         downlink: Downlink,
         cohorts: Cohorts,
@@ -57,6 +60,7 @@ class Messages:
         assign: Callable[[int, int], dict[str, Any]] | None,
     ) -> None:
         self._plan, self._name, self._assign = plan, name, assign
+        self._text, self._plan_sha256 = text, digest_of(text)
         self._downlink, self._cohorts, self._updates = downlink, cohorts, updates
 
     def prepare(self, nodes: Iterable[int], round: int, timeout: float, grid: Grid, state: ServerState, wanted: int | None = None) -> None:
@@ -111,8 +115,8 @@ class Messages:
         """
         plan = self._plan
         return records.Assignment(
-            plan=plan.canonical_json(),
-            plan_sha256=plan.sha256(),
+            plan=self._text,
+            plan_sha256=self._plan_sha256,
             round=round,
             clip=(state.clip or plan.privacy.clip) if plan.central else None,
             training=training,

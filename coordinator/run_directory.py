@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, Field
 
 from lichen.common.errors import Code, LichenError
+from lichen.common.plan import digest_of, load_plan, text_of
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.statement import make_statement
 from lichen.common.private_files import write_private
@@ -112,10 +113,14 @@ class RunDirectory:
 
     Args:
         path: the directory.
-        plan: the run's plan; it must be the one that the directory was made for.
+        plan: the run's plan; it must be the one that the directory was made for, in whichever lichen's words.
+
+    Attributes:
+        text: the plan's, as it was when the run was submitted: what nodes get, so that its digest stays the one that people approved.
+        plan_sha256: that digest.
 
     Raises:
-        LichenError: OUTPUT_UNUSABLE, if it belongs to another plan or can't be written.
+        LichenError: OUTPUT_UNUSABLE, if it belongs to another plan or can't be written; as `load_plan`.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
@@ -123,11 +128,15 @@ class RunDirectory:
         self.plan = plan
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            digest = path / DIGEST
-            if digest.exists() and digest.read_text(encoding="utf-8") != plan.sha256():
+            stored, digest = path / "plan.yaml", path / DIGEST
+            if not stored.exists() and not digest.exists():
+                write_atomically(stored, plan.to_yaml())
+            elif load_plan(stored) != plan:
                 raise _other_plan(path)
-            write_atomically(path / "plan.yaml", plan.to_yaml())
-            write_atomically(digest, plan.sha256())
+            self.text = text_of(stored)
+            self.plan_sha256 = digest_of(self.text)
+            if not digest.exists():
+                write_atomically(digest, self.plan_sha256)
         except OSError as error:
             raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(path)) from None
 
@@ -212,7 +221,7 @@ class RunDirectory:
         about = {
             "format": FORMAT,
             "round": state.round,
-            "plan_sha256": self.plan.sha256(),
+            "plan_sha256": self.plan_sha256,
             "spent": state.spent,
             "spent_before": state.spent_before,
             "evaluated": state.evaluated,
@@ -340,7 +349,7 @@ def open_for(out: Path, *, resume: bool, plan: Plan | None = None) -> None:
     """Refuse a directory that holds something else, a run of another plan than ``plan``, or a run that was not asked to go on.
 
     Raises:
-        LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE.
+        LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE; as `load_plan`.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -348,7 +357,7 @@ def open_for(out: Path, *, resume: bool, plan: Plan | None = None) -> None:
         raise LichenError(Code.OUTPUT_UNUSABLE, "not empty, and not a run directory", where=str(out), fix="Choose another --out.")
     if not resume:
         raise LichenError(Code.OUTPUT_EXISTS, "holds a run", where=str(out), fix="Choose another --out, or go on with it: --resume.")
-    if plan is not None and (out / DIGEST).read_text(encoding="utf-8") != plan.sha256():
+    if plan is not None and load_plan(out / "plan.yaml") != plan:
         raise _other_plan(out)
 
 

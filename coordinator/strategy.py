@@ -97,12 +97,12 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._cohorts = Cohorts(plan, self._name, self._central)
         self._replies = Replies(plan, name_of)
         self._updates = Updates(plan, spool, self._replies)
-        self._messages = Messages(plan, self._name, self._downlink, self._cohorts, self._updates, assign)
+        self._messages = Messages(plan, directory.text, self._name, self._downlink, self._cohorts, self._updates, assign)
         self._teller = Teller(plan, directory, result, evaluator, self._central, beside=beside)
 
     def summary(self) -> None:
         """Log what is run."""
-        log.info("%s: %d rounds, plan %s", self.plan.name, self.plan.rounds, self.plan.sha256()[:12])
+        log.info("%s: %d rounds, plan %s", self.plan.name, self.plan.rounds, self.directory.plan_sha256[:12])
 
     # --- the loop ---
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lichen.common.continual.stream import fields_of
+from lichen.common.continual.stream import fields_of, rows_by_task
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import PACKAGE, resolve_base
 from lichen.common.plan import Plan
@@ -35,6 +35,8 @@ def check_base(plan: Plan) -> None:
 
 def keep_rows(source: Path, target: Path, plan: Plan, fields: Mapping[str, str]) -> int:
     """Read evaluation rows, check them against the plan and write them as Parquet; returns their number.
+
+    Of a stream those of its tasks: others, which may bear labels that the plan does not have, are never scored.
 
     Args:
         source: JSONL, CSV or Parquet.
@@ -66,12 +68,33 @@ def keep_rows(source: Path, target: Path, plan: Plan, fields: Mapping[str, str])
                 fix=f"Name it: --field {field}=COLUMN",
             )
         values = table.column(column)
-        if pa.types.is_floating(values.type) or pa.types.is_nested(values.type):
-            raise LichenError(Code.DATA_FIELD, f"column {column!r} holds {values.type}, not text", where=str(source))
-        columns[field] = values.cast(pa.string())
-        if nulls := columns[field].null_count:
+        number = pa.types.is_floating(values.type)
+        if pa.types.is_nested(values.type) or (number and field in plan.task.fields):
+            raise LichenError(
+                Code.DATA_FIELD,
+                f"column {column!r} holds {values.type}, not text",
+                where=str(source),
+                fix=f"Write it as text, or name another column: --field {field}=COLUMN",
+            )
+        columns[field] = values if number else values.cast(pa.string())
+    table = pa.table(columns)
+    if not table.num_rows:
+        raise LichenError(Code.DATA_EMPTY, "no rows", where=str(source))
+    if stream := plan.continual.stream:
+        kept, _ = rows_by_task(plan, len(stream) - 1, table.to_pydict())
+        table = table.take(pa.array(kept, pa.int64()))
+        if not table.num_rows:
+            raise LichenError(
+                Code.DATA_EMPTY,
+                "no row is of any task",
+                where=str(source),
+                fix="Hold the labels, where and between of continual.stream against the values in the file.",
+            )
+    for field in plan.task.fields:
+        if nulls := table.column(field).null_count:
+            column = fields.get(field, field)
             raise LichenError(Code.DATA_ROW, f"{nulls} rows have no value in column {column!r}", where=str(source), fix="Mend the rows.")
-    found = pc.unique(columns[plan.task.label_field]).to_pylist() if plan.task.labels else []
+    found = pc.unique(table.column(plan.task.label_field)).to_pylist() if plan.task.labels else []
     if unknown := sorted(set(found) - set(plan.task.labels)):
         raise LichenError(
             Code.DATA_LABEL,
@@ -79,10 +102,8 @@ def keep_rows(source: Path, target: Path, plan: Plan, fields: Mapping[str, str])
             where=str(source),
             fix=f"The plan's labels: {', '.join(plan.task.labels)}.",
         )
-    if not table.num_rows:
-        raise LichenError(Code.DATA_EMPTY, "no rows", where=str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), target)
+    pq.write_table(table, target)
     return int(table.num_rows)
 
 

@@ -64,7 +64,7 @@ class Teller:
         self._plan, self._directory, self._result = plan, directory, result
         self._evaluator, self._central, self._beside = evaluator, central, beside
         self._scoring = Beside(here=not beside)
-        self._versions = Versions(directory.path, plan)
+        self._versions = Versions(directory.path, plan, directory.plan_sha256)
 
     def resume(self, state: ServerState, num_rounds: int) -> None:
         """Tell what was told already, and the round of the checkpoint if a crash came before its score: it is scored now."""

@@ -68,10 +68,11 @@ class Versions:
     Args:
         directory: the run's.
         plan: the run's.
+        plan_sha256: its digest, which new ones tell.
     """
 
-    def __init__(self, directory: Path, plan: Plan) -> None:
-        self._folder, self._plan = directory / FOLDER, plan
+    def __init__(self, directory: Path, plan: Plan, plan_sha256: str = "") -> None:
+        self._folder, self._plan, self._plan_sha256 = directory / FOLDER, plan, plan_sha256
 
     def all(self) -> list[Version]:
         """Every version, in order.
@@ -89,7 +90,7 @@ class Versions:
 
     def add_start(self, validation: dict[str, Metrics | None]) -> None:
         """Keep how the model scores before the first round."""
-        digest = self._plan.sha256()
+        digest = self._plan_sha256
         self._write(Version(number=0, task=START, round=0, parent=None, plan_sha256=digest, validation=validation, at=time.time()))
 
     def add(
@@ -120,7 +121,7 @@ class Versions:
             task=tasks_of(self._plan)[stage.number].name,
             round=stage.last,
             parent=number - 1,
-            plan_sha256=self._plan.sha256(),
+            plan_sha256=self._plan_sha256,
             epsilon=epsilon,
             validation=validation,
             split=split,

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import Plan, load_plan
+from lichen.common.plan import Plan, digest_of, load_plan, text_of
 from lichen.common.privacy.statement import make_statement, unit_in_words
 from lichen.common.result import read_result, write_atomically
 from lichen.coordinator.pages import epsilon as upper
@@ -131,7 +131,7 @@ def run_audit(directory: Path, homes: list[Path], confidence: float = 0.95) -> A
     truth = np.concatenate(included or [np.zeros(0, dtype=bool)])
     found = Audit(
         run_id=run_id,
-        plan_sha256=plan.sha256(),
+        plan_sha256=digest_of(text_of(directory / "plan.yaml")),
         confidence=confidence,
         unit=unit_in_words(plan),
         claimed_epsilon=claimed,

@@ -17,6 +17,7 @@ from flwr.app import Context, RecordDict
 from lichen.common.continual.stream import fields_of, rows_of
 from lichen.common.device import device
 from lichen.common.errors import Code, LichenError
+from lichen.common.plan import digest_of
 from lichen.common.result import Result, read_result, write_atomically
 from lichen.coordinator.run_directory import COHORT, RunDirectory, open_for
 from lichen.simulations.datasets import hold_out, load_spec
@@ -65,12 +66,15 @@ def _run(plan: Plan, out: Path, engine: str, resume: bool, progress: Progress | 
     from lichen.client.data import CACHE
     from lichen.coordinator.app import app as server_app
 
+    text = plan.canonical_json()
     if resume:
         # refuses another plan before its data are dealt over this one's; the same cohort is drawn again, and Ray's node ids are new
-        RunDirectory(out, plan).forget_cohort()
+        directory = RunDirectory(out, plan)
+        directory.forget_cohort()
+        text = directory.text  # which may be an older lichen's, and the run's id, by which ledgers know it, is the same then
     homes, splits = deal(plan, out / "simulation")
-    run_id = int(plan.sha256()[:15], 16)
-    config: dict[str, Any] = {"plan": plan.canonical_json(), "directory": str(out), "engine": engine} | splits
+    run_id = int(digest_of(text)[:15], 16)
+    config: dict[str, Any] = {"plan": text, "directory": str(out), "engine": engine} | splits
     if engine == "ray":
         if plan.simulation.speeds:
             raise LichenError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from lichen.common.plan import Plan
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too: the model is too small to share out
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -99,3 +103,15 @@ def tiny_plan(tiny_model: Path) -> dict[str, Any]:
         "cohort": {"size": 2, "minimum": 2, "deadline_s": 60},
         "local": {"steps": 4, "batch_size": 8, "learning_rate": 0.01},
     }
+
+
+@pytest.fixture(scope="session")
+def older_text() -> Callable[[Plan], str]:
+    """`older_text(plan)`: the text of a plan without `simulation.speeds`, from a lichen that does not know that key."""
+
+    def text(plan: Plan) -> str:
+        document = json.loads(plan.canonical_json())
+        del document["simulation"]["speeds"]
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    return text

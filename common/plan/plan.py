@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
@@ -67,15 +68,25 @@ class Plan(Section):
 
     def canonical_json(self) -> str:
         """The plan with all defaults, keys sorted: equal plans give equal text."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return canonical(self.model_dump(mode="json"))
 
     def sha256(self) -> str:
         """The hexadecimal digest of the canonical JSON, which names this plan to policies and people."""
-        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+        return digest_of(self.canonical_json())
 
     def to_yaml(self) -> str:
         """The plan with all defaults, as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def canonical(document: Mapping[str, Any]) -> str:
+    """A document as JSON, keys sorted."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+
+
+def digest_of(text: str) -> str:
+    """The hexadecimal digest of a plan's text as it travels: a lichen with more keys finds the same, whatever their defaults."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def schema() -> dict[str, Any]:

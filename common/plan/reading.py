@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan.checks import check_sound
 from lichen.common.plan.mistakes import explain
-from lichen.common.plan.plan import Plan
+from lichen.common.plan.plan import Plan, canonical
 
 FORMAT = 1
 
@@ -29,6 +29,22 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     Raises:
         LichenError: PLAN_UNREADABLE, PLAN_INVALID, PLAN_VERSION, PLAN_UNSOUND.
     """
+    document = _document(path)
+    for override in overrides:
+        _override(document, override)
+    return parse_plan(document, where=" ".join([str(path), *(f"--set {override}" for override in overrides)]))
+
+
+def text_of(path: Path) -> str:
+    """A plan file's canonical JSON, without the defaults that it leaves out: the text, and its digest, of whoever wrote the file.
+
+    Raises:
+        LichenError: PLAN_UNREADABLE, PLAN_INVALID.
+    """
+    return canonical(_document(path))
+
+
+def _document(path: Path) -> dict[str, Any]:
     try:
         document = _SingleKeys(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
@@ -37,9 +53,7 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         raise LichenError(Code.PLAN_UNREADABLE, f"not YAML: {' '.join(str(error).split())}", where=str(path)) from None
     if not isinstance(document, dict):
         raise LichenError(Code.PLAN_INVALID, "a plan is a mapping of keys", where=str(path), fix="Start from `lichen plan new`.")
-    for override in overrides:
-        _override(document, override)
-    return parse_plan(document, where=" ".join([str(path), *(f"--set {override}" for override in overrides)]))
+    return document
 
 
 def find_plan(name: str) -> Path:

@@ -211,7 +211,7 @@ def test_policy_and_approvals(home: Path, tiny_plan: dict[str, Any]) -> None:
     client("policy", "--init", home=home, fails=Code.OUTPUT_EXISTS)
     assert "no plan waits" in client("pending", home=home)
     plan = parse_plan(tiny_plan)
-    request(home, plan)
+    request(home, plan, plan.sha256())
     assert plan.sha256()[:12] in client("pending", home=home)
     assert json.loads(client("pending", "--json", home=home))[0]["sha256"] == plan.sha256()
     client("approve", "abc", home=home, fails=Code.POLICY_APPROVAL)

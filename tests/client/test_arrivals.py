@@ -270,7 +270,7 @@ def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytes
     async def first(watcher: Watcher) -> None:
         await asyncio.sleep(0.1)
         assert not told, "nobody has asked"
-        watcher.begin(7, plan_of())
+        watcher.begin(7, plan_of(), plan_of().canonical_json())
         await wait_for(0)
         deliver(folder, "one.jsonl", ["a"])
         await wait_for(64)
@@ -314,7 +314,7 @@ def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytes
         await wait_for(0)
         (tmp_path / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n")
         await wait_for(64)  # no file has changed
-        watcher.begin(8, parse_plan(json.loads(plan_of().canonical_json()) | {"continual": {}}))
+        watcher.begin(8, other := parse_plan(json.loads(plan_of().canonical_json()) | {"continual": {}}), other.canonical_json())
         await wait_for(0)
         assert told[-1].run_id == 0
 

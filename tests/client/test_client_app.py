@@ -20,10 +20,11 @@ from lichen.client.data import add_source, load
 from lichen.client.ledger import Ledger
 from lichen.client.ledger_book import Limit
 from lichen.client.memory import is_out_of_memory
+from lichen.client.policy import approve
 from lichen.common import records, tasks
 from lichen.common.errors import Code, LichenError
 from lichen.common.hardware import rounded
-from lichen.common.plan import Plan, parse_plan
+from lichen.common.plan import Plan, digest_of, parse_plan
 from lichen.common.privacy.accounting import epsilon
 from lichen.common.privacy.schedule import planned_steps
 from lichen.common.records import Rule
@@ -71,11 +72,13 @@ def ask(
     message_id: str = "",
     run: int = 7,
     config: dict[str, Any] | None = None,
+    text: str = "",
+    digest: str = "",
     **assigned: Any,
 ) -> Message:
     """The app's reply to what a coordinator would send, both through the wire's bytes."""
-    text = plan.canonical_json()
-    assignment = records.Assignment(plan=text, plan_sha256=plan.sha256(), round=round, **assigned)
+    text = text or plan.canonical_json()
+    assignment = records.Assignment(plan=text, plan_sha256=digest or digest_of(text), round=round, **assigned)
     content = RecordDict({"assignment": records.to_config(assignment)})
     records.put_tensors(content, workbench(plan).start, None)
     message = records.build_message(
@@ -488,6 +491,19 @@ def test_a_failure_after_noised_steps_was_a_release(home: Path, plan_of: Callabl
         with Ledger(home) as ledger:
             assert len(ledger.entries()) == times
     bare_number(ask(home, plan, message_id="same"), Code.PRIVACY_BUDGET)  # σ was found for two rounds
+
+
+def test_a_plan_of_an_older_coordinator_is_carried_out_if_its_text_has_the_digest(
+    home: Path, plan_of: Callable[..., Plan], older_text: Callable[[Plan], str]
+) -> None:
+    plan, other = plan_of(), plan_of(rounds=3)
+    text = older_text(plan)
+    (home / "policy.yaml").write_text("approval: ask\n")
+    bare_number(ask(home, plan, text=text), Code.POLICY_APPROVAL)
+    approve(home, digest_of(text))
+    report_of(ask(home, plan, text=text))
+    bare_number(ask(home, plan, text=older_text(other), digest=digest_of(text), round=2), Code.POLICY_REFUSED)
+    bare_number(ask(home, plan, text=text, digest=plan.sha256(), round=2), Code.POLICY_REFUSED)
 
 
 def test_messages_that_are_none(home: Path, plan_of: Callable[..., Plan]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lichen.client.policy import (
     write_default,
 )
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import Plan, parse_plan
+from lichen.common.plan import Plan, digest_of, load_plan, parse_plan
 
 NOON = datetime(2026, 1, 5, 12, 0)
 DIGEST = "ab" * 32
@@ -161,11 +162,6 @@ def test_a_base_that_is_permitted_by_its_digest_may_not_be_changed(tmp_path: Pat
     permits(owner, plan(**sections | {"aggregation": {"rule": "rolora"}}), weights_sha256=lambda: DIGEST)
 
 
-def test_the_digest_must_be_the_plan_s_own(tmp_path: Path) -> None:
-    with pytest.raises(LichenError, match=r"digest"):
-        load_policy(tmp_path).check(plan(), plan(rounds=6).sha256(), NOON)
-
-
 @given(st.integers(0, 1439), st.integers(0, 1439), st.integers(0, 1439))
 def test_hours_cover_the_span_from_begin_to_end(begin: int, end: int, now: int) -> None:
     span = f"{begin // 60:02}:{begin % 60:02}-{end // 60:02}:{end % 60:02}"
@@ -208,7 +204,7 @@ def test_hours_are_local() -> None:
 def test_a_bad_policy_permits_nothing(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / POLICY).write_text(text)
     with pytest.raises(LichenError, match=words) as caught:
-        enforce(tmp_path, plan(), NOON)
+        enforce(tmp_path, plan(), plan().sha256(), NOON)
     assert caught.value.code is Code.POLICY_INVALID
 
 
@@ -217,23 +213,46 @@ def test_a_person_approves_or_rejects_each_plan(tmp_path: Path) -> None:
     first, second, excessive = plan(), plan(rounds=6), plan(rounds=10)
     for asked in (first, second, first):
         with pytest.raises(LichenError) as caught:
-            enforce(tmp_path, asked, NOON)
+            enforce(tmp_path, asked, asked.sha256(), NOON)
         assert caught.value.code is Code.POLICY_APPROVAL
     with pytest.raises(LichenError, match=r"policy-refused"):
-        enforce(tmp_path, excessive, NOON)  # the limits come first: nobody is asked
+        enforce(tmp_path, excessive, excessive.sha256(), NOON)  # the limits come first: nobody is asked
     assert {approval.plan_sha256 for approval in pending(tmp_path)} == {first.sha256(), second.sha256()}
     waiting = next(approval for approval in pending(tmp_path) if approval.plan_sha256 == first.sha256())
     assert yaml.safe_load(waiting.plan.read_text())["rounds"] == 5
     assert approve(tmp_path, first.sha256()[:12]).state == "approved"
     assert reject(tmp_path, second.sha256()).state == "rejected"
     assert pending(tmp_path) == []
-    assert enforce(tmp_path, first, NOON).max_rounds == 9
+    assert enforce(tmp_path, first, first.sha256(), NOON).max_rounds == 9
     with pytest.raises(LichenError, match=r"a person rejected this plan"):
-        enforce(tmp_path, second, NOON)
+        enforce(tmp_path, second, second.sha256(), NOON)
     approve(tmp_path, second.sha256())  # a person may change their mind
-    enforce(tmp_path, second, NOON)
+    enforce(tmp_path, second, second.sha256(), NOON)
     with pytest.raises(LichenError, match=r"policy-approval"):
-        enforce(tmp_path, plan(rounds=7), NOON)  # an approval is for one plan
+        enforce(tmp_path, plan(rounds=7), plan(rounds=7).sha256(), NOON)  # an approval is for one plan
+
+
+def test_an_approval_holds_in_a_lichen_with_more_keys_but_not_for_another_plan(tmp_path: Path, older_text: Callable[[Plan], str]) -> None:
+    policy(tmp_path, approval="ask")
+    asked, digest = plan(), digest_of(older_text(plan()))
+    with pytest.raises(LichenError, match=r"policy-approval"):
+        enforce(tmp_path, asked, digest, NOON)
+    shown = pending(tmp_path)[0].plan
+    document = yaml.safe_load(shown.read_text())
+    del document["transfer"]  # as a lichen without that key has shown it
+    shown.write_text(yaml.safe_dump(document))
+    approve(tmp_path, digest)
+    enforce(tmp_path, asked, digest, NOON)
+    changed = plan(local={"steps": 4})  # as where a default that the text leaves out has changed
+    for _ in range(2):
+        with pytest.raises(LichenError, match=r"policy-approval"):
+            enforce(tmp_path, changed, digest, NOON)
+        assert [(found.plan_sha256, load_plan(found.plan)) for found in pending(tmp_path)] == [(digest, changed)]
+    approve(tmp_path, digest)
+    enforce(tmp_path, changed, digest, NOON)
+    (tmp_path / APPROVALS / f"{digest}.plan.yaml").unlink()  # nobody can tell any more what was approved
+    with pytest.raises(LichenError, match=r"policy-approval"):
+        enforce(tmp_path, changed, digest, NOON)
 
 
 def test_approvals_of_no_plan_and_damaged_ones(tmp_path: Path) -> None:
@@ -243,11 +262,11 @@ def test_approvals_of_no_plan_and_damaged_ones(tmp_path: Path) -> None:
             approve(tmp_path, digest)
         assert caught.value.code is Code.POLICY_APPROVAL
     with pytest.raises(LichenError):
-        enforce(tmp_path, plan(), NOON)
+        enforce(tmp_path, plan(), plan().sha256(), NOON)
     approve(tmp_path, first_digits)
     (tmp_path / APPROVALS / f"{plan().sha256()}.json").write_text('{"format": 1, "state": "appr')
     with pytest.raises(LichenError, match=r"policy-invalid"):
-        enforce(tmp_path, plan(), NOON)
+        enforce(tmp_path, plan(), plan().sha256(), NOON)
 
 
 def test_a_policy_that_was_not_loaded_from_a_home_cannot_know_of_approvals() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import Plan, Section, load_plan, parse_plan, plan_from_json, schema
+from lichen.common.plan import Plan, Section, digest_of, load_plan, parse_plan, plan_from_json, schema, text_of
 
 LEAST: dict[str, Any] = {
     "rounds": 3,
@@ -389,6 +389,8 @@ def test_round_trips_keep_the_plan_and_its_digest(tmp_path_factory: pytest.TempP
         assert hash(again) == hash(plan)
         assert again.sha256() == plan.sha256()
         assert again.canonical_json() == plan.canonical_json()
+    assert text_of(file) == plan.canonical_json()
+    assert digest_of(text_of(file)) == plan.sha256()
 
 
 @settings(max_examples=30, deadline=None)
@@ -396,6 +398,14 @@ def test_round_trips_keep_the_plan_and_its_digest(tmp_path_factory: pytest.TempP
 def test_other_plans_have_other_digests(document: dict[str, Any], rounds: int) -> None:
     plan, other = parse_plan(document), parse_plan({**document, "rounds": rounds})
     assert (plan.sha256() == other.sha256()) == (plan.rounds == rounds)
+
+
+def test_a_file_without_a_key_keeps_its_text(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(LEAST), encoding="utf-8")
+    assert json.loads(text_of(file)) == LEAST
+    assert plan_from_json(text_of(file)) == load_plan(file)
+    assert digest_of(text_of(file)) != load_plan(file).sha256()
 
 
 def test_the_digest_does_not_depend_on_order_or_on_spelled_out_defaults() -> None:

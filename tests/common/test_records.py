@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
+from lichen.common.plan import Plan, digest_of, parse_plan
 from lichen.common.records import Assignment, EvaluateReport, ProbeReport, Rule, TrainReport
 
 KINDS = records._Record.__subclasses__()
@@ -53,6 +56,23 @@ FULL: dict[type, dict[str, Any]] = {
     ProbeReport: {"format": 1, "tokens_per_s": 1200},
     EvaluateReport: {"format": 1, "client": "clinic-a", "round": 1, "counts": [1.0, -2.0], "noise_multiplier": 1.5, "loss_sum": 2.0},
 }
+
+
+def test_the_digest_is_of_the_plan_s_text_as_it_came(tiny_plan: dict[str, Any], older_text: Callable[[Plan], str]) -> None:
+    plan = parse_plan(tiny_plan)
+    other = parse_plan(tiny_plan | {"rounds": 3})
+    for text in (plan.canonical_json(), older_text(plan)):
+        assert Assignment(plan=text, plan_sha256=digest_of(text), round=1).read_plan() == plan
+        for digest in (digest_of(text + " "), other.sha256(), digest_of(older_text(other)), ""):
+            with pytest.raises(LichenError, match="digest") as caught:
+                Assignment(plan=text, plan_sha256=digest, round=1).read_plan()
+            assert caught.value.code is Code.POLICY_REFUSED
+    with pytest.raises(LichenError, match="digest"):  # though it is the same plan
+        Assignment(plan=older_text(plan), plan_sha256=plan.sha256(), round=1).read_plan()
+    newer = json.dumps(json.loads(plan.canonical_json()) | {"novel": 1})
+    with pytest.raises(LichenError, match="novel: unknown key") as caught:
+        Assignment(plan=newer, plan_sha256=digest_of(newer), round=1).read_plan()
+    assert caught.value.code is Code.PLAN_INVALID
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import Plan, load_plan, parse_plan
+from lichen.common.plan import Plan, digest_of, load_plan, parse_plan
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.statement import make_statement
 from lichen.common.result import Privacy, Result, Round, Transfer, read_result
@@ -173,6 +174,24 @@ def test_another_plan_is_refused_and_overwrites_nothing(directory: RunDirectory,
     before = (directory.path / "plan.yaml").read_bytes()
     refuses(Code.OUTPUT_UNUSABLE, lambda: RunDirectory(directory.path, parse_plan(tiny_plan | {"seed": 99})))
     assert (directory.path / "plan.yaml").read_bytes() == before
+
+
+def test_a_plan_in_an_older_lichens_words_is_the_same_and_keeps_them(
+    directory: RunDirectory, tiny_plan: dict[str, Any], plan: Plan, older_text: Callable[[Plan], str]
+) -> None:
+    text = older_text(plan)
+    (directory.path / "plan.yaml").write_text(yaml.safe_dump(json.loads(text), sort_keys=False))
+    (directory.path / "checkpoints" / "plan.sha256").write_text(digest_of(text))
+    files = {path: path.read_bytes() for path in directory.path.rglob("*") if path.is_file()}
+    open_for(directory.path, resume=True, plan=plan)
+    found = RunDirectory(directory.path, plan)
+    assert (found.text, found.plan_sha256) == (text, digest_of(text)) != (plan.canonical_json(), plan.sha256())
+    other = parse_plan(tiny_plan | {"seed": 99})
+    assert "another plan" in refuses(Code.OUTPUT_UNUSABLE, lambda: RunDirectory(directory.path, other)).what
+    assert "another plan" in refuses(Code.OUTPUT_UNUSABLE, lambda: open_for(directory.path, resume=True, plan=other)).what
+    assert {path: path.read_bytes() for path in directory.path.rglob("*") if path.is_file()} == files
+    (directory.path / "plan.yaml").unlink()
+    refuses(Code.PLAN_UNREADABLE, lambda: RunDirectory(directory.path, plan))
 
 
 def test_the_plan_that_is_kept_is_the_plan(directory: RunDirectory, plan: Plan) -> None:

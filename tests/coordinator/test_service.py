@@ -30,7 +30,8 @@ from lichen.common import pki
 from lichen.common.channel.spool import Spool
 from lichen.common.errors import Code, LichenError
 from lichen.common.invite import Invite
-from lichen.common.plan import Plan, parse_plan
+from lichen.common.plan import Plan, digest_of, parse_plan
+from lichen.common.result import read_result
 from lichen.coordinator.admin import AdminServer, ask, served
 from lichen.coordinator.backup import restore_backup, write_backup
 from lichen.coordinator.export import export_model
@@ -165,6 +166,23 @@ def test_runs_wait_for_the_disk_one_after_the_other(home: Home) -> None:
         assert runner.stop(3) == "failed"
         refused(Code.RUN_UNKNOWN, runner.stop, 4)
         until(lambda: runner.current is None)
+        assert runner.close()
+
+
+def test_a_run_that_an_older_lichen_began_goes_on(home: Home, older_text: Callable[[Plan], str]) -> None:
+    plan = parse_plan(PLAN | {"model": {"base": "/no/such/model"}})
+    text, directory = older_text(plan), home.runs / "1"
+    (directory / "checkpoints").mkdir(parents=True)
+    (directory / "plan.yaml").write_text(yaml.safe_dump(json.loads(text)))
+    (directory / "checkpoints" / "plan.sha256").write_text(digest_of(text))
+    with closing(home.open_store()) as store:
+        store.add_run(1, text, "1")
+        store.set_run_status(1, "running")
+        runner = Runner(store, FleetServer(store, Spool(home.spool)), home.runs)
+        runner.start()
+        until(lambda: store.run(1).status == "failed")
+        assert "error 30 (model-not-found)" in str(store.run(1).error), "and not that it holds a run of another plan"
+        assert read_result(directory).plan_sha256 == digest_of(text)
         assert runner.close()
 
 
@@ -313,12 +331,42 @@ def test_labels_that_look_like_numbers(tmp_path: Path) -> None:
 def test_rows_keep_what_deals_them_to_tasks_and_a_language_model_needs_no_label(tmp_path: Path) -> None:
     stream = {"stream": [{"name": "x", "where": {"site": ["a"]}}, {"name": "y", "between": {"year": [1900, 2000]}}]}
     document = PLAN | {"task": {"kind": "causal-lm"}, "rounds": 2, "continual": stream}
-    source = write(tmp_path / "rows.jsonl", [{"text": "a", "place": "a", "year": 1950}, {"text": "b", "place": "b", "year": 1850}])
+    rows = [{"text": text, "place": place, "year": year} for text, place, year in (("a", "a", 1850), ("b", "b", 1850), ("c", "c", 1950))]
+    source = write(tmp_path / "rows.jsonl", rows)
     assert keep_rows(source, tmp_path / "out.parquet", parse_plan(document), {"site": "place"}) == 2
     kept = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    assert kept == [{"text": "a", "site": "a", "year": "1950"}, {"text": "b", "site": "b", "year": "1850"}]
+    assert kept == [{"text": "a", "site": "a", "year": "1850"}, {"text": "c", "site": "c", "year": "1950"}], "b is of no task"
     with pytest.raises(LichenError, match="no column 'year'"):
         keep_rows(write(tmp_path / "less.jsonl", [{"text": "a", "site": "a"}]), tmp_path / "out.parquet", parse_plan(document), {})
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_rows_of_no_task_are_left_out_before_anything_of_them_is_looked_at(tmp_path: Path, suffix: str) -> None:
+    stream = {"stream": [{"name": "early", "between": {"time": [0.0, 1.5]}}, {"name": "bad", "labels": ["bad"]}]}
+    plan, out = parse_plan(PLAN | {"continual": stream}), tmp_path / "out.parquet"
+    rows = [("a", "good", 0.25), ("b", "ugly", 1.5), ("c", "bad", 7.0), ("d", "good", 1e300)]
+    source = write(tmp_path / f"rows{suffix}", [dict(zip(("text", "label", "time"), row, strict=True)) for row in rows])
+    assert keep_rows(source, out, plan, {}) == 2
+    kept = pq.read_table(out).to_pylist()
+    assert [(row["text"], row["label"], float(row["time"])) for row in kept] == [("a", "good", 0.25), ("c", "bad", 7.0)]
+    late = write(tmp_path / f"late{suffix}", [{"text": "b", "label": "good", "time": 1.5}])
+    assert "between" in refused(Code.DATA_EMPTY, keep_rows, late, out, plan, {}).fix
+    ugly = write(tmp_path / f"ugly{suffix}", [{"text": "b", "label": "ugly", "time": 0.5}])
+    assert "'ugly'" in refused(Code.DATA_LABEL, keep_rows, ugly, out, plan, {}).what
+
+
+def test_a_row_without_what_tells_its_task_is_of_none(tmp_path: Path) -> None:
+    plan = parse_plan(
+        PLAN | {"continual": {"stream": [{"name": name, "between": {"time": span}} for name, span in (("x", [0, 1]), ("y", [1, 2]))]}}
+    )
+    rows = [
+        {"text": "a", "label": "good", "time": 0.5},
+        {"text": None, "label": "bad", "time": None},
+        {"text": "c", "label": "bad", "time": 1.0},
+    ]
+    assert keep_rows(write(tmp_path / "rows.jsonl", rows), tmp_path / "out.parquet", plan, {}) == 2
+    rows[2]["text"] = None
+    assert "1 rows" in refused(Code.DATA_ROW, keep_rows, write(tmp_path / "rows.jsonl", rows), tmp_path / "out.parquet", plan, {}).what
 
 
 def test_rows_that_will_not_do(tmp_path: Path, plan: Plan) -> None:
@@ -331,6 +379,8 @@ def test_rows_that_will_not_do(tmp_path: Path, plan: Plan) -> None:
     assert "1 rows" in told(Code.DATA_ROW, [{"text": "a", "label": "good"}, {"text": None, "label": "bad"}])
     assert "'ugly'" in told(Code.DATA_LABEL, [{"text": "a", "label": "ugly"}])
     told(Code.DATA_FIELD, [{"text": ["a"], "label": "good"}])
+    numbers = write(tmp_path / "numbers.jsonl", [{"text": "a", "label": 1.5}])
+    assert "--field label=COLUMN" in refused(Code.DATA_FIELD, keep_rows, numbers, out, plan, {}).fix
     told(Code.DATA_FIELD, ROWS, patient="id")
     (tmp_path / "rows.txt").write_text("a\n")
     refused(Code.DATA_FORMAT, keep_rows, tmp_path / "rows.txt", out, plan, {})

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from lichen.common import records
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
-from lichen.common.plan import Plan
+from lichen.common.plan import Plan, digest_of
 from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.privacy.schedule import planned_evaluation, planned_steps
 from lichen.common.result import read_result, schema
@@ -539,6 +540,23 @@ def test_however_a_run_ends_its_rounds_are_told_and_it_goes_on_to_the_same_model
     for name, tensor in resumed.model().items():
         assert torch.equal(tensor, undisturbed.model()[name])
     assert again.transfer == whole.transfer
+
+
+def test_a_run_goes_on_with_the_text_that_it_began_with(
+    tmp_path: Path, plan_of: Callable[..., Plan], older_text: Callable[[Plan], str]
+) -> None:
+    plan, sent = plan_of(rounds=2), set[tuple[str, str]]()
+    text = older_text(plan)
+
+    def keep(plan: Plan, assignment: records.Assignment, message: Message, name: str) -> Message:
+        sent.add((assignment.plan, assignment.plan_sha256))
+        return honest(plan, assignment, message, name)
+
+    federation = Federation(tmp_path, plan, dict.fromkeys(SIZES, keep))
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(json.loads(text)))
+    result = federation.run()
+    assert (result.status, result.plan_sha256) == ("finished", digest_of(text))
+    assert sent == {(text, digest_of(text))}
 
 
 def test_a_finished_run_that_is_run_again_asks_nobody(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lichen.common.errors import Code, LichenError
-from lichen.common.plan import Plan, parse_plan
+from lichen.common.plan import Plan, digest_of, parse_plan
 from lichen.common.result import ClientPrivacy, Result, read_result
 from lichen.simulations.simulate import run
 
@@ -282,6 +283,24 @@ def test_a_resume_with_another_plan_touches_nothing(tmp_path: Path, csv_plan: di
         run(other, tmp_path / "out", "inprocess", resume=True)
     assert caught.value.code is Code.OUTPUT_UNUSABLE
     assert files() == before
+
+
+def test_a_run_that_an_older_lichen_began_goes_on_under_its_id(
+    tmp_path: Path, csv_plan: dict[str, Any], older_text: Callable[[Plan], str]
+) -> None:
+    plan, out = parse_plan(csv_plan | {"privacy": PRIVATE}), tmp_path / "out"
+    assert plan.rounds > 1
+    text = older_text(plan)
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "plan.yaml").write_text(yaml.safe_dump(json.loads(text)))
+    (out / "checkpoints" / "plan.sha256").write_text(digest_of(text))
+    whole = run(plan, out, "inprocess", resume=True)
+    assert (whole.run_id, whole.plan_sha256) == (str(int(digest_of(text)[:15], 16)), digest_of(text))
+    before = digest(out)
+    (out / "checkpoints" / f"round-{plan.rounds:05d}.safetensors").unlink()  # as if it had been killed in the last round
+    again = run(plan, out, "inprocess", resume=True)
+    assert (again.status, again.run_id, again.privacy) == ("finished", whole.run_id, whole.privacy), "charged once"
+    assert digest(out) == before
 
 
 def test_only_clients_that_were_asked_have_homes_and_a_resume_gives_the_same(tmp_path: Path, csv_plan: dict[str, Any]) -> None:
