@@ -364,7 +364,8 @@ def _train_central(
 
     The first message that reads a record pays for the whole run, since ε counts the rounds in which this node is not drawn as well.
     """
-    run, whole = str(message.metadata.run_id), f"all rounds of {plan.sha256()}"  # a run's name is the coordinator's to choose
+    # a run's name is the coordinator's to choose, and another plan under it is not paid for
+    run, whole = str(message.metadata.run_id), f"all rounds of {asked.assignment.plan_sha256}"
     with open_ledger(node.home, own=node.simulated) as ledger:
         planned, paid = planned_central(plan).segment, ledger.paid(run, "train", whole, rows.as_of)
         readable = rows.segments & paid
