@@ -410,7 +410,10 @@ def _evaluate(node: Node, plan: Plan, asked: Asked, message: Message) -> Serving
         segment = planned_evaluation(plan)
         run, message_id = str(message.metadata.run_id), message.metadata.message_id
         with open_ledger(node.home, own=node.simulated) as ledger:
-            ahead = evaluations(plan, after=round - 1) - 1 if before else evaluations(plan, after=round)
+            ahead = evaluations(plan, after=round)
+            if before:  # a batch may be looked at again: what was paid for such looks is not ahead any more
+                made = {entry.message_id for entry in ledger.entries() if (entry.run, entry.split, entry.round) == (run, "holdout", round)}
+                ahead = max(ahead, evaluations(plan, after=round - 1) - len(made | {message_id}))
             limits = _limits(node, plan)
             grant = _reserve(ledger, "holdout", plan, run, message_id, round, segment, limits, rows.segments, rows.as_of, ahead)
             segment = grant.segment

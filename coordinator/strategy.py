@@ -20,6 +20,7 @@ from lichen.common.continual.measures import drift_of
 from lichen.common.continual.stream import is_online, is_stream, stage_of
 from lichen.common.errors import Code, LichenError, name_of
 from lichen.common.model.base import rows_by_class
+from lichen.common.privacy.schedule import looks
 from lichen.common.result import Result, Round
 from lichen.coordinator.aggregation.central_dp import CentralDP
 from lichen.coordinator.aggregation.merged import folded
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from lichen.common.result import Metrics
 
 log = logging.getLogger(__name__)
+_UNHEARD = 0
+"""In place of an error's number: who was asked for a look that is not over."""
 
 
 class FederatedStrategy(Strategy):  # type: ignore[misc]
@@ -252,8 +255,11 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         return nodes
 
     def _wait_for_batch(self, number: int, grid: Grid) -> list[int]:
-        """The cohort of a batch's first round, once there is enough new data, and different enough where the plan asks for that."""
-        online, state = self.plan.continual.online, self.state
+        """The cohort of a batch's first round, once there is enough new data, and different enough where the plan asks for that.
+
+        After the last look that the plan counts, more data are enough: hold-outs have no noise for another.
+        """
+        online, state, most = self.plan.continual.online, self.state, looks(self.plan, stage_of(self.plan, number))
         before = state.before if state.before and state.before.round == number else Before(round=number)
 
         def announce(nodes: list[int]) -> list[str]:
@@ -261,26 +267,36 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
 
         while True:
             nodes, rows = self._cohorts.wait_for_data(number, grid, state, announce, before.least)
-            if not self.plan.evaluation.federated_every or before.enough:
+            if not self.plan.evaluation.federated_every or before.enough or before.attempts >= most:
                 return nodes
             self._evaluate_before(nodes, grid, before)
             before.enough = online.drift is None or before.drift is None or before.drift >= online.drift or not rows
             before.least = rows if before.enough else rows + online.clients * online.rows
-            state.before = before
             self.directory.save_state(state)  # what was scored is charged, whatever comes next
             if before.enough:
                 return nodes
+            then = "hold-outs are scored again" if before.attempts < most else f"after {most} looks (continual.online.looks) it begins"
             log.info(
-                "round %d waits: drift is %.3f, below continual.online.drift (%g), in %d rows", number, before.drift, online.drift, rows
+                "round %d waits: drift is %.3f, below continual.online.drift (%g), in %d rows; %s when they are %d",
+                *(number, before.drift, online.drift, rows, then, before.least),
             )
 
     def _evaluate_before(self, nodes: Sequence[int], grid: Grid, before: Before) -> None:
-        """Have the model scored on what a batch is about to be trained on."""
+        """Have the model scored on what a batch is about to be trained on.
+
+        A look that a crash cut off is made again under the same number, for which a node pays once. Who was asked the first time and is
+        not now may have paid for what nobody counts: it is told as one that failed.
+        """
         able = self._cohorts.with_budget(records.EVALUATE, list(nodes), self.state)
+        asked = {self._name(node) for node in able}
+        before.errors = {**dict.fromkeys(asked, _UNHEARD), **before.errors}
+        self.state.before = before
+        self.directory.save_state(self.state)
         messages = list(self._messages.to_nodes(records.EVALUATE, able, self._arrays(), grid, self._told, self.state, before.attempts))
         replies = self._messages.ask(messages, self.plan.cohort.deadline_s, grid, self._told, self.state) if messages else []
         found = self._scores(replies)
         before.attempts += 1
+        before.errors = {name: number or None for name, number in before.errors.items() if number != _UNHEARD or name not in asked}
         before.errors |= self._told.errors
         self._told.errors.clear()  # the round's own are those of its training
         before.by_task = found[1] if found else {}

@@ -119,6 +119,9 @@ class Online(Section):
     drift: Number | None = Field(default=None, ge=-1, le=1)
     """A batch begins only where the model's accuracy on the new data's hold-outs is lower by this or more than on those before, if there
     are any; else more data is waited for. Needs `evaluation.federated_every`. In a simulation every batch begins."""
+    looks: int = Field(default=3, ge=1, le=100)
+    """How often at most that is measured for a batch, with as much more data each time; when as much has come again, the batch begins
+    whatever the last look has found. Under differential privacy the noise of hold-outs is for all looks, made or not."""
     read_again: bool = False
     """Whether rows are new that another run has trained on. No row is ever in two batches of one run."""
 

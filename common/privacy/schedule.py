@@ -79,13 +79,19 @@ def planned_evaluation(plan: Plan) -> Segment:
 
 
 def evaluations(plan: Plan, after: int = 0) -> int:
-    """How often the plan has hold-outs scored after a round: every so many rounds, and online before each batch too.
-
-    With `continual.online.drift` a batch may be scored more often before it begins: the ledger then stops what the plan's ε does not hold.
-    """
-    every, each = plan.evaluation.federated_every, plan.continual.online.rounds
-    before = (plan.rounds - 1) // each - (after - 1) // each if is_online(plan) else 0
+    """How often the plan has hold-outs scored at most after a round: every so many rounds, and online before each batch too (`looks`)."""
+    every = plan.evaluation.federated_every
+    before = sum(looks(plan, stage) for stage in stages(plan) if stage.first > after) if is_online(plan) else 0
     return plan.rounds // every - after // every + before
+
+
+def looks(plan: Plan, stage: Stage) -> int:
+    """How often hold-outs are scored at most before a batch begins: once, or where drift decides as often as the plan says.
+
+    Before the first it is once in any case: nothing was learned yet that new data could differ from.
+    """
+    online = plan.continual.online
+    return online.looks if stage.number and online.drift is not None else 1
 
 
 @dataclass(frozen=True)

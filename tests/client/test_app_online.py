@@ -14,10 +14,12 @@ from lichen.client.app import app
 from lichen.client.arrivals import Arrivals, new_rows
 from lichen.client.data import add_source
 from lichen.client.ledger import Ledger
+from lichen.client.ledger_book import Limit
 from lichen.common import records
 from lichen.common.errors import Code
 from lichen.common.model.adapter import State
 from lichen.common.plan import Plan, parse_plan
+from lichen.common.privacy.schedule import evaluations, planned_evaluation
 from lichen.common.tasks import workbench
 
 Rows = Callable[..., list[dict[str, Any]]]
@@ -37,7 +39,7 @@ def deliver(home: Path, file: str, rows: list[dict[str, Any]]) -> None:
     (home / "inbox" / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def ask(home: Path, plan: Plan, round: int, run: int = 1, kind: str = records.TRAIN, *, before: bool = False) -> Message:
+def ask(home: Path, plan: Plan, round: int, run: int = 1, kind: str = records.TRAIN, *, before: bool = False, look: int = 0) -> Message:
     assignment = records.Assignment(plan=plan.canonical_json(), plan_sha256=plan.sha256(), round=round, before=before)
     content = RecordDict({"assignment": records.to_config(assignment)})
     start: State = workbench(plan).start
@@ -45,7 +47,7 @@ def ask(home: Path, plan: Plan, round: int, run: int = 1, kind: str = records.TR
     message = records.build_message(
         content,
         run_id=run,
-        message_id=f"{run:016d}{round:015d}{int(before)}",
+        message_id=f"{run:016d}{round:014d}{look}{int(before)}",
         src_node_id=1,
         dst_node_id=2,
         message_type=kind,
@@ -105,6 +107,28 @@ def test_in_private_batches_a_segment_is_read_in_the_rounds_of_one(home: Path, t
         assert len(by_segment) == 2
         assert all(len(batches) == 1 for batches in by_segment.values())
         assert sum(entry.split == "holdout" for entry in ledger.entries()) == 3
+
+
+def test_looks_that_are_planned_have_budget_for_life_and_the_plans_noise(home: Path, tiny_plan: dict[str, Any], tiny_rows: Rows) -> None:
+    online = {"mode": "online", "online": {"rounds": 2, "drift": 0.1, "looks": 3}}
+    plan = parse_plan(tiny_plan | {"rounds": 4, "continual": online, "evaluation": {"federated_every": 2}, "privacy": PRIVATE})
+    life = f"privacy: {{max_epsilon: {PRIVATE['epsilon']}, max_delta: {PRIVATE['delta']}}}\n"
+    (home / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n" + life)
+    deliver(home, "one.jsonl", tiny_rows(40))
+    looks = [ask(home, plan, 1, kind=records.EVALUATE, before=True)]
+    assert not any(ask(home, plan, round).has_error() for round in (1, 2))
+    looks.append(ask(home, plan, 2, kind=records.EVALUATE))
+    deliver(home, "two.jsonl", tiny_rows(40, 1))
+    looks += [ask(home, plan, 3, kind=records.EVALUATE, before=True, look=look) for look in range(3)]
+    assert not any(ask(home, plan, round).has_error() for round in (3, 4))
+    looks.append(ask(home, plan, 4, kind=records.EVALUATE))
+    noise = [look.content.config_records["report"]["noise_multiplier"] for look in looks]
+    assert noise == [planned_evaluation(plan).noise_multiplier] * evaluations(plan)
+    with Ledger(home) as ledger:
+        charged = [entry.charged for entry in ledger.entries() if entry.split == "holdout"]
+        assert charged[0] <= charged[-1], "none had noise alone"
+        assert [len(own) for own in charged] == [1, 1, 2, 2, 2, 2]
+        assert all(ledger.spent(number, Limit(8.0, 1e-5)).epsilon <= 8.0 for number in charged[-1])
 
 
 def test_what_an_ordinary_run_has_read_is_not_new_later(home: Path, tiny_plan: dict[str, Any], tiny_rows: Rows) -> None:

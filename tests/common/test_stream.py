@@ -22,7 +22,7 @@ from lichen.common.continual.stream import (
 )
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
-from lichen.common.privacy.schedule import evaluations, planned_steps, rounds_of_a_unit
+from lichen.common.privacy.schedule import evaluations, looks, planned_steps, rounds_of_a_unit
 
 LABELS = ["a", "b", "c", "d"]
 DOCUMENT: dict[str, Any] = {"task": {"labels": LABELS}, "model": {"base": "some/model"}, "local": {"steps": 5}}
@@ -193,6 +193,9 @@ def test_batches_are_tasks_without_an_end_of_their_own() -> None:
     assert planned_steps(private, 64) == planned_steps(once, 64), "however many batches come, a record is in one"
     scored = online_of(rounds=6, online={"rounds": 2}, evaluation={"federated_every": 1})
     assert [evaluations(scored, after) for after in range(7)] == [6 + 3, 5 + 2, 4 + 2, 3 + 1, 2 + 1, 1, 0]
+    drifts = online_of(rounds=6, online={"rounds": 2, "drift": 0.1, "looks": 4}, evaluation={"federated_every": 1})
+    assert [evaluations(drifts, after) for after in range(7)] == [6 + 1 + 4 + 4, 5 + 8, 4 + 8, 3 + 4, 2 + 4, 1, 0]
+    assert [looks(drifts, stage) for stage in stages(drifts)] == [1, 4, 4], "the first has nothing to differ from"
     assert evaluations(plan_of(ONE, TWO, evaluation={"federated_every": 2})) == 3
 
 

@@ -13,8 +13,9 @@ from lichen.common import records
 from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code
 from lichen.common.plan import Plan
-from lichen.common.privacy.schedule import planned_evaluation
+from lichen.common.privacy.schedule import evaluations, planned_evaluation
 from lichen.coordinator.run_directory import RunDirectory
+from lichen.simulations.engine import InProcessGrid
 from scripted_clients import PRIVATE, Answer, Federation, answer, failing, honest, plan_from
 
 ONLINE: dict[str, Any] = {"mode": "online", "online": {"rounds": 2, "clients": 3}}
@@ -31,15 +32,20 @@ def plan_of(tiny_plan: dict[str, Any]) -> Callable[..., Plan]:
     return make
 
 
-def by_batch(then: Answer = honest) -> Answer:
-    """Counts for each batch until the round's, the last one's poor before it was trained on; in training as another does."""
+def by_batch(then: Answer = honest, times: float = 1.0) -> Answer:
+    """Counts for each batch until the round's, the last one's poor before it was trained on; in training as another does.
+
+    Args:
+        then: that other.
+        times: so many times more rows are held out: noise matters less.
+    """
 
     def act(plan: Plan, assignment: records.Assignment, message: Any, name: str) -> Any:
         if message.metadata.message_type != records.EVALUATE:
             return then(plan, assignment, message, name)
         earlier = GOOD * stage_of(plan, assignment.round).number
         about: dict[str, Any] = {"format": 1, "client": name, "round": assignment.round}
-        about |= {"counts": [*earlier, *(POOR if assignment.before else GOOD)]}
+        about |= {"counts": [times * count for count in (*earlier, *(POOR if assignment.before else GOOD))]}
         about |= {"noise_multiplier": planned_evaluation(plan).noise_multiplier} if plan.private else {"loss_sum": 9.0}
         return answer(message, about, None)
 
@@ -48,6 +54,112 @@ def by_batch(then: Answer = honest) -> Answer:
 
 def every(act: Answer) -> dict[str, Answer]:
     return {f"client-{number}": act for number in range(3)}
+
+
+class Arriving(InProcessGrid):
+    """To each client a row more comes whenever it is waited for."""
+
+    rows = 0
+
+    def new_rows(self) -> dict[int, int]:
+        return dict.fromkeys(self.get_node_ids(), self.rows)
+
+    def wait_for_news(self, timeout: float) -> None:
+        self.rows += 1
+
+
+def drifting(plan_of: Callable[..., Plan], least: float, **online: Any) -> Plan:
+    """Three batches of two rounds, each scored at its end, where drift is .6."""
+    continual = {"mode": "online", "online": {"rounds": 2, "clients": 3, "drift": least} | online}
+    return plan_of(privacy=PRIVATE, rounds=6, continual=continual)
+
+
+def looks_of(federation: Federation, name: str = "client-0") -> list[int]:
+    """Of each batch the looks at one client's hold-out before it."""
+    asked = [(kind, round) for kind, round, own in federation.asked if own == name]
+    return [asked.count((records.EVALUATE, first)) for first in range(1, federation.plan.rounds, 2)]
+
+
+@pytest.mark.parametrize(("least", "looks"), [(0.5, [1, 1, 1]), (0.9, [1, 3, 3])])
+def test_no_more_looks_are_made_than_the_noise_is_for(
+    tmp_path: Path, plan_of: Callable[..., Plan], caplog: pytest.LogCaptureFixture, least: float, looks: list[int]
+) -> None:
+    caplog.set_level("INFO")
+    federation = Federation(tmp_path, drifting(plan_of, least), every(by_batch(times=1000)), Arriving)
+    result = federation.run()
+    assert looks_of(federation) == looks
+    assert [told.drift is None for told in result.rounds] == [True, True, False, True, False, True]
+    most = evaluations(federation.plan)
+    assert most == (1 + 1) + 2 * (3 + 1)
+    state = RunDirectory(tmp_path, federation.plan).load_state()
+    assert state is not None
+    assert {name: len(own) for name, own in state.evaluated.items()} == dict.fromkeys(every(honest), sum(looks) + 3)
+    assert result.privacy.max_epsilon is not None
+    assert result.privacy.statement is not None
+    bounds = result.privacy.statement.with_secret_noise
+    assert max([result.privacy.max_epsilon, *(bound.epsilon for bound in bounds.values())]) <= PRIVATE["epsilon"]  # type: ignore[operator]
+    for client in result.privacy.clients.values():
+        assert (client.segments["holdout"] > 7.9) == (sum(looks) + 3 == most), "noise is for all that may be made"
+    waits = [record.getMessage() for record in caplog.records if "below continual.online.drift (0.9)" in record.getMessage()]
+    begins = [told for told in waits if "after 3 looks (continual.online.looks) it begins" in told]
+    assert (len(waits), len(begins)) == ((6, 2) if least > 0.5 else (0, 0))
+    assert [told.rpartition(" ")[2] for told in begins] == (["12", "21"] if begins else []), "as much again, three times"
+    assert federation.grid.rows == (7 if begins else 1)  # type: ignore[attr-defined]
+
+
+def test_a_look_that_is_cut_off_is_made_again_and_counts_once(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = drifting(plan_of, 0.9, clients=2)
+    whole = Federation(tmp_path / "whole", plan, every(by_batch(times=1000)), Arriving).run()
+    looked: list[str] = []
+
+    def killed(plan: Plan, assignment: records.Assignment, message: Any, name: str) -> Any:
+        looked.extend([name] if assignment.before and assignment.round == 3 else [])
+        if len(looked) == 2:
+            raise KeyboardInterrupt
+        return by_batch(times=1000)(plan, assignment, message, name)
+
+    def broken(name: str) -> Federation:
+        with pytest.raises(KeyboardInterrupt):
+            Federation(tmp_path / name, plan, every(by_batch(times=1000)) | {"client-1": killed}, Arriving).run()
+        looked.clear()
+        return Federation(tmp_path / name, plan, every(by_batch(times=1000)), Arriving)
+
+    again = broken("again")
+    result = again.run()
+    assert looks_of(again)[1:] == [2, 3], "one of three was over"
+    assert result.privacy == whole.privacy
+    assert [told.before_errors for told in result.rounds] == [{}] * 6
+    assert [told.before_by_task for told in result.rounds] == [told.before_by_task for told in whole.rounds]
+
+    lean = broken("lean")
+    lean.grid.new_rows = lambda: dict.fromkeys(lean.grid.get_node_ids()[1:], lean.grid.rows)  # type: ignore[attr-defined, method-assign]
+    result = lean.run()
+    assert [told.before_errors for told in result.rounds][2] == {"client-0": None}, "it may have paid for what nobody has counted"
+    assert result.privacy.statement is not None
+    bounds = result.privacy.statement.with_secret_noise
+    assert bounds["client-0"].how != bounds["client-2"].how
+    assert max(bound.epsilon for bound in bounds.values()) <= PRIVATE["epsilon"]  # type: ignore[operator]
+
+
+def test_a_restart_after_the_last_look_makes_no_other(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = drifting(plan_of, 0.9, looks=2)
+
+    class Stopped(Arriving):
+        def wait_for_news(self, timeout: float) -> None:
+            super().wait_for_news(timeout)
+            if self.rows == 3:
+                raise KeyboardInterrupt
+
+    first = Federation(tmp_path, plan, every(by_batch(times=1000)), Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert looks_of(first) == [1, 2, 0], "that much more is waited for"
+    again = Federation(tmp_path, plan, every(by_batch(times=1000)), Arriving)
+    result = again.run()
+    assert looks_of(again) == [0, 0, 2]
+    assert [told.drift for told in result.rounds][2] == pytest.approx(0.6, abs=0.05)
+    assert result.privacy.max_epsilon is not None
+    assert result.privacy.max_epsilon <= PRIVATE["epsilon"]  # type: ignore[operator]
 
 
 def test_new_data_are_scored_before_a_batch_and_the_drift_is_told(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:

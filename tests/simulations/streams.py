@@ -29,6 +29,11 @@ def states(out: Path, plan: Plan) -> list[State]:
     return [versions.state(version) for version in versions.all() if version.number]
 
 
+def told_of(out: Path, plan: Plan) -> list[dict[str, Any]]:
+    """What each version tells, but when it was made."""
+    return [version.model_dump(exclude={"at"}) for version in Versions(out, plan).all()]
+
+
 def same(left: State, right: State) -> bool:
     """To the bit."""
     return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())

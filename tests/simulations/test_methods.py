@@ -23,10 +23,11 @@ from lichen.common.model.export import load_saved
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.tasks import make_task
 from lichen.coordinator.export import export_model
+from lichen.coordinator.run_directory import RunDirectory, ServerState
 from lichen.simulations.benchmarks.reload import bench_reload
 from lichen.simulations.datasets import load_spec
 from lichen.simulations.simulate import run
-from streams import EXACT, PRIVATE, STREAM, same, states, told
+from streams import EXACT, PRIVATE, STREAM, same, states, told, told_of
 
 OVER = [
     {"name": "a", "labels": ["crop", "metal"], "where": {"site": ["a"]}},
@@ -291,6 +292,29 @@ def test_a_run_that_goes_on_in_mid_task_is_as_one_that_was_not_broken(tmp_path: 
     assert all(map(same, states(tmp_path, plan), expected))
     assert again.continual == whole.continual
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("method", ["analytic", "adapters", "ewc"])
+def test_a_run_that_is_stopped_after_each_of_its_rounds_is_as_one_that_was_not(
+    tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    plan, save = plan_of(method), RunDirectory.save_state
+    whole = run(plan, tmp_path / "whole", "inprocess")
+
+    def killed(self: RunDirectory, state: ServerState) -> None:
+        save(self, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "save_state", killed)
+        for number in range(plan.rounds):
+            with pytest.raises(KeyboardInterrupt):
+                run(plan, tmp_path / "again", "inprocess", resume=number > 0)
+    again = run(plan, tmp_path / "again", "inprocess", resume=True)
+    assert (again.continual, again.final) == (whole.continual, whole.final)
+    assert [line.by_task for line in again.rounds] == [line.by_task for line in whole.rounds]
+    assert all(map(same, states(tmp_path / "again", plan), states(tmp_path / "whole", plan)))
+    assert told_of(tmp_path / "again", plan) == told_of(tmp_path / "whole", plan)
 
 
 def test_rows_are_scored_the_same_with_what_frozen_layers_give(

@@ -27,6 +27,7 @@ from lichen.common.plan import find_plan, load_plan
 from lichen.common.result import read_result
 from lichen.coordinator.watch import follow
 from lichen.simulations.simulate import deal, run
+from streams import STREAM, same, states, told_of
 
 PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "sample_rate": 0.2}
 MODEL = Path("model", "adapter_model.safetensors")
@@ -133,6 +134,57 @@ def test_killed_and_interrupted_in_mid_round_it_goes_on_to_the_same_model_at_the
     assert result.privacy == undisturbed.privacy
     assert result.transfer == undisturbed.transfer
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(("method", "told"), [("ewc", 1), ("adapters", 2)])
+def test_killed_in_mid_task_a_stream_goes_on_to_the_same_matrix_and_models(
+    tmp_path: Path, plan_file: Callable[..., Path], csv_plan: dict[str, Any], method: str, told: int
+) -> None:
+    """In the first task's second round, or in its last, in which `adapters` has clients send sums."""
+    changes = {
+        "rounds": 6,
+        "local": csv_plan["local"] | {"steps": 20},
+        "aggregation": {"optimizer": "fedavgm", "momentum": 0.5},
+        "continual": {"method": method, "stream": STREAM, "tolerance": 1.0},
+    }
+    plan = load_plan(plan_file(**changes))
+    undisturbed = run(plan, tmp_path / "undisturbed", "inprocess")
+    out = tmp_path / "out"
+    with process("plan.yaml", "--out", "out", "--workers", 1, cwd=tmp_path, seed=1) as first:
+        until_told(out, told, first)
+        first.send_signal(signal.SIGKILL)
+        assert first.wait(30) == -signal.SIGKILL
+    assert lines_of(out) == told
+    assert [version["number"] for version in told_of(out, plan)] == [0], "no task was over"
+
+    result = run(plan, out, "inprocess", resume=True)
+    assert (result.continual, result.final) == (undisturbed.continual, undisturbed.final)
+    assert result.continual is not None
+    assert len(result.continual.matrix) == 2
+    assert [line.by_task for line in result.rounds] == [line.by_task for line in undisturbed.rounds]
+    assert all(map(same, states(out, plan), states(tmp_path / "undisturbed", plan)))
+    assert told_of(out, plan) == told_of(tmp_path / "undisturbed", plan)
+    assert models(out) == models(tmp_path / "undisturbed")
+
+
+def until_told(out: Path, rounds: int, running: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Wait until so many rounds have their lines in `metrics.jsonl`."""
+    until = time.monotonic() + seconds
+    while lines_of(out) < rounds:
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < until, f"round {rounds} was not told"
+        time.sleep(0.002)
+
+
+def lines_of(out: Path) -> int:
+    """How many rounds are told in `metrics.jsonl`."""
+    file = out / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def models(out: Path) -> dict[str, bytes]:
+    """The weights of what is given out, by file."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in (out / "model").rglob("*.safetensors")}
 
 
 def test_a_private_run_prints_epsilon_and_that_a_simulation_protects_nobody(

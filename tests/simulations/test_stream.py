@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from lichen.client.ledger import Ledger
+from lichen.client.ledger import Ledger, open_ledger
+from lichen.client.ledger_book import Limit
+from lichen.client.spending import spending
 from lichen.common.aggregation import MERGED, A, B, beside, part_of
 from lichen.common.continual.measures import measures
 from lichen.common.continual.stream import stages
@@ -24,6 +26,7 @@ from lichen.common.model.adapter import State
 from lichen.common.model.base import rows_by_class
 from lichen.common.model.export import load_saved
 from lichen.common.plan import Plan, parse_plan
+from lichen.common.privacy.accounting import Segment, epsilon
 from lichen.common.records import TRAIN, EvaluateReport
 from lichen.common.result import read_result
 from lichen.common.tasks import make_task
@@ -248,6 +251,61 @@ def test_a_record_pays_for_its_task_and_a_person_in_all_for_the_sum(tmp_path: Pa
     assert any("training rows of each task" in line and "no record in two tasks" in line for line in statement.assumptions)
     entity = run(plan_of(stream, privacy=PRIVATE | {"unit": "entity", "unit_field": "site"}), tmp_path / "entity", "inprocess")
     assert all(client.segments.keys() == {"train"} and client.epsilon <= 8.0 for client in entity.privacy.clients.values())
+
+
+PARTS = [(["crop", "metal"], "a"), (["money"], "a"), (["crop"], "b"), (["metal"], "b"), (["money"], "b")]
+FIVE = [{"name": f"task-{number}", "labels": labels, "where": {"site": [site]}} for number, (labels, site) in enumerate(PARTS)]
+"""Tasks of two rounds each, of which no two have a row in common."""
+
+
+def ledgers(out: Path) -> Iterator[tuple[str, dict[tuple[int, ...], float], dict[str, Any], Segment]]:
+    """Of each client its name, the ε of its data segments by the rounds in which they were read, all that its ledger tells, and a round."""
+    homes = sorted((out / "simulation").glob("client-*"))
+    assert len(homes) == 3
+    for home in homes:
+        with open_ledger(home, own=True) as ledger:
+            entries, told = ledger.entries(), spending(ledger, Limit(PRIVATE["epsilon"], PRIVATE["delta"]))
+        of = {row["segment"]: tuple(entry.round for entry in entries if row["segment"] in entry.charged) for row in told["segments"]}
+        found = {of[row["segment"]]: row["epsilon"] for row in told["segments"]}
+        assert len(found) == len(of)
+        (step,) = {entry.segment for entry in entries}
+        yield home.name, found, told, step
+
+
+def test_after_five_disjoint_tasks_a_record_has_paid_for_one_and_the_sum_stands_beside(
+    tmp_path: Path, plan_of: Callable[..., Plan]
+) -> None:
+    plan = plan_of(FIVE, rounds=10, privacy=PRIVATE, cohort={"size": 2})  # who is not in each round pays less in some task
+    result = run(plan, tmp_path, "inprocess")
+    unlike = 0
+    for name, found, owner, step in ledgers(tmp_path):
+        client = result.privacy.clients[name]
+        of_task = {plan.continual.stream[(rounds[0] - 1) // 2].name: paid for rounds, paid in found.items()}
+        assert client.segments == {f"train:{task}": paid for task, paid in of_task.items()}, "owner and coordinator have one account"
+        assert all(rounds in {(first,), (first + 1,), (first, first + 1)} for rounds in found for first in [(rounds[0] - 1) // 2 * 2 + 1])
+        assert found == {rounds: epsilon([step] * len(rounds), PRIVATE["delta"]) for rounds in found}
+        assert owner["record"] == client.epsilon == max(found.values()) <= PRIVATE["epsilon"]
+        assert client.epsilon_sum == pytest.approx(sum(found.values()))
+        assert client.epsilon_sum > 3 * client.epsilon
+        unlike += len(set(found.values())) > 1
+    assert unlike
+    assert {task for client in result.privacy.clients.values() for task in client.segments} == {f"train:{task['name']}" for task in FIVE}
+
+
+def test_with_replay_what_is_replayed_has_paid_for_its_rounds_too(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    continual = {"method": "replay", "stream": FIVE, "tolerance": 1.0, "replay": {"share": 0.5}}
+    plan = plan_of(continual=continual, rounds=10, privacy=PRIVATE)
+    result = run(plan, tmp_path, "inprocess")
+    firsts = range(1, 11, 2)
+    alone, replayed = [(first, first + 1) for first in firsts], [tuple(range(first, 11)) for first in firsts]
+    for name, found, owner, step in ledgers(tmp_path):
+        assert found.keys() == {*alone, *replayed}, "kept aside, or in all tasks from its own on"
+        assert found == {rounds: epsilon([step] * len(rounds), PRIVATE["delta"]) for rounds in found}, "by the exact count"
+        paid = [found[rounds] for rounds in replayed]
+        assert paid == sorted(set(paid), reverse=True)
+        assert {found[rounds] for rounds in alone} == {paid[-1]}, "the others have paid for one task"
+        client = result.privacy.clients[name]
+        assert owner["record"] == paid[0] == client.epsilon == client.epsilon_sum <= PRIVATE["epsilon"]
 
 
 def test_the_next_task_starts_from_the_mean_of_the_last_rounds(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
