@@ -148,11 +148,12 @@ class Continual(_Section):
 
     tasks: list[str]
     """In the order of the stream."""
-    split: Literal["test", "validation", "hold-outs"]
+    split: Literal["test", "validation", "hold-outs"] | None
     """What R is of: while the run goes on the coordinator's validation rows, in the end its test rows if it has any; without both the
-    clients' hold-outs, if the plan has them scored as each task ends (`evaluation.federated_every`)."""
+    clients' hold-outs, if the plan has them scored as each task ends (`evaluation.federated_every`); null where nothing was scored."""
     matrix: list[list[float | None]]
-    """R, a row for each task that was learned; null where a task has no rows in the split."""
+    """R, a row for each task that was learned, and empty where nothing was scored; null where a task has no rows in the split, or the test
+    rows came when the version's model was let go of (`continual.keep`)."""
     start: list[float | None] | None = None
     """The same of the model before the first round."""
     acc: float | None = None
@@ -168,14 +169,14 @@ class Continual(_Section):
     held_back: dict[str, str] = Field(default_factory=dict)
     """By version why it is not what is exported."""
     given_out: str | None = None
-    """The version that `model/` is, once the run has finished; `final` is of the one that it was then."""
+    """The version that `export` takes, and once the run has finished the one that `model/` is; `final` is of the one that it was then."""
 
     def not_given_out(self) -> str:
-        """That `model/` is not what the last task made, in words; nothing where it is."""
+        """That what is given out is not what the last task made, in words; nothing where it is."""
         last, why = next(reversed(self.held_back.items()), ("", ""))
         if not self.given_out or not last or int(last.partition("-")[0]) < int(self.given_out.partition("-")[0]):
             return ""
-        return f"{last} is held back ({why}); model/ is {self.given_out}"
+        return f"{last} is held back ({why}); {self.given_out} is given out"
 
 
 class Result(_Section):

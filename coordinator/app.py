@@ -20,7 +20,18 @@ from lichen.common import records
 from lichen.common.aggregation import MEMORY, part_of
 from lichen.common.continual import make_method
 from lichen.common.continual.method import Part, Scored, together
-from lichen.common.continual.stream import Stage, fields_of, is_online, is_stream, labels_until, rows_by_task, rows_of, stages, tasks_of
+from lichen.common.continual.stream import (
+    Stage,
+    fields_of,
+    is_online,
+    is_stream,
+    labels_until,
+    rows_by_task,
+    rows_of,
+    stage_of,
+    stages,
+    tasks_of,
+)
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import save_models
 from lichen.common.plan import Plan, plan_from_json
@@ -93,7 +104,7 @@ class OwnData:
         A model chooses among the labels of the tasks until ``learned``, and misses the rows of others.
         """
         for name, split in (("test", self._test), ("validation", self._validation)):
-            if (found := self._score(state, split, stages(self.plan)[-1], learned)) is not None:
+            if (found := self._score(state, split, stage_of(self.plan, self.plan.rounds), learned)) is not None:
                 return {"split": name, **found}
         return None
 
@@ -230,7 +241,7 @@ def main(grid: Grid, context: Context) -> None:
         save_models(directory.path / "model", plan, own.model, own.task.tokenizer, statement, final, learned, own.show)
         result.final = own.final(final, learned)
         if is_stream(plan):
-            result.continual = _told_of_tasks(Versions(directory.path, plan), own)
+            result.continual = _told_of_tasks(Versions(directory.path, plan), own, learned)
         result.status = "finished"
     except LichenError as error:
         if error.code is not Code.INTERRUPTED:  # an interrupted run goes on later: it is not over
@@ -264,14 +275,22 @@ def _check_engine(plan: Plan, engine: str) -> None:
         )
 
 
-def _told_of_tasks(versions: Versions, own: OwnData) -> Continual | None:
-    """R on the test rows, each version scored once, or if there are none on the validation rows; and which version is given out."""
-    tasks, every = [task.name for task in own.plan.continual.stream], stages(own.plan)
-    scores, given_out = {0: own.test_by_task(own.start, None)}, versions.given_out()
+def _told_of_tasks(versions: Versions, own: OwnData, learned: int) -> Continual | None:
+    """R on the test rows, each version that has its model scored once, or if there are none on the validation rows.
+
+    What is given out is told of the model that was saved: an operator may have chosen another since.
+    """
+    found, scores = versions.all(), {0: own.test_by_task(own.start, None)}
     if not scores[0] or is_online(own.plan):
         summary = versions.summary()
-        return summary and summary.model_copy(update={"given_out": given_out})
-    found = versions.all()
-    scores |= {version.number: own.test_by_task(versions.state(version), every[version.number - 1]) for version in found if version.number}
-    rows = {number: [measured(by_task[task]) for task in tasks] for number, by_task in scores.items()}
-    return summary_of(tasks, "test", rows, versions.held_back()).model_copy(update={"given_out": given_out})
+    else:
+        tasks, every = [task.name for task in own.plan.continual.stream], stages(own.plan)
+        scores |= {
+            version.number: own.test_by_task(versions.state(version), every[version.number - 1]) if versions.has_state(version) else {}
+            for version in found
+            if version.number
+        }
+        rows = {number: [measured(by_task.get(task)) for task in tasks] for number, by_task in scores.items()}
+        summary = summary_of(tasks, "test", rows, found)
+    saved = next(version.name for version in found if version.number == learned + 1)
+    return summary and summary.model_copy(update={"given_out": saved})

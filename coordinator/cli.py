@@ -12,6 +12,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from lichen.common.continual.stream import is_stream
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import load_plan, plan_from_json
 from lichen.common.result import read_result
@@ -33,6 +34,12 @@ from lichen.coordinator.cli_tools import (
 from lichen.coordinator.export import ExportFormat, FormatOption, OutOption, VersionOption, export_model, has_version
 from lichen.coordinator.home import ENROLMENT_PORT, FLEET_PORT, Home, Runtime
 from lichen.coordinator.operations import find_run
+from lichen.coordinator.versions import scores_hold_outs
+
+_UNSCORED = (
+    "no task of this stream will be scored: there is no R, what is forgotten is not known, and no version is ever held back. "
+    "Submit it with --validation; or set evaluation.federated_every to a task's rounds, for R of the clients' hold-outs alone."
+)
 
 app = typer.Typer(help="The service that operators run.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(operator_cli.app, name="operator")
@@ -170,7 +177,8 @@ def submit(
 
     Example: lichen coordinator submit plan.yaml --validation dev.csv --field text=body --set rounds=10 --wait
     """
-    document = yaml.safe_load(load_plan(plan, settings or ()).to_yaml())
+    asked = load_plan(plan, settings or ())
+    document = yaml.safe_load(asked.to_yaml())
     files = {name: str(file.absolute()) for name, file in (("validation", validation), ("test", test)) if file is not None}
     if operator is not None and (files or wait):
         raise typer.BadParameter("--validation, --test and --wait work on the coordinator's own machine only", param_hint="--operator")
@@ -180,6 +188,8 @@ def submit(
         print_json(told)
     else:
         typer.echo(told["run_id"])
+    if is_stream(asked) and validation is None and not scores_hold_outs(asked):
+        typer.echo(f"note: {_UNSCORED}", err=True)
     if wait:
         _follow(home, told["run_id"], Console(stderr=True) if as_json else Console())
 

@@ -59,7 +59,7 @@ def export_model(run: Path, out: Path, form: Format = "peft", version: int | Non
         run: the run directory.
         out: a directory, made here; it may exist only if it is empty.
         form: ``peft`` copies `model/` as it is; ``merged`` adds a LoRA adapter into its base's weights.
-        version: of a stream of tasks, in place of what is given out: the final model, or before there is one the newest version.
+        version: of a stream of tasks, in place of what is given out.
 
     Raises:
         LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE, NO_MODEL; MODEL_NOT_FOUND if the base is not here.
@@ -71,8 +71,8 @@ def export_model(run: Path, out: Path, form: Format = "peft", version: int | Non
         if version is not None:
             model = Path(stack.enter_context(TemporaryDirectory())) / "model"
             _write_version(run, version, model)
-        elif not (model / "README.md").is_file() and has_version(run):
-            model = model_so_far(run)
+        else:
+            model = given_out(run)
         if not (model / "README.md").is_file():
             raise LichenError(Code.NO_MODEL, "this run has no model yet", where=str(run), fix="Wait until it has finished.")
         try:
@@ -84,8 +84,10 @@ def export_model(run: Path, out: Path, form: Format = "peft", version: int | Non
             raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(out)) from None
 
 
-def give_out(run: Path, number: int) -> None:
-    """Make a version of a stream the run's model.
+def give_out(run: Path, number: int | None) -> None:
+    """Make a version of a stream the model of a run that is over, or with None the newest that is not held back.
+
+    A crash on the way leaves what was given out before, or once the version is pinned what is given out from then on (`given_out`).
 
     Raises:
         LichenError: NO_MODEL; MODEL_NOT_FOUND, if the base is not here; OUTPUT_UNUSABLE.
@@ -99,18 +101,21 @@ def give_out(run: Path, number: int) -> None:
             old.rename(run / "model")
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
-        _write_version(run, number, new)
-        if (run / "model").exists():
-            (run / "model").rename(old)
-        new.rename(run / "model")
-        versions, result = Versions(run, load_plan(run / "plan.yaml")), read_result(run)
+        versions = Versions(run, load_plan(run / "plan.yaml"))
+        has_model = (run / "model").exists()
+        if has_model:  # else what is given out is written when it is asked for
+            _write_version(run, versions.newest().number if number is None else number, new)
         versions.choose(number)
-        if result.continual is not None:
-            told = {"held_back": versions.held_back(), "given_out": versions.given_out()}
-            result.continual = result.continual.model_copy(update=told)
+        if has_model:
+            (run / "model").rename(old)
+            new.rename(run / "model")
+        (run / ARCHIVE).unlink(missing_ok=True)  # nodes fetched the other
+        result, told = read_result(run), versions.summary()
+        if result.continual is not None and told is not None:
+            update = {"held_back": told.held_back, "given_out": told.given_out}
+            result.continual = result.continual.model_copy(update=update)
             write_atomically(run / "result.json", result.model_dump_json(indent=2) + "\n")
             write_report(run)
-        (run / ARCHIVE).unlink(missing_ok=True)  # nodes fetched the other
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(run)) from None
@@ -123,15 +128,23 @@ def has_version(run: Path) -> bool:
     return (run / FOLDER).is_dir() and Versions(run, load_plan(run / "plan.yaml")).given_out() is not None
 
 
-def model_so_far(run: Path) -> Path:
-    """The model of the version that an unfinished run gives out, beside its tensors; written when it is first asked for.
+def given_out(run: Path) -> Path:
+    """Where the model lies that a run gives out: `model/`, or of a stream beside a version's tensors, written when it is first asked for.
+
+    `model/` is of the version that `result.json` of a finished run names; an operator may have chosen another as it was made.
 
     Raises:
-        LichenError: NO_MODEL, if no task has ended; MODEL_NOT_FOUND, if the base is not here; OUTPUT_UNUSABLE.
+        LichenError: MODEL_NOT_FOUND, if the base is not here; OUTPUT_UNUSABLE.
     """
     from lichen.coordinator.versions import FOLDER, Versions
 
-    version = Versions(run, load_plan(run / "plan.yaml")).current()
+    if not (run / FOLDER).is_dir() or (versions := Versions(run, load_plan(run / "plan.yaml"))).given_out() is None:
+        return run / "model"
+    version = versions.current()
+    if (run / "model" / "README.md").is_file():
+        result = read_result(run)
+        if result.status == "finished" and result.continual and result.continual.given_out == version.name:
+            return run / "model"
     folder = run / FOLDER / version.name / "model"
     if not folder.exists():
         new = folder.with_name("model.new")

@@ -19,7 +19,7 @@ from lichen.common.channel.refusal import refuse
 from lichen.common.errors import Code, LichenError
 from lichen.common.records import PayloadRef
 from lichen.coordinator.admission import admit, one_line
-from lichen.coordinator.export import ARCHIVE, has_version, model_so_far
+from lichen.coordinator.export import ARCHIVE, given_out, has_version
 from lichen.coordinator.store import Run, Store
 
 PROTOCOL = 1
@@ -72,7 +72,7 @@ class ModelService:
         run = self._with_model(run_id)
         directory = self._runs / run.directory
         with self._packing:
-            model = directory / "model" if run.status == "finished" else model_so_far(directory)
+            model = given_out(directory)
             path = model.parent / ARCHIVE
             if (ref := self._packed.get(path)) is None or not path.exists():
                 if path.exists():

@@ -67,6 +67,7 @@ def write_report(directory: Path) -> Path:
         facts=_facts(result, plan),
         charts=_charts(result, plan),
         heat=_heat(result),
+        held_back=list(result.continual.held_back.items())[-ROWS:] if result.continual else [],
         rounds=result.rounds[-ROWS:],
         shows_cohort=not plan.central,
         metrics={kind: _keys(getattr(told, kind) for told in result.rounds) for kind in ("validation", "federated")},
@@ -248,8 +249,11 @@ def _print(result: Result, plan: Plan) -> None:
     if not plan.central:
         rows["Bytes"] = f"up {size(transfer.uplink_bytes)}, down {size(transfer.downlink_bytes)}{bits}"
     if tasks := result.continual:
-        rows["Tasks"] = f"ACC {metric(tasks.acc)}, BWT {metric(tasks.bwt)}, FWT {metric(tasks.fwt)}, forgetting {metric(tasks.forgetting)}"
-        for version, why in tasks.held_back.items():
+        told = f"ACC {metric(tasks.acc)}, BWT {metric(tasks.bwt)}, FWT {metric(tasks.fwt)}, forgetting {metric(tasks.forgetting)}"
+        rows["Tasks"] = told if tasks.split else "not scored, so what was forgotten is not known"
+        if tasks.given_out:
+            rows["Given out"] = tasks.given_out
+        for version, why in list(tasks.held_back.items())[-ROWS:]:
             rows[f"Held back: {version}"] = why
     if errors := _errors(result.rounds):
         rows["Failures"] = ", ".join(f"{what} × {times:,}" for what, times in errors)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import time
-from itertools import zip_longest
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lichen.common.continual.measures import drift, measures
-from lichen.common.continual.stream import Stage, is_online, tasks_of
+from lichen.common.continual.stream import Stage, is_online, rounds_of_tasks, tasks_of
 from lichen.common.errors import Code, LichenError
 from lichen.common.result import Continual, Metrics, write_atomically
 
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
     from lichen.common.plan import Plan
 
 FOLDER = "versions"
+PINNED = "pinned"
+"""In it, the number of the version that an operator has rolled back to; without the file the newest that is not held back is given out."""
 FORMAT: Final = 1
 START = "start"
 """The task of version 0, the model before the first round."""
@@ -26,6 +33,7 @@ EVERY = "all rows"
 """In place of a task: all the coordinator's rows, which are of no batch of an online run."""
 MEASURED = "accuracy"
 """The metric that R is made of, and `continual.tolerance` is about."""
+_TOLD, _STATE, _SHOWN = "version.json", "state.safetensors", 10
 
 
 class Version(BaseModel):
@@ -52,7 +60,7 @@ class Version(BaseModel):
     before: Metrics | None = None
     """Of an online run how its parent scored on the hold-outs of its batch, before that was trained on."""
     held_back: str | None = None
-    """Why it is not what is exported; null for one that is."""
+    """Why it is not what is exported; null for one that may be. In the file without what a rollback does."""
     at: float
     """When it was made, in seconds of the epoch."""
 
@@ -63,7 +71,7 @@ class Version(BaseModel):
 
 
 class Versions:
-    """Those of one run.
+    """Those of one run. The run alone writes them, each once; an operator writes the pin, at any time.
 
     Args:
         directory: the run's.
@@ -73,20 +81,25 @@ class Versions:
 
     def __init__(self, directory: Path, plan: Plan, plan_sha256: str = "") -> None:
         self._folder, self._plan, self._plan_sha256 = directory / FOLDER, plan, plan_sha256
+        self._known: dict[Path, Version] = {}
 
     def all(self) -> list[Version]:
-        """Every version, in order.
+        """Every version, in order. A rollback holds those back that came after the pinned one, whenever they did.
 
         Raises:
-            LichenError: OUTPUT_UNUSABLE, if one can't be understood.
+            LichenError: OUTPUT_UNUSABLE, if one, or the pin, can't be understood.
         """
-        found = []
-        for path in self._folder.glob("*/version.json"):
-            try:
-                found.append(Version.model_validate_json(path.read_text(encoding="utf-8")))
-            except (OSError, ValidationError, UnicodeDecodeError) as error:
-                raise LichenError(Code.OUTPUT_UNUSABLE, f"no readable version: {str(error).splitlines()[0]}", where=str(path)) from None
-        return sorted(found, key=lambda version: version.number)
+        found, pinned = self._written(), self._pinned()
+        if pinned is None:
+            return found
+        why = f"rolled back to {next((version.name for version in found if version.number == pinned), pinned)}"
+
+        def seen(version: Version) -> Version:
+            if version.number < pinned:
+                return version
+            return version.model_copy(update={"held_back": None if version.number == pinned else version.held_back or why})
+
+        return list(map(seen, found))
 
     def add_start(self, validation: dict[str, Metrics | None]) -> None:
         """Keep how the model scores before the first round."""
@@ -102,7 +115,9 @@ class Versions:
         split: Literal["validation", "hold-outs"] = "validation",
         before: Metrics | None = None,
     ) -> None:
-        """Keep the model as it is at a stage's end; one that was kept already, before a crash, is replaced.
+        """Keep the model as it is at a stage's end, and let go of what `continual.keep` does not ask for.
+
+        One that was kept already, before a crash, is replaced.
 
         Args:
             stage: that has ended.
@@ -115,7 +130,7 @@ class Versions:
         from lichen.common.tensor_files import write_tensors
 
         number = stage.number + 1
-        earlier = [version for version in self.all() if 0 < version.number < number]
+        earlier = [version for version in self._written() if 0 < version.number < number]
         version = Version(
             number=number,
             task=tasks_of(self._plan)[stage.number].name,
@@ -134,91 +149,90 @@ class Versions:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "state.tmp"
         write_tensors(temporary, model, {})
-        temporary.replace(folder / "state.safetensors")
+        temporary.replace(folder / _STATE)
         self._write(version)  # last: a version that is told of is whole
+        self._let_go()
 
     def state(self, version: Version) -> State:
         """The tensors of a version.
 
         Raises:
-            LichenError: OUTPUT_UNUSABLE, if they are not there, or damaged.
+            LichenError: NO_MODEL, if they were let go of; OUTPUT_UNUSABLE, if they are damaged.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = self._folder / version.name / "state.safetensors"
+        path = self._folder / version.name / _STATE
         try:
             found: State = load_file(path)
+        except FileNotFoundError:
+            raise self._gone(version) from None
         except (SafetensorError, OSError) as error:
             raise LichenError(Code.OUTPUT_UNUSABLE, f"a damaged version: {error}", where=str(path)) from None
         return found
+
+    def has_state(self, version: Version) -> bool:
+        """Whether its tensors are still there."""
+        return (self._folder / version.name / _STATE).exists()
 
     def find(self, number: int) -> Version:
         """A version that has a model.
 
         Raises:
-            LichenError: NO_MODEL, if there is none of this number.
+            LichenError: NO_MODEL, if there is none of this number, or its tensors were let go of.
         """
-        found = {version.number: version for version in self.all() if version.number}
-        if number in found:
-            return found[number]
-        there = ", ".join(version.name for version in found.values()) or "none yet"
-        raise LichenError(Code.NO_MODEL, f"no version {number}", where=str(self._folder), fix=f"Versions: {there}.")
+        found = next((version for version in self._written() if version.number == number and number), None)
+        if found is None:
+            raise LichenError(Code.NO_MODEL, f"no version {number}", where=str(self._folder), fix=self._what_there_is())
+        if not self.has_state(found):
+            raise self._gone(found)
+        return found
 
     def current(self) -> Version:
-        """The newest that is not held back.
+        """What is given out: the pinned one, or the newest that is not held back.
 
         Raises:
             LichenError: NO_MODEL before the first task's end; the first version is never held back.
         """
-        for version in reversed(self.all()):
-            if version.number and version.held_back is None:
-                return version
-        raise LichenError(Code.NO_MODEL, "no task has ended yet", where=str(self._folder), fix="Wait until one has.")
+        return self._need(_newest(self.all()))
+
+    def newest(self) -> Version:
+        """What is given out without a pin. Raises as `current`."""
+        return self._need(_newest(self._written()))
 
     def given_out(self) -> str | None:
         """The name of the current one; None before the first task's end."""
-        return next((version.name for version in reversed(self.all()) if version.number and version.held_back is None), None)
+        return _name(_newest(self.all()))
 
-    def held_back(self) -> dict[str, str]:
-        """By name why."""
-        return {version.name: version.held_back for version in self.all() if version.held_back}
+    def choose(self, number: int | None) -> None:
+        """Let a version be the current one, also when others come: those after it are held back, whatever held it back is over.
 
-    def choose(self, number: int) -> None:
-        """Let a version be the current one: those after it are held back, whatever held it back is over.
+        Args:
+            number: the version's; None: from now on the newest is current that is not held back.
 
         Raises:
-            LichenError: NO_MODEL, if there is none of this number.
+            LichenError: NO_MODEL, if there is none of this number, or its tensors were let go of.
         """
-        chosen = self.find(number)
-        for version in self.all():
-            if version.number > number and version.held_back is None:
-                self._write(version.model_copy(update={"held_back": f"rolled back to {chosen.name}"}))
-        if chosen.held_back is not None:
-            self._write(chosen.model_copy(update={"held_back": None}))
+        with self._locked():
+            if number is None:
+                (self._folder / PINNED).unlink(missing_ok=True)
+            else:
+                write_atomically(self._folder / PINNED, f"{self.find(number).number}\n")
 
     def summary(self) -> Continual | None:
-        """What they tell on the validation rows, of an online run on the hold-outs; None before the first."""
-        found = self.all()
-        if is_online(self._plan):
-            return self._summary_of_batches([version for version in found if version.number])
-        if not any(version.validation for version in found):
-            return None
-        tasks = [task.name for task in self._plan.continual.stream]
-        rows = {version.number: [measured(version.validation.get(task)) for task in tasks] for version in found}
-        return summary_of(tasks, found[-1].split, rows, self.held_back())
+        """What they tell on the validation rows, of an online run on the hold-outs; None before the first.
 
-    def _summary_of_batches(self, found: list[Version]) -> Continual | None:
-        """R without the rows of batches that are yet to come, but for the next one's before it began; empty without hold-outs."""
-        names = [version.task for version in found]
-        rows: dict[int, list[float | None]] = {}
-        for version, after in zip_longest(found, found[1:]):
-            scores = [measured(version.validation.get(name)) for name in names]
-            if after is not None:
-                scores[after.number - 1] = measured(after.before)
-            rows[version.number] = scores
-        told = any(score is not None for scores in rows.values() for score in scores)
-        return summary_of(names, "hold-outs", rows if told else {}, self.held_back()) if names else None
+        Where nothing was scored there is no R, but what there is and what is given out is told all the same.
+        """
+        found = self.all()
+        made = [version for version in found if version.number]
+        if is_online(self._plan):
+            tasks, rows = [version.task for version in made], _rows_of_batches(made)
+        else:
+            tasks = [task.name for task in self._plan.continual.stream]
+            scored = any(version.validation for version in found)
+            rows = {version.number: [measured(version.validation.get(task)) for task in tasks] for version in found} if scored else {}
+        return summary_of(tasks, found[-1].split, rows, found) if made or rows else None
 
     def _fault(self, before: list[Version], validation: dict[str, Metrics | None]) -> str | None:
         """Why a version with these scores is held back: how much it lacks, on an earlier task, of the best version before."""
@@ -230,10 +244,73 @@ class Versions:
                 return f"{MEASURED} on {task} has fallen from {best:.3f} to {now:.3f}, by more than continual.tolerance ({tolerance:g})"
         return None
 
+    def _written(self) -> list[Version]:
+        """Every version as its file has it, in order."""
+        paths = list(self._folder.glob(f"*/{_TOLD}"))
+        for path in paths:
+            if path in self._known:  # of 10,000 none is read twice
+                continue
+            try:
+                self._known[path] = Version.model_validate_json(path.read_text(encoding="utf-8"))
+            except (OSError, ValidationError, UnicodeDecodeError) as error:
+                raise LichenError(Code.OUTPUT_UNUSABLE, f"no readable version: {str(error).splitlines()[0]}", where=str(path)) from None
+        return sorted((self._known[path] for path in paths), key=lambda version: version.number)
+
     def _write(self, version: Version) -> None:
-        folder = self._folder / version.name
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "version.json", version.model_dump_json(indent=2) + "\n")
+        path = self._folder / version.name / _TOLD
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, version.model_dump_json(indent=2) + "\n")
+        self._known[path] = version
+
+    def _pinned(self) -> int | None:
+        path = self._folder / PINNED
+        try:
+            return int(path.read_text(encoding="ascii"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            fix = "Say again what is given out: lichen coordinator rollback."
+            raise LichenError(Code.OUTPUT_UNUSABLE, f"no version's number: {error}", where=str(path), fix=fix) from None
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Nothing is let go of while it is being pinned."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _let_go(self) -> None:
+        """Of versions that need not be kept leave what they tell alone; what an earlier attempt has left goes too."""
+        if (keep := self._plan.continual.keep) is None:
+            return
+        with self._locked():
+            made = [version for version in self._written() if version.number]
+            given_out = {self._pinned(), self.newest().number}  # the second too: a rollback may be over at any time
+            for version in made[:-keep]:
+                if version.number not in given_out:
+                    for path in (self._folder / version.name).iterdir():
+                        if path.is_dir():
+                            shutil.rmtree(path, ignore_errors=True)
+                        elif path.name != _TOLD:
+                            path.unlink(missing_ok=True)
+
+    def _need(self, version: Version | None) -> Version:
+        if version is None:
+            raise LichenError(Code.NO_MODEL, "no task has ended yet", where=str(self._folder), fix="Wait until one has.")
+        return version
+
+    def _gone(self, version: Version) -> LichenError:
+        what = f"of version {version.name} the scores alone are left: the plan has continual.keep: {self._plan.continual.keep}"
+        return LichenError(Code.NO_MODEL, what, where=str(self._folder), fix=self._what_there_is())
+
+    def _what_there_is(self) -> str:
+        there = [version.name for version in self._written() if version.number and self.has_state(version)]
+        more = f", and {len(there) - _SHOWN:,} before" if len(there) > _SHOWN else ""
+        return f"Versions that have a model: {', '.join(there[-_SHOWN:]) or 'none yet'}{more}."
 
 
 def scored_tasks(plan: Plan) -> list[str]:
@@ -241,24 +318,60 @@ def scored_tasks(plan: Plan) -> list[str]:
     return [EVERY] if is_online(plan) else [task.name for task in plan.continual.stream]
 
 
+def scores_hold_outs(plan: Plan) -> bool:
+    """Whether clients' hold-outs are scored as a task of its stream ends."""
+    every = plan.evaluation.federated_every
+    return bool(every) and any(not end % every for end in accumulate(rounds_of_tasks(plan)))
+
+
 def summary_of(
-    tasks: list[str], split: Literal["test", "validation", "hold-outs"], rows: dict[int, list[float | None]], held_back: dict[str, str]
+    tasks: list[str], split: Literal["test", "validation", "hold-outs"], rows: dict[int, list[float | None]], versions: Sequence[Version]
 ) -> Continual:
     """The result's section.
 
     Args:
         tasks: of the stream.
         split: that was scored.
-        rows: by version the scores on each task.
-        held_back: by version's name why.
+        rows: by version the scores on each task; empty, where nothing was scored.
+        versions: all, as `Versions.all` has them.
     """
     matrix = [rows[number] for number in sorted(rows) if number]
     found = measures(matrix, rows.get(0))
     return Continual(
-        tasks=tasks, split=split, matrix=matrix, start=rows.get(0), held_back=held_back, drift=drift(matrix), **found._asdict()
+        tasks=tasks,
+        split=split if rows else None,
+        matrix=matrix,
+        start=rows.get(0),
+        held_back={version.name: version.held_back for version in versions if version.held_back},
+        given_out=_name(_newest(versions)),
+        drift=drift(matrix),
+        **found._asdict(),
     )
 
 
 def measured(metrics: Metrics | None) -> float | None:
     """What R has of these."""
     return None if metrics is None else metrics.get(MEASURED)
+
+
+def _rows_of_batches(found: Sequence[Version]) -> dict[int, list[float | None]]:
+    """R without the columns of batches that are yet to come, but for the next one's before it began; empty without hold-outs."""
+    scores = [metrics for version in found for task, metrics in [("", version.before), *version.validation.items()] if task != EVERY]
+    if all(measured(metrics) is None for metrics in scores):
+        return {}
+    names, rows = [version.task for version in found], {}
+    for version, after in zip_longest(found, found[1:]):
+        row = [measured(version.validation.get(name)) for name in names]
+        if after is not None:
+            row[after.number - 1] = measured(after.before)
+        rows[version.number] = row
+    return rows
+
+
+def _newest(versions: Sequence[Version]) -> Version | None:
+    """The newest with a model that is not held back."""
+    return next((version for version in reversed(versions) if version.number and version.held_back is None), None)
+
+
+def _name(version: Version | None) -> str | None:
+    return None if version is None else version.name

@@ -16,7 +16,7 @@ from lichen.coordinator.versions import Version, Versions, measured, scored_task
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 Number = Annotated[int, typer.Argument(min=0, help="A version's number; 0 is the model before the first round.", show_default=False)]
-Made = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A version's number.", show_default=False)]
+Made = Annotated[int | None, typer.Argument(metavar="VERSION", min=1, help="A version's number.", show_default=False)]
 
 
 @app.command()
@@ -41,7 +41,7 @@ def versions(run: RunArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOpt
                 str(version.round),
                 "–" if version.epsilon is None else f"{version.epsilon:.3f}",
                 *(_score(version, task) for task in tasks),
-                "given out" if version.name == given_out else version.held_back or "",
+                "given out" if version.name == given_out else version.held_back or _kept(found, version),
             )
             for version in every
         ],
@@ -81,26 +81,33 @@ def diff(
 
 
 @app.command()
-def rollback(run: RunArgument, version: Made, home: HomeOption = DEFAULT_HOME) -> None:
-    """Give out an earlier version, or one that was held back: those after it are held back, and `export` takes it.
+def rollback(
+    run: RunArgument,
+    version: Made = None,
+    newest: Annotated[bool, typer.Option("--newest", help="In place of VERSION: the newest that is not held back, as it was.")] = False,
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """Give out an earlier version, or one that was held back, also of a run that goes on: those after it, and yet to come, are held back.
 
-    Nothing is deleted, and nothing is trained again: to take it back, name the later version.
+    Nothing is deleted, and training goes on from the newest version all the same. To take it back: --newest, or name a later version.
 
     Example: lichen coordinator rollback latest 1
     """
     from lichen.coordinator.export import give_out
 
-    status = do(home, "run", run=run)["status"]
-    if status in {"queued", "running"}:
-        raise LichenError(
-            Code.NO_MODEL,
-            f"run {run} is {status}: its next version would be given out",
-            fix="Wait until it has finished, or: lichen coordinator stop.",
-        )
+    if (version is None) != newest:
+        raise typer.BadParameter("give a version, or --newest", param_hint="VERSION")
+    run = do(home, "run", run=run)["run_id"]
+
+    def is_over() -> bool:
+        return do(home, "run", run=run)["status"] not in {"queued", "running"}
+
     found, directory = _versions(run, home)
-    chosen = found.find(version)
-    give_out(directory, chosen.number)
-    typer.echo(f"{chosen.name} is given out")
+    if not is_over():
+        found.choose(version)
+    if over := is_over():  # by now: it may have ended without a look at what was chosen
+        give_out(directory, version)
+    typer.echo(f"{found.current().name} is given out{'' if over else '; training goes on from the newest version'}")
 
 
 def _versions(run: str, home: Path) -> tuple[Versions, Path]:
@@ -114,6 +121,10 @@ def _versions(run: str, home: Path) -> tuple[Versions, Path]:
     if not is_stream(plan):
         raise LichenError(Code.NO_MODEL, "the run's plan has no stream of tasks, so its model has no versions", where=str(directory))
     return Versions(directory, plan), directory
+
+
+def _kept(found: Versions, version: Version) -> str:
+    return "" if not version.number or found.has_state(version) else "its scores alone are left"
 
 
 def _tasks(plan: Plan, every: list[Version]) -> list[str]:

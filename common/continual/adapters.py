@@ -28,7 +28,7 @@ from lichen.common.continual.method import (
     together,
 )
 from lichen.common.continual.ridge import CROSS, GRAM, Sums, one_hot, solved
-from lichen.common.continual.stream import Stage, stage_of, stages
+from lichen.common.continual.stream import Stage, rounds_of_tasks, stage_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class Adapters(Method):
             )
         if self.plan.model.adapter.kind == "full":
             refuse("continual.method: adapters keeps one adapter a task, and kind full has none", "Set model.adapter.kind: lora.")
-        if any(stage.rounds == 1 for stage in stages(self.plan)):
+        if 1 in rounds_of_tasks(self.plan):
             refuse("continual.method: adapters needs two rounds a task: the first gathers class centroids", "Raise rounds.")
 
     def gathers(self, round: int) -> Literal["features", "gradients"] | None:

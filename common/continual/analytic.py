@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lichen.common.aggregation import MEMORY
 from lichen.common.continual.method import Learned, Method, Refuse, check_features, check_sums, head_of
 from lichen.common.continual.ridge import CROSS, GRAM, Sums, one_hot, solved
-from lichen.common.continual.stream import Stage, is_online, stages
+from lichen.common.continual.stream import Stage, is_online, rounds_of_tasks
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class Analytic(Method):
         kind = self.plan.model.adapter.kind
         if kind != "head":
             refuse(f"continual.method: analytic solves for the head, and model.adapter.kind is {kind}", "Set model.adapter.kind: head.")
-        if any(stage.rounds != 1 for stage in stages(self.plan)):
+        if set(rounds_of_tasks(self.plan)) - {1}:
             refuse(
                 "continual.method: analytic has one round a task: a second would count rows twice",
                 "Set continual.online.rounds: 1." if is_online(self.plan) else "Set rounds to the number of tasks.",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lichen.common.aggregation import KEPT, SUMS, part_of, properties
 from lichen.common.continual.method import Learned, Method, Pull, Refuse, Squares, check_one_model, check_stream, check_sums
-from lichen.common.continual.stream import Stage, is_online, stage_of, stages
+from lichen.common.continual.stream import Stage, is_online, rounds_of_tasks, stage_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class EWC(Method):
         check_stream(self.plan, refuse)
         check_one_model(self.plan, refuse)
         check_sums(self.plan, refuse)
-        if any(stage.rounds == 1 for stage in stages(self.plan)):
+        if 1 in rounds_of_tasks(self.plan):
             refuse(
                 "continual.method: ewc needs two rounds a task: the last tells which weights matter",
                 "Set continual.online.rounds: 2, or more." if is_online(self.plan) else "Raise rounds.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -48,8 +49,9 @@ def tasks_of(plan: Plan) -> tuple[StreamTask, ...]:
     return _batches(plan.rounds // plan.continual.online.rounds) if is_online(plan) else plan.continual.stream
 
 
+@lru_cache(maxsize=8)
 def stages(plan: Plan) -> tuple[Stage, ...]:
-    """The parts of a run, in order; one, where the plan has no stream."""
+    """The parts of a run, in order; one, where the plan has no stream. Of an online run they may be 10,000, all of one length."""
     if not (tasks := tasks_of(plan)):
         return (Stage(0, 1, plan.rounds, None),)
     ends = list(accumulate(rounds_of_tasks(plan)))
@@ -58,14 +60,18 @@ def stages(plan: Plan) -> tuple[Stage, ...]:
 
 def stage_of(plan: Plan, round: int) -> Stage:
     """That of a round (from 1); of one after the last, the last."""
+    if is_online(plan):  # without the others, of which there may be many
+        each = plan.continual.online.rounds
+        number = (min(round, plan.rounds) - 1) // each
+        return Stage(number, number * each + 1, (number + 1) * each, _batch(number))
     found = stages(plan)
-    return next((stage for stage in found if round <= stage.last), found[-1])
+    return found[min(bisect_left(found, round, key=lambda stage: stage.last), len(found) - 1)]
 
 
 def rounds_of_tasks(plan: Plan) -> list[int]:
     """Rounds of each task: its own, or an equal share of what the others leave, of which the first tasks have one more if need be."""
     if is_online(plan):
-        return [plan.continual.online.rounds] * len(tasks_of(plan))
+        return [plan.continual.online.rounds] * (plan.rounds // plan.continual.online.rounds)
     tasks = plan.continual.stream
     open_ = [number for number, task in enumerate(tasks) if task.rounds is None]
     left = plan.rounds - sum(task.rounds or 0 for task in tasks)
@@ -138,9 +144,13 @@ def labels_until(plan: Plan, number: int) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def _batches(count: int) -> tuple[StreamTask, ...]:
+    return tuple(map(_batch, range(count)))
+
+
+def _batch(number: int) -> StreamTask:
     from lichen.common.plan.continual import StreamTask
 
-    return tuple(StreamTask(name=f"batch-{number + 1}") for number in range(count))
+    return StreamTask(name=f"batch-{number + 1}")
 
 
 def _with_lengths(tasks: Sequence[StreamTask], ends: Sequence[int]) -> list[tuple[StreamTask, int, int]]:

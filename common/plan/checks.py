@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lichen.common.aggregation import RULES
 from lichen.common.continual import make_method, training_rounds
-from lichen.common.continual.stream import is_online, is_stream, labels_until, stages
+from lichen.common.continual.stream import is_online, is_stream, labels_until, stage_of, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import RANDOM
 from lichen.common.plan.plan import Plan
@@ -124,7 +124,8 @@ def _check_stream(plan: Plan, refuse: Callable[[str, str], None]) -> None:
         _check_online(plan, refuse)
     else:
         _check_planned(plan, refuse)
-    if plan.aggregation.average_last > (shortest := min(len(training_rounds(plan, stage)) for stage in stages(plan))):
+    alike = [stage_of(plan, 1)] if is_online(plan) else stages(plan)  # 10,000 batches are of one length
+    if plan.aggregation.average_last > (shortest := min(len(training_rounds(plan, stage)) for stage in alike)):
         refuse(
             f"aggregation.average_last ({plan.aggregation.average_last}) is above the rounds of the shortest task that train ({shortest})",
             f"Set it to at most {shortest}.",

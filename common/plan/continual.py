@@ -154,6 +154,9 @@ class Continual(Section):
     tolerance: Number = Field(default=0.05, ge=0, le=1)
     """Of accuracy. A version of the model that falls by more than this on an earlier task's validation rows, against the best before, is
     held back: it is kept, and the run goes on from it, but what is exported is the last that was not."""
+    keep: int | None = Field(default=None, ge=1)
+    """Of how many versions, the newest, the model is kept, beside the one that is given out; of older ones their scores are, and R on test
+    rows, which are scored in the end, lacks theirs. Left out, all: a run without an end then fills the disk."""
 
     @model_validator(mode="after")
     def _tasks_are_told_apart(self) -> Self:

@@ -63,8 +63,8 @@ class Plan(Section):
         return self.model_copy(update={"model": self.model.model_copy(update={"base_precision": precision})})
 
     def __hash__(self) -> int:
-        """Equal plans hash alike; the mappings inside have no hash of their own."""
-        return hash(self.canonical_json())
+        """Equal plans hash alike; the mappings inside have no hash of their own, and what is looked up often is not written out for it."""
+        return hash((self.name, self.seed, self.rounds))
 
     def canonical_json(self) -> str:
         """The plan with all defaults, keys sorted: equal plans give equal text."""

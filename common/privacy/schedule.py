@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lichen.common.continual.stream import Stage, is_online, is_stream, stages
+from lichen.common.continual.stream import Stage, is_online, is_stream, stage_of, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, noise_multiplier
 
@@ -62,7 +62,7 @@ def reads_apart(plan: Plan) -> bool:
 
 def rounds_of_a_unit(plan: Plan, stage: Stage | None = None) -> int:
     """In how many rounds a unit may be read: in all, or in those of one task of a stream; ``stage`` as in `planned_steps`."""
-    return (stage or stages(plan)[0]).rounds if one_task_each(plan) else plan.rounds
+    return (stage or stage_of(plan, 1)).rounds if one_task_each(plan) else plan.rounds
 
 
 def planned_evaluation(plan: Plan) -> Segment:

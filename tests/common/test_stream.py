@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lichen.common.continual import make_method
 from lichen.common.continual.measures import drift, measures
 from lichen.common.continual.stream import (
     fields_of,
@@ -197,6 +199,19 @@ def test_batches_are_tasks_without_an_end_of_their_own() -> None:
     assert [evaluations(drifts, after) for after in range(7)] == [6 + 1 + 4 + 4, 5 + 8, 4 + 8, 3 + 4, 2 + 4, 1, 0]
     assert [looks(drifts, stage) for stage in stages(drifts)] == [1, 4, 4], "the first has nothing to differ from"
     assert evaluations(plan_of(ONE, TWO, evaluation={"federated_every": 2})) == 3
+
+
+def test_a_plan_of_very_many_tasks_is_read_and_asked_at_once() -> None:
+    """An agent and its worker read it with each message."""
+    began = time.monotonic()
+    plan = online_of(rounds=20_000, method="ewc", online={"rounds": 2})
+    assert [stage_of(plan, round).number for round in (1, 2, 3, 20_000, 20_001)] == [0, 0, 1, 9_999, 9_999]
+    stream = [{"name": f"task-{number}", "labels": ["a", "b"]} for number in range(1000)]
+    planned = plan_of(*stream, rounds=2_500, method="ewc")
+    found = [make_method(planned).gathers(round) for round in range(1, 2_501)]
+    assert time.monotonic() - began < 2
+    assert [number for number, what in enumerate(found, 1) if what] == [stage.last for stage in stages(planned)]
+    assert tuple(stage_of(plan, 2 * number) for number in range(1, 10_001)) == stages(plan)
 
 
 @pytest.mark.parametrize(

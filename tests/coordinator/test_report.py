@@ -299,6 +299,20 @@ def test_a_stream_shows_r_and_what_was_held_back(tmp_path: Path) -> None:
     assert "Held back: 2-two accuracy on <one> has fallen" in command
 
 
+def test_a_stream_that_nothing_scored_says_so(tmp_path: Path) -> None:
+    held_back = {f"{number}-batch-{number}": "rolled back to 1-batch-1" for number in range(2, 203)}
+    names = [f"batch-{number}" for number in range(1, 203)]
+    tasks = Continual(tasks=names, split=None, matrix=[], given_out="1-batch-1", held_back=held_back)
+    make(tmp_path, private=False, continual=tasks)
+    page = " ".join(page_of(tmp_path).text.split())
+    for told in ("Tasks (not scored)", "there is no R", "Version 1-batch-1 is given out.", "The last 100 of 201; all are in result.json"):
+        assert told in page, told
+    assert page.count("is held back") == 100
+    command = " ".join(CliRunner().invoke(app, [str(tmp_path)]).output.split())
+    assert "Tasks not scored, so what was forgotten is not known" in command
+    assert "Given out 1-batch-1" in command
+
+
 def test_one_round(tmp_path: Path) -> None:
     make(tmp_path, rounds=1, private=False)
     assert page_of(tmp_path).tags.count("circle") == 6

@@ -172,6 +172,9 @@ def test_a_batch_begins_when_enough_clients_have_enough_new_data(
     assert [version["task"] for version in versions] == ["start", "batch-1", "batch-2"]
     status = json.loads(federation.lichen("client", "status", "--json", home="north"))
     assert status["new_rows"] == 0
+    assert "1-batch-1 is given out; training goes on" in federation.lichen("coordinator", "rollback", run, 1)
+    federation.lichen("coordinator", "export", run, "--out", federation.directory / "model")
+    assert (federation.home("coordinator") / "runs" / run / "versions" / "1-batch-1" / "model").is_dir()
     federation.lichen("coordinator", "stop", run)
 
 

@@ -238,6 +238,44 @@ def test_a_version_that_has_forgotten_too_much_is_held_back(tmp_path: Path, plan
     assert caught.value.code is Code.NO_MODEL
 
 
+def test_a_run_that_is_rolled_back_as_it_goes_on_ends_with_what_was_chosen(
+    tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, add = plan_of(tolerance=1.0), Versions.add
+
+    def and_choose(self: Versions, *given: Any) -> None:
+        add(self, *given)
+        Versions(tmp_path / "chosen", plan).choose(1)  # an operator's process
+
+    whole = run(plan, tmp_path / "whole", "inprocess")
+    monkeypatch.setattr(Versions, "add", and_choose)
+    result = run(plan, tmp_path / "chosen", "inprocess")
+    assert (told(result).given_out, told(result).held_back) == ("1-fields", {"2-banks": "rolled back to 1-fields"})
+    assert told(result).matrix == told(whole).matrix, "training went on from the newest"
+    assert read_config(tmp_path / "chosen" / "model") == dict(enumerate(STREAM[0]["labels"]))
+    assert read_config(tmp_path / "whole" / "model") == dict(enumerate(plan.task.labels))
+
+
+def test_test_rows_tell_of_the_versions_whose_models_were_kept(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plans = (plan_of(continual={"stream": STREAM, "tolerance": 1.0, "keep": keep}) for keep in (None, 1))
+    whole, lean = (run(plan, tmp_path / str(plan.continual.keep), "inprocess") for plan in plans)
+    assert told(lean).matrix == [[None, None], told(whole).matrix[1]]
+    assert (told(lean).acc, told(lean).bwt) == (told(whole).acc, None)
+    assert lean.final == whole.final
+
+
+def test_a_stream_without_a_score_tells_its_tasks_and_what_is_given_out(
+    tmp_path: Path, plan_of: Callable[..., Plan], csv_plan: dict[str, Any]
+) -> None:
+    data = {key: value for key, value in csv_plan["simulation"]["data"].items() if key != "test"}
+    changes = {"evaluation": {"validation_fraction": 0.0}, "simulation": csv_plan["simulation"] | {"data": data}}
+    result = run(plan_of(**changes), tmp_path, "inprocess")
+    found = told(result)
+    assert (found.tasks, found.split, found.matrix, found.given_out) == (["fields", "banks"], None, [], "2-banks")
+    assert (found.acc, found.forgetting, found.held_back, result.final) == (None, None, {}, None)
+    assert conclusion(result).startswith("finished; ")
+
+
 def test_a_record_pays_for_its_task_and_a_person_in_all_for_the_sum(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     stream = [{**STREAM[0], "rounds": 3}, {**STREAM[1], "rounds": 1}]
     result = run(plan_of(stream, privacy=PRIVATE), tmp_path, "inprocess")
@@ -411,7 +449,7 @@ def test_any_version_can_be_taken_out(tmp_path: Path, plan_of: Callable[..., Pla
     assert (tmp_path / "merged" / "model.safetensors").exists()
     with pytest.raises(LichenError) as caught:
         export_model(tmp_path / "run", tmp_path / "three", version=3)
-    assert (caught.value.code, caught.value.fix) == (Code.NO_MODEL, "Versions: 1-fields, 2-banks.")
+    assert (caught.value.code, caught.value.fix) == (Code.NO_MODEL, "Versions that have a model: 1-fields, 2-banks.")
     assert not (tmp_path / "three").exists()
 
 

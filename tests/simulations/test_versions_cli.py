@@ -170,10 +170,54 @@ def test_the_versions_of_an_online_run_are_told_by_batch(tmp_path: Path, csv_pla
     assert ["batch-1", "accuracy"] in [line[:2] for line in told["diff"]]
 
 
-def test_a_run_that_goes_on_is_not_rolled_back(lichen: Callable[..., Any], home: tuple[Path, Path]) -> None:
-    store = Home(home[0]).open_store()
+def test_a_run_that_goes_on_is_rolled_back_too(lichen: Callable[..., Any], home: tuple[Path, Path], tmp_path: Path) -> None:
+    made, directory = Home(home[0]), home[1]
+    store = made.open_store()
     store.set_run_status(7, "running")
+    shutil.move(directory / "model", tmp_path / "final")
+    before = (directory / "result.json").read_bytes()
+    assert lichen("rollback", "1") == "1-fields is given out; training goes on from the newest version\n"
+    assert not (directory / "model").exists()
+    assert (directory / "result.json").read_bytes() == before, "which the run alone writes"
+    assert ModelService(store, made.runs)._find(7)[1].parent.name == "1-fields"
+    lichen("export", "--out", str(tmp_path / "first"))
+    assert lichen("versions").splitlines()[3].endswith("rolled back to 1-fields")
+    assert lichen("rollback", "--newest").startswith("2-banks is given out;")
+    lichen("export", "--out", str(tmp_path / "newest"))
+    weights = {name: (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("first", "newest", "final")}
+    assert weights["first"] != weights["newest"] == weights["final"]
+    done = CliRunner().invoke(app, ["rollback", "7", "1", "--newest", "--home", str(home[0])])
+    assert (done.exit_code, "or --newest" in done.output) == (2, True)
     store.close()
+
+
+def test_a_model_that_was_saved_as_another_was_chosen_is_not_given_out(
+    lichen: Callable[..., Any], home: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A run that ends while it is rolled back, or a rollback that was killed once the version was pinned."""
+    made, directory = Home(home[0]), home[1]
+    final = (directory / "model" / "adapter_model.safetensors").read_bytes()
+    (directory / "versions" / "pinned").write_text("1\n")
+    lichen("export", "--out", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != final
+    store = made.open_store()
+    assert ModelService(store, made.runs)._find(7)[1].parent.name == "1-fields"
+    store.close()
+    (directory / "versions" / "pinned").write_text("?")
     with pytest.raises(LichenError) as caught:
-        lichen("rollback", "1")
-    assert "is running" in caught.value.what
+        lichen("versions")
+    assert caught.value.code is Code.OUTPUT_UNUSABLE
+    lichen("rollback", "--newest")
+    assert (directory / "model" / "adapter_model.safetensors").read_bytes() == final
+
+
+@pytest.mark.parametrize(("every", "words", "noted"), [(0, [], True), (4, [], True), (3, [], False), (0, ["--validation", "x.csv"], False)])
+def test_who_submits_a_stream_that_nothing_is_to_score_is_told(
+    tmp_path: Path, csv_plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch, every: int, words: list[str], noted: bool
+) -> None:
+    monkeypatch.setattr("lichen.coordinator.cli.ask_service", lambda *_, **__: {"run_id": "5"})
+    changes = {"rounds": 6, "cohort": {"size": 3}, "continual": {"stream": STREAM}, "evaluation": {"federated_every": every}}
+    (tmp_path / "plan.yaml").write_text(parse_plan(csv_plan | changes).to_yaml())
+    done = CliRunner().invoke(app, ["submit", str(tmp_path / "plan.yaml"), *words], catch_exceptions=False)
+    assert done.stdout == "5\n"
+    assert ("no version is ever held back" in done.stderr) == noted
