@@ -304,7 +304,7 @@ def test_the_text_of_an_error_does_not_leave_under_privacy(
     federation: Federation, clinic: tuple[Path, psutil.Popen], tiny_plan: dict[str, Any], private_plan: dict[str, Any]
 ) -> None:
     home, _ = clinic
-    task = {"labels": ["crop", "metal", "money"], "max_length": 32, "text_field": "money"}  # which no source has
+    task = {"labels": ["crop", "metal", "money"], "max_length": 32, "label_field": "money"}  # which no source has
     (home / "policy.yaml").write_text(GENEROUS + ALLOW)
     try:
         grid = federation.grid()

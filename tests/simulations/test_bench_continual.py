@@ -90,7 +90,7 @@ def test_settings_are_chosen_on_training_rows(scenario: str, tmp_path: Path) -> 
 
 def test_the_figures_follow_from_the_means() -> None:
     def row(method: str, acc: float, forgetting: float = 0.0, epsilon: float = float("inf"), routed: float | None = None) -> dict[str, Any]:
-        return {"method": method, "acc": acc, "forgetting": forgetting, "epsilon": epsilon, "routed": routed}
+        return {"method": method, "acc": acc, "bwt": -forgetting, "forgetting": forgetting, "epsilon": epsilon, "routed": routed}
 
     means = [
         row("sequential", 0.2, 0.8),
@@ -104,4 +104,5 @@ def test_the_figures_follow_from_the_means() -> None:
     assert found == pytest.approx(
         {"gap": 0.55 / 0.6, "gap without stored examples": 0.5 / 0.6, "forgetting": 0.125, "routed": 0.9, "private loss": 0.02}
     )
+    assert figures([*means, row("olora", 0.78)])["below joint"] == pytest.approx(0.02), "it has lost nothing"
     assert figures(means[:1]) == figures(means[2:]) == {}
