@@ -130,6 +130,7 @@ class Agent:
         try:
             plan, assignment = await asyncio.to_thread(_assignment, message)
             private, round = plan.private, assignment.round
+            self._witness.due = private
             self._watcher.begin(message.metadata.run_id, plan, assignment.plan)  # whatever stands in the way now may be gone later
             if is_paused(self.home):
                 raise LichenError(Code.AGENT_PAUSED, "the owner has paused this node", fix="lichen client pause --resume")

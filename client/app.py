@@ -343,18 +343,20 @@ def _reserve(
     """`Ledger.reserve`; in a stream a node whose rows of a task have not all that is asked for left sends noise alone, free of charge.
 
     Which rows are of a task is what the plan says: a refusal, fewer steps or more noise would tell exactly whether there is one of them.
+    So they would in any run that comes after a stream, of whether that had any to charge.
     """
-    if not is_stream(plan):
+    chosen = is_stream(plan)
+    if not chosen and not ledger.chosen():
         return ledger.reserve(split, run, message_id, round, steps, limits, reads, as_of=as_of, ahead=ahead)
     for later in dict.fromkeys((ahead, 0)):  # with all that is ahead the accountant mostly knows the answer already
         try:
-            return ledger.reserve(split, run, message_id, round, steps, limits, reads, as_of=as_of, ahead=later, whole=True)
+            return ledger.reserve(split, run, message_id, round, steps, limits, reads, as_of=as_of, ahead=later, whole=True, chosen=chosen)
         except LichenError as error:
             if error.code is not Code.PRIVACY_BUDGET:
                 raise
             spent = error
-    log.warning("noise alone is sent, since to refuse would tell which rows are here: %s", spent)
-    return ledger.reserve(split, run, message_id, round, steps, limits, frozenset(), as_of=as_of)
+    log.warning("noise alone is sent, since to refuse, or to add to the planned noise, would tell which rows are here: %s", spent)
+    return ledger.reserve(split, run, message_id, round, steps, limits, frozenset(), as_of=as_of, chosen=chosen)
 
 
 def _train_central(

@@ -474,7 +474,7 @@ class Connection:
                 continue
             for ref in item.refs:
                 await asyncio.to_thread(self.mailbox.hold_model, ref.digest)
-            state = await asyncio.to_thread(self._witness.sign) if self._witness else None
+            state = await asyncio.to_thread(self._witness.sign) if self._witness and self._witness.due else None
             kept = state.SerializeToString() if state else None
             await asyncio.to_thread(self.mailbox.put_reply, message_id, message_to_bytes(reply), kept)
             del self._items[message_id]

@@ -93,6 +93,11 @@ class Ledger(Database):
         """What no other ledger is called: the hash of its first entry."""
         return self._book.first.hex()
 
+    def chosen(self) -> bool:
+        """Whether any reservation was of a plan that says which records it reads (see `reserve`)."""
+        self._refresh()
+        return self._book.chosen
+
     @property
     def split_at(self) -> int:
         """The log's number of the last split, as this object's last transaction saw it; see `reserve`."""
@@ -181,6 +186,7 @@ class Ledger(Database):
         as_of: int,
         ahead: int = 0,
         whole: bool = False,
+        chosen: bool = False,
     ) -> Grant:
         """Charge the steps of one message to every data segment that it reads, before any step is taken.
 
@@ -199,6 +205,7 @@ class Ledger(Database):
             as_of: `split_at` when these were looked up. A record that has moved to another segment since would be read for nothing.
             ahead: steps that the run plans after these, for which there should be budget too.
             whole: all steps with the noise that was planned, or none.
+            chosen: whether the plan says which records are read.
 
         Raises:
             LichenError: PRIVACY_BUDGET, if nothing that was read has enough left, or if other steps on it protected another unit;
@@ -216,14 +223,14 @@ class Ledger(Database):
                     if (entry.released_at is None or limits.repeats) and (readable or not reads):
                         return Grant(entry.segment._replace(steps=min(entry.segment.steps, planned.steps)), readable)
                     break
-            grants = {number: self._affordable(number, run, planned, limits, ahead) for number in reads}
+            grants = {number: self._affordable(number, run, planned, limits, ahead, whole=whole) for number in reads}
             usable = {number: granted for number, granted in grants.items() if granted and (granted == planned or not whole)}
             if reads and not usable:
                 raise _spent(self.path, limits)
             segment, readable = self._together(usable, run, planned, limits)
             if reads and not readable:
                 raise _spent(self.path, limits)
-            self._reserve(db, split, run, message_id, round, segment, planned.noise_multiplier, limits.unit, readable, time.time())
+            self._reserve(db, split, run, message_id, round, segment, planned.noise_multiplier, limits.unit, readable, time.time(), chosen)
             return Grant(segment, readable)
 
     def _check_unmoved(self, as_of: int) -> None:
@@ -258,7 +265,7 @@ class Ledger(Database):
     def _fits(self, number: int, run: str, segment: Segment, life: Limit | None) -> bool:
         return life is None or bound(self._book.history(number), life, (run, segment)).epsilon <= life.epsilon
 
-    def _affordable(self, number: int, run: str, planned: Segment, limits: Limits, ahead: int) -> Segment | None:
+    def _affordable(self, number: int, run: str, planned: Segment, limits: Limits, ahead: int, *, whole: bool) -> Segment | None:
         """What one data segment can still pay of ``planned``: with the least noise that does, or fewer steps; None for nothing."""
         if self._book.segments[number].written_off:
             return None
@@ -274,7 +281,7 @@ class Ledger(Database):
             return self._fits(number, run, Segment(noise, planned.sample_rate, rest), life)
 
         # a run keeps the noise that it was given, unless more was spent meanwhile than was foreseen
-        least = max([planned.noise_multiplier, *(segment.noise_multiplier for segment in own)])
+        least = max([planned.noise_multiplier, *(segment.noise_multiplier for segment in own if not whole)])
         if fits(least):
             return Segment(least, planned.sample_rate, steps)
         if (noise := least_noise(fits, least, MOST_NOISE * planned.noise_multiplier)) is not None:
@@ -350,11 +357,6 @@ class Ledger(Database):
 
     # --- where it stands ---
 
-    def state(self) -> tuple[int, bytes]:
-        """Sequence number and hash of the last entry."""
-        self._refresh()
-        return self._book.sequence, self._book.head
-
     def sign(self, home: str) -> tuple[int, bytes]:
         """Note that a home signs for the ledger as it is; returns how many times it has, and the entry's hash.
 
@@ -417,9 +419,10 @@ class Ledger(Database):
         unit: str,
         charged: Iterable[int],
         at: float,
+        chosen: bool,
     ) -> None:
         body = {"split": split, "run": run, "message_id": message_id, "round": round, "unit": unit, "charged": sorted(charged), "at": at}
-        self._append(db, {"kind": "reserve", **body, **segment._asdict(), "planned_noise": planned_noise})
+        self._append(db, {"kind": "reserve", "chosen": chosen, **body, **segment._asdict(), "planned_noise": planned_noise})
 
     def _append(self, db: sqlite3.Connection, body: dict[str, Any]) -> None:
         self._book.add(ledger_log.append(db, self._book.sequence, self._book.head, body))

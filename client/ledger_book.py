@@ -109,6 +109,8 @@ class Book:
     """By home, the hashes of the entries that say that it signed, by how many times it had."""
     written_off_until: dict[str, int] = field(default_factory=dict)
     """By home, how many times it may have signed for entries that were lost, as its last write-off has it."""
+    chosen: bool = False
+    """Whether any plan has said which records it reads, as a stream of tasks does: whom its runs were charged to then tells of them."""
     split_at: int = 0
     """The number of the last split; 0: no records have ever moved from one data segment to another."""
 
@@ -117,6 +119,7 @@ class Book:
         body = logged.body
         match body["kind"]:
             case "reserve":
+                self.chosen |= body["chosen"]
                 steps = Segment(body["noise_multiplier"], body["sample_rate"], body["steps"])
                 self.entries[logged.sequence] = Entry(
                     sequence=logged.sequence,

@@ -65,6 +65,8 @@ class Witness:
         self._key = key
         self._salt = hashlib.sha256(_CONTEXT + key.private_bytes_raw()).digest()
         self._newest: LedgerState | None = None
+        self.due = True
+        """Whether a reply should tell: of a plan without privacy nothing is spent, and the log would grow for nothing."""
 
     @property
     def name(self) -> str:

@@ -236,10 +236,7 @@ def main(grid: Grid, context: Context) -> None:
         content = RecordDict()
         records.put_tensors(content, own.start, spool)
         strategy.start(grid, content.array_records["payload"], num_rounds=plan.rounds, timeout=plan.cohort.deadline_s)
-        final, learned = strategy.final_model()
-        statement = make_statement(plan, result.model_copy(update={"status": "finished"}))
-        save_models(directory.path / "model", plan, own.model, own.task.tokenizer, statement, final, learned, own.show)
-        result.final = own.final(final, learned)
+        learned = _save_final(strategy, result, own)
         if is_stream(plan):
             result.continual = _told_of_tasks(Versions(directory.path, plan), own, learned)
         result.status = "finished"
@@ -273,6 +270,19 @@ def _check_engine(plan: Plan, engine: str) -> None:
             where="plan",
             fix="Submit the plan to a lichen coordinator.",
         )
+
+
+def _save_final(strategy: FederatedStrategy, result: Result, own: OwnData) -> int:
+    """Save the final model, and score it; the number of the last task that it has learned."""
+    plan, model = strategy.plan, strategy.directory.path / "model"
+    statement = make_statement(plan, result.model_copy(update={"status": "finished"}))
+    while True:
+        final, learned = strategy.final_model()
+        shutil.rmtree(model, ignore_errors=True)
+        save_models(model, plan, own.model, own.task.tokenizer, statement, final, learned, own.show)
+        result.final = own.final(final, learned)
+        if strategy.final_model()[1] == learned:  # else an operator has chosen another version meanwhile
+            return learned
 
 
 def _told_of_tasks(versions: Versions, own: OwnData, learned: int) -> Continual | None:

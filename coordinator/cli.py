@@ -12,7 +12,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from lichen.common.continual.stream import is_stream
+from lichen.common.continual.stream import is_online, is_stream
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import load_plan, plan_from_json
 from lichen.common.result import read_result
@@ -37,7 +37,7 @@ from lichen.coordinator.operations import find_run
 from lichen.coordinator.versions import scores_hold_outs
 
 _UNSCORED = (
-    "no task of this stream will be scored: there is no R, what is forgotten is not known, and no version is ever held back. "
+    "no task of this stream is scored before the run is over, so no version is ever held back{}. "
     "Submit it with --validation; or set evaluation.federated_every to a task's rounds, for R of the clients' hold-outs alone."
 )
 
@@ -189,7 +189,8 @@ def submit(
     else:
         typer.echo(told["run_id"])
     if is_stream(asked) and validation is None and not scores_hold_outs(asked):
-        typer.echo(f"note: {_UNSCORED}", err=True)
+        nothing = "" if test is not None and not is_online(asked) else ", and there is no R: what is forgotten is not known"
+        typer.echo(f"note: {_UNSCORED.format(nothing)}", err=True)
     if wait:
         _follow(home, told["run_id"], Console(stderr=True) if as_json else Console())
 

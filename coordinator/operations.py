@@ -233,12 +233,12 @@ class Operations:
         return {"name": name, "certificates": count}
 
     def _run(self, run: Run) -> dict[str, Any]:
-        plan = parse_plan(json.loads(run.plan), where=f"run {run.run_id}")
+        plan = json.loads(run.plan)  # as it was sound then: a later lichen may refuse it
         return {
             "run_id": str(run.run_id),
-            "name": plan.name,
+            "name": plan["name"],
             "status": run.status,
-            "rounds": plan.rounds,
+            "rounds": plan["rounds"],
             "rounds_done": len(read_rounds(self._home.runs / run.directory)),
             "created_at": _iso(run.created_at),
             "error": run.error,

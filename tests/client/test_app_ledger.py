@@ -247,8 +247,8 @@ def test_reading_is_one_pass_and_a_later_one_writes_nothing(tmp_path: Path) -> N
     count = 50_000
     with Ledger(tmp_path) as ledger:
         ledger.assign("train", range(count))
-        before = ledger.state()
+        before = ledger.verify()
         changes = ledger._db.total_changes
         ledger.assign("train", range(count, -1, -1)[1:])
-        assert (ledger.state(), ledger._db.total_changes) == (before, changes)
+        assert (ledger.verify(), ledger._db.total_changes) == (before, changes)
         assert ledger.segments()[0].records == count

@@ -95,10 +95,10 @@ def test_what_was_new_makes_a_segment_and_stays_in_it(tmp_path: Path) -> None:
         assert ledger.assign("holdout", [7]) == [2]
         assert ledger.assign("train", [6, 7, 8, -9]) == [1, 2, 3, 3]  # moved from the hold-out, and new ones
     with Ledger(tmp_path) as ledger:
-        before = ledger.state()
+        before = ledger.verify()
         assert ledger.assign("holdout", [8, 5]) == [3, 1]
         assert ledger.assign("train", []) == []
-        assert ledger.state() == before
+        assert ledger.verify() == before
         assert [(one.number, one.split, one.records) for one in ledger.segments()] == [(1, "train", 2), (2, "holdout", 1), (3, "train", 2)]
 
 

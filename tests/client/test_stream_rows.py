@@ -138,6 +138,35 @@ def test_whether_a_task_has_rows_is_told_neither_with_budget_nor_without(
     assert dict(answers[1]) == dict(answers[3])
 
 
+def test_nor_is_it_told_by_a_run_without_tasks_that_comes_after(tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan]) -> None:
+    """What the task's rows have paid lies in a segment of their own, which would ask for more noise, or be refused."""
+    probe = plan_of([{"name": "probe", "where": {"site": ["a"]}}, {"name": "rest", "where": {"site": ["c"]}}], privacy=PRIVACY)
+    answers = []
+    for name, sites in (("with", "ab"), ("without", "b")):
+        home = home_of(tmp_path / name, tiny_rows(40))
+        lines = (home / "rows.jsonl").read_text().splitlines()
+        (home / "rows.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["site"] in sites) + "\n")
+        (home / "policy.yaml").write_text("format: 1\nprivacy: {max_epsilon: 5.0}\n")
+        plain = parse_plan(probe.model_dump(mode="json") | {"continual": {}, "rounds": 2})
+        for round, run, plan in ((1, 1, probe), (2, 1, probe), (1, 2, plain), (2, 2, plain), (1, 3, plain)):
+            answers.append(dict(ask(home, plan, round, run).content.config_records["report"]))
+    assert answers[:5] == answers[5:]
+
+
+def test_an_entity_goes_on_in_a_task_that_needs_less_noise(tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan]) -> None:
+    """A run keeps to the most noise that it was given, but for a stream, in which each task has its own."""
+    home = home_of(tmp_path / "home", tiny_rows(40))
+    (home / "policy.yaml").write_text("format: 1\nprivacy: {max_epsilon: 50.0}\n")
+    stream = [{"name": "fields", "labels": ["crop", "metal"], "share": 0.2}, {"name": "banks", "labels": ["money"], "share": 0.8}]
+    privacy = {"unit": "entity", "unit_field": "site", "epsilon": 20.0, "delta": 1e-5}
+    plan = plan_of(stream, privacy=privacy)
+    noise = [ask(home, plan, round).content.config_records["report"]["noise_multiplier"] for round in (1, 3)]
+    assert noise[1] < noise[0]
+    with open_ledger(home) as ledger:
+        first, second = ledger.entries()
+        assert first.charged & second.charged, "the entities'"
+
+
 def test_records_that_another_process_parts_are_charged_where_they_are_now(
     tmp_path: Path, tiny_rows: Rows, plan_of: Callable[..., Plan]
 ) -> None:
