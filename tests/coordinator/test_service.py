@@ -37,6 +37,7 @@ from lichen.coordinator.backup import restore_backup, write_backup
 from lichen.coordinator.export import export_model
 from lichen.coordinator.fleet import FleetServer
 from lichen.coordinator.home import Home, Runtime
+from lichen.coordinator.models import ModelService
 from lichen.coordinator.operations import NotServedError, Operations, find_run
 from lichen.coordinator.runs import Runner, disk_failed
 from lichen.coordinator.submission import check_base, keep_rows
@@ -221,6 +222,21 @@ def test_a_run_is_found_by_a_beginning_of_its_id(home: Home, plan: Plan) -> None
         for text in ("1", "9", ""):
             refused(Code.RUN_UNKNOWN, find_run, store, text)
         assert Operations(home, store, None).run("45")["status"] == "queued"
+
+
+def test_a_plan_that_a_later_lichen_refuses_takes_no_other_run_along(home: Home, plan: Plan) -> None:
+    broken = plan.model_dump(mode="json")
+    broken["privacy"]["clip"] = 1e-30
+    directory = home.runs / "2"
+    (directory / "versions").mkdir(parents=True)
+    (directory / "plan.yaml").write_text(yaml.safe_dump(broken))
+    with closing(home.open_store()) as store:
+        store.add_run(1, plan.canonical_json(), "1")
+        store.set_run_status(1, "finished")
+        store.add_run(2, json.dumps(broken), "2")
+        store.set_run_status(2, "stopped")
+        assert [run["rounds"] for run in Operations(home, store, None).runs()] == [plan.rounds] * 2
+        assert ModelService(store, home.runs)._with_model(0).run_id == 1
 
 
 # --- the operators' door ---

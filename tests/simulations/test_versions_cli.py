@@ -211,7 +211,10 @@ def test_a_model_that_was_saved_as_another_was_chosen_is_not_given_out(
     assert (directory / "model" / "adapter_model.safetensors").read_bytes() == final
 
 
-@pytest.mark.parametrize(("every", "words", "noted"), [(0, [], True), (4, [], True), (3, [], False), (0, ["--validation", "x.csv"], False)])
+@pytest.mark.parametrize(
+    ("every", "words", "noted"),
+    [(0, [], True), (4, [], True), (0, ["--test", "x.csv"], True), (3, [], False), (0, ["--validation", "x.csv"], False)],
+)
 def test_who_submits_a_stream_that_nothing_is_to_score_is_told(
     tmp_path: Path, csv_plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch, every: int, words: list[str], noted: bool
 ) -> None:
@@ -221,3 +224,4 @@ def test_who_submits_a_stream_that_nothing_is_to_score_is_told(
     done = CliRunner().invoke(app, ["submit", str(tmp_path / "plan.yaml"), *words], catch_exceptions=False)
     assert done.stdout == "5\n"
     assert ("no version is ever held back" in done.stderr) == noted
+    assert ("there is no R" in done.stderr) == (noted and "--test" not in words)
