@@ -103,6 +103,6 @@ def test_the_figures_follow_from_the_means() -> None:
     found = figures(means)
     assert found == pytest.approx(
         {"gap": 0.55 / 0.6, "gap without stored examples": 0.5 / 0.6, "forgetting": 0.125, "routed": 0.9, "private loss": 0.02}
+        | {"below joint": 0.05}  # of replay, which has lost nothing
     )
-    assert figures([*means, row("olora", 0.78)])["below joint"] == pytest.approx(0.02), "it has lost nothing"
     assert figures(means[:1]) == figures(means[2:]) == {}
