@@ -374,7 +374,9 @@ def _train_central(
         if (rest := rows.segments - paid) or not readable:
             try:
                 limits = _limits(node, plan)
-                readable |= ledger.reserve("train", run, whole, asked.round, planned, limits, rest, as_of=rows.as_of, whole=True).readable
+                readable |= ledger.reserve(
+                    "train", run, whole, asked.round, planned, limits, rest, as_of=rows.as_of, whole=True, chosen=is_stream(plan)
+                ).readable
             except LichenError as error:  # what is paid for goes on without the others
                 if error.code is not Code.PRIVACY_BUDGET or not readable:
                     raise
