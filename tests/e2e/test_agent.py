@@ -457,7 +457,7 @@ def test_killed_in_mid_round_it_rejoins_and_trains_once(
 
 
 def test_a_ledger_that_was_restored_or_deleted_refuses_until_it_is_written_off(
-    federation: Federation, tiny_rows: Callable[..., list[dict[str, str]]], private_plan: dict[str, Any]
+    federation: Federation, tiny_rows: Callable[..., list[dict[str, str]]], tiny_plan: dict[str, Any], private_plan: dict[str, Any]
 ) -> None:
     home = federation.node("forgetful", tiny_rows(40))
     (home / "policy.yaml").write_text(GENEROUS)
@@ -475,6 +475,8 @@ def test_a_ledger_that_was_restored_or_deleted_refuses_until_it_is_written_off(
         assert kept is not None
         assert kept[0] == 1
         assert kept[1] != head  # salted: the coordinator can't tell what is in the ledger
+        assert ask(federation, "forgetful", parse_plan(tiny_plan)).error.code == Code.POLICY_REFUSED
+        assert federation.store.ledger_of(node.node_id) == kept, "a plan without privacy makes no ledger longer"
         older = (home / "ledger.sqlite").read_bytes()
         assert not ask(federation, "forgetful", plan).has_error()
         for replaced in (older, None):
