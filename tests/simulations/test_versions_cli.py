@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 
 from lichen.common.channel.archive import pack
 from lichen.common.errors import Code, LichenError
+from lichen.common.model.export import save_models
 from lichen.common.plan import parse_plan
 from lichen.common.result import read_result
 from lichen.coordinator.cli import app
 from lichen.coordinator.export import export_model
 from lichen.coordinator.home import Home
 from lichen.coordinator.models import ModelService
+from lichen.coordinator.versions import Versions
 from lichen.simulations.simulate import run
 
 STREAM = [{"name": "fields", "labels": ["crop", "metal"]}, {"name": "banks", "labels": ["money"]}]
@@ -225,3 +227,23 @@ def test_who_submits_a_stream_that_nothing_is_to_score_is_told(
     assert done.stdout == "5\n"
     assert ("no version is ever held back" in done.stderr) == noted
     assert ("there is no R" in done.stderr) == (noted and "--test" not in words)
+
+
+def test_a_version_that_is_chosen_while_the_final_model_is_saved_is_the_final_one(
+    tmp_path: Path, csv_plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = parse_plan(csv_plan | {"rounds": 2, "cohort": {"size": 3}, "continual": {"stream": STREAM, "tolerance": 1.0}})
+    saved = []
+
+    def save(directory: Path, *arguments: Any) -> None:
+        save_models(directory, *arguments)
+        if not saved:
+            Versions(directory.parent, plan).choose(1)
+        saved.append(arguments[-2])
+
+    monkeypatch.setattr("lichen.coordinator.app.save_models", save)
+    result = run(plan, tmp_path / "run", "inprocess")
+    assert saved == [1, 0]
+    assert result.continual is not None
+    assert (result.continual.given_out, list(result.continual.held_back)) == ("1-fields", ["2-banks"])
+    assert list(json.loads((tmp_path / "run" / "model" / "config.json").read_text())["id2label"].values()) == ["crop", "metal"]
