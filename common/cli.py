@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lichen.common.errors import Code, LichenError
+from lichen.common.errors import Code, LichenError, disk_failed
 
 COMMANDS = {
     "demo": ("lichen.simulations.demo:app", "Run a real federation on this machine: a coordinator and four agents over mutual TLS."),
@@ -92,10 +92,17 @@ def main() -> None:
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        told = LichenError(Code.INTERNAL, f"{type(error).__name__}: {error}", fix="Run `lichen --verbose …` for the traceback.")
+        told = _unforeseen(error)
         click.secho(str(told), fg="red", err=True)
         status = int(told.code)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _unforeseen(error: Exception) -> LichenError:
+    if disk_failed(error):
+        fix = "Free some space; a run goes on from its last checkpoint by the same command with --resume."
+        return LichenError(Code.OUTPUT_UNUSABLE, f"the disk failed: {error}", fix=fix)
+    return LichenError(Code.INTERNAL, f"{type(error).__name__}: {error}", fix="Run `lichen --verbose …` for the traceback.")
 
 
 if __name__ == "__main__":

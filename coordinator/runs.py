@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import sqlite3
 import threading
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 
-from lichen.common.errors import Code, LichenError
+from lichen.common.errors import Code, LichenError, disk_failed
 from lichen.common.records import message_from_bytes, offered_refs
 from lichen.coordinator.fleet import FleetServer
 from lichen.coordinator.grid import COORDINATOR_NODE_ID, GrpcGrid
@@ -19,8 +18,6 @@ from lichen.coordinator.store import Run, Store
 
 RETRY_S = 30.0
 SPLITS = ("validation", "test")
-
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 log = logging.getLogger(__name__)
 
@@ -249,17 +246,3 @@ _STOPPED = "stopped by the operator"
 def split_file(directory: Path, split: str) -> Path:
     """Where a run directory keeps the coordinator's own rows of a split."""
     return directory / "evaluation" / f"{split}.parquet"
-
-
-def disk_failed(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is the disk's: full, over quota, read-only or broken."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK:
-            return True
-        text = str(error)
-        if isinstance(error, sqlite3.OperationalError) and ("disk is full" in text or "disk I/O" in text):
-            return True
-        if type(error).__name__ == "SafetensorError" and any(f"os error {number}" in text for number in _DISK):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

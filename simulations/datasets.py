@@ -88,7 +88,7 @@ def load_named(name: str) -> NamedSplits:
         raise LichenError(
             Code.DATASET_UNKNOWN,
             f"no data set is named {name!r}",
-            fix=f"Known: {', '.join(names())}, made-up:ROWS; or give a path and its fields.",
+            fix=f"Known: {', '.join(names())}, made-up:ROWS; or a file: {{path: rows.jsonl, fields: {{text: body, label: topic}}}}.",
         )
     return known.load(known)
 

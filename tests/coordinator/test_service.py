@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from lichen.common import pki
 from lichen.common.channel.spool import Spool
-from lichen.common.errors import Code, LichenError
+from lichen.common.errors import Code, LichenError, disk_failed
 from lichen.common.invite import Invite
 from lichen.common.plan import Plan, digest_of, parse_plan
 from lichen.common.result import read_result
@@ -39,7 +39,7 @@ from lichen.coordinator.fleet import FleetServer
 from lichen.coordinator.home import Home, Runtime
 from lichen.coordinator.models import ModelService
 from lichen.coordinator.operations import NotServedError, Operations, find_run
-from lichen.coordinator.runs import Runner, disk_failed
+from lichen.coordinator.runs import Runner
 from lichen.coordinator.submission import check_base, keep_rows
 
 

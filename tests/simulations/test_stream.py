@@ -21,7 +21,7 @@ from lichen.client.spending import spending
 from lichen.common.aggregation import MERGED, A, B, beside, part_of
 from lichen.common.continual.measures import measures
 from lichen.common.continual.stream import stages
-from lichen.common.errors import Code, LichenError
+from lichen.common.errors import Code, LichenError, disk_failed
 from lichen.common.model.adapter import State
 from lichen.common.model.base import rows_by_class
 from lichen.common.model.export import load_saved
@@ -33,7 +33,6 @@ from lichen.common.tasks import make_task
 from lichen.coordinator.app import OwnData
 from lichen.coordinator.export import app, export_model
 from lichen.coordinator.run_directory import RunDirectory
-from lichen.coordinator.runs import disk_failed
 from lichen.coordinator.versions import FOLDER, Versions
 from lichen.coordinator.watch import conclusion
 from lichen.simulations.benchmarks.reload import bench_reload
