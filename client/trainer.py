@@ -151,7 +151,7 @@ class Trainer:
 
     def _train_together(self, jobs: Sequence[Job], together: Together) -> Iterator[Trained | Exception]:
         start, round = jobs[0].start, jobs[0].round
-        rows = self._begin(start, round, *(job.data for job in jobs))
+        rows = self._begin(start, round, *((job.data, job.cache) for job in jobs))
         members = [self._member(replace(job, data=own)) for job, own in zip(jobs, rows, strict=True)]
         for member, state in zip(members, together.train(start, members, functools.partial(self._optimizer, round)), strict=True):
             try:
@@ -192,7 +192,7 @@ class Trainer:
         Raises:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED; WORKER_DEADLINE from ``stop``.
         """
-        (data,) = self._begin(start, round, data)
+        (data,) = self._begin(start, round, (data, cache))
         steps, loss = self._steps(self._optimizer(round, self.model.active), data, source, cache, most_steps, stop)
         return Trained(self._delta(start, self.model.active, steps), steps, loss)
 
@@ -253,7 +253,7 @@ class Trainer:
         Raises:
             LichenError: STATE_MISMATCH, MODEL_NOT_TRAINED; PRIVACY_BUDGET from the gate.
         """
-        (data,) = self._begin(start, round, data)
+        (data,) = self._begin(start, round, (data, cache))
         private = Private(units, segment, declared_size, gate)
         self._private_steps(self._optimizer(round, self.model.active), data, private, source, cache)
         return Trained(self._delta(start, self.model.active, segment.steps), segment.steps, None)
@@ -309,7 +309,7 @@ class Trainer:
         Raises:
             LichenError: as `train` and `train_private`, but for MODEL_NOT_TRAINED.
         """
-        (data,) = self._begin(job.start, job.round, job.data)
+        (data,) = self._begin(job.start, job.round, (job.data, job.cache))
         active = self.model.active
         total = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in active.items()}
 
@@ -330,11 +330,13 @@ class Trainer:
         squares = Squares({name: tensor / max(steps, 1) for name, tensor in total.items()}, batch, rows, noise)
         return Trained(_as_sent(self._method.fisher(squares)), steps, loss)
 
-    def _begin(self, start: State, round: int, *data: Encoded) -> list[Encoded]:
+    def _begin(self, start: State, round: int, *data: tuple[Encoded, Path | None]) -> list[Encoded]:
         """Load what a round starts from, let the parameters be trained that it trains, and return data as the continual method has it."""
         stage = stage_of(self.plan, round)
         self.model.load(start)
-        found = [self._method.examples(self.task, self.model, own, stage) for own in data]
+        found = [
+            self._method.examples(self.task, self.model, own, stage, functools.partial(self._batches.of, own, cache)) for own, cache in data
+        ]
         self.model.train_only(phase_of(self.plan, round))
         self.task.choose_among(self._method.choices(stage.number))
         return found

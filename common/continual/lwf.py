@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from lichen.common.aggregation import KEPT
@@ -18,6 +19,7 @@ from lichen.common.continual.stream import Stage, labels_until
 if TYPE_CHECKING:
     import torch
 
+    from lichen.common.batches import Collate
     from lichen.common.model.adapter import State, TunedModel
     from lichen.common.plan import Plan
     from lichen.common.tasks.task import Encoded, Task
@@ -52,7 +54,9 @@ class LwF(Method):
 
         return {_BEFORE + name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in trained.items()}
 
-    def examples(self, task: Task[Any], model: TunedModel, data: Encoded, stage: Stage) -> Encoded:
+    def examples(
+        self, task: Task[Any], model: TunedModel, data: Encoded, stage: Stage, collates: Callable[[], AbstractContextManager[Collate]]
+    ) -> Encoded:
         """With what the model before says of them; in the first task there is none."""
         if not stage.number or not len(data):
             return data
@@ -65,7 +69,8 @@ class LwF(Method):
             state = model.state()
             model.load(state | before)
             task.choose_among(labels_until(self.plan, stage.number - 1))
-            self._taught[key] = data, task.taught(model.network, data, _AT_ONCE)
+            with collates() as collate:
+                self._taught[key] = data, task.taught(model.network, data, _AT_ONCE, collate)
             model.load(state)
         self._taught.move_to_end(key)
         if len(self._taught) > _KNOWN:

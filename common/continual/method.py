@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lichen.common.aggregation import MEMORY, RULES, part_of
@@ -126,7 +127,9 @@ class Method:
         """The numbers of the rows that a client trains on in a stage of a stream, ascending; ``columns`` as in `rows_of`."""
         return rows_of(self.plan, stage.task, columns) if stage.task else list(range(len(next(iter(columns.values()), ()))))
 
-    def examples(self, task: Task[Any], model: TunedModel, data: Encoded, stage: Stage) -> Encoded:
+    def examples(
+        self, task: Task[Any], model: TunedModel, data: Encoded, stage: Stage, collates: Callable[[], AbstractContextManager[Collate]]
+    ) -> Encoded:
         """A client's examples, with what its losses need beside them.
 
         Args:
@@ -134,6 +137,7 @@ class Method:
             model: with the state that the round starts from; it is left so.
             data: of the stage.
             stage: the round's.
+            collates: what makes the data's batches, while it is open.
         """
         return data
 

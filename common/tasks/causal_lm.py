@@ -92,7 +92,7 @@ class CausalLM(Texts):
         """Mean cross-entropy of each text's tokens but the first, shape (B,); zero for a text of one token."""
         return self._told(network, batch)[0]
 
-    def taught(self, network: nn.Module, data: EncodedTexts, batch_size: int) -> EncodedTexts:
+    def taught(self, network: nn.Module, data: EncodedTexts, batch_size: int, collate: Collate | None = None) -> EncodedTexts:
         """Not built (see `Task.taught`): scores of all tokens would take a vocabulary for each token."""
         raise LichenError(Code.MODEL_UNSUPPORTED, "a language model teaches none here", where="continual.method")
 

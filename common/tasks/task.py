@@ -113,8 +113,11 @@ class Task(Protocol[E]):
         """The loss of each example, shape (B,), that depends on that example alone: their sum is what DP clips by part."""
         ...
 
-    def taught(self, network: nn.Module, data: E, batch_size: int) -> E:
-        """The same examples with what this model says of them, to which their losses then keep, by `continual.lwf`."""
+    def taught(self, network: nn.Module, data: E, batch_size: int, collate: Collate | None = None) -> E:
+        """The same examples with what this model says of them, to which their losses then keep, by `continual.lwf`.
+
+        Args: as of `features`.
+        """
         ...
 
     def features(self, network: nn.Module, data: E, batch_size: int, collate: Collate | None = None) -> torch.Tensor:

@@ -131,9 +131,10 @@ class TextClassification(Texts):
         return -settings.weight * settings.temperature**2 * (softened * own).sum(1)
 
     @torch.no_grad()
-    def taught(self, network: nn.Module, data: EncodedTexts, batch_size: int) -> EncodedTexts:
+    def taught(self, network: nn.Module, data: EncodedTexts, batch_size: int, collate: Collate | None = None) -> EncodedTexts:
         """The examples with this model's scores (see `Task.taught`)."""
-        return replace(data, teacher=self._by_length(network, data, batch_size, lambda batch: self.logits(network, batch)).float())
+        found = self._by_length(network, data, batch_size, lambda batch: self.logits(network, batch), collate=collate)
+        return replace(data, teacher=found.float())
 
     @torch.no_grad()
     def features(self, network: nn.Module, data: EncodedTexts, batch_size: int, collate: Collate | None = None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lichen.client.ledger import open_ledger
 from lichen.client.ledger_book import Limit
 from lichen.common.aggregation import HELD_A, KEPT, MEMORY, A, B, beside, part_of, phase_of
+from lichen.common.batches import CHECKED_ROWS, ready
 from lichen.common.continual import make_method
 from lichen.common.continual.stream import stage_size, stages
 from lichen.common.errors import LichenError
@@ -499,6 +500,30 @@ def test_the_mean_of_the_last_rounds_is_of_those_that_train(tmp_path: Path, plan
     assert not torch.allclose(kept[f"{MEMORY}.1.{model}"], second[name], atol=1e-4)
 
 
+def test_a_teacher_reads_what_frozen_layers_gave(
+    tmp_path: Path, csv_plan: dict[str, Any], plan_of: Callable[..., Plan], tiny_rows: Any
+) -> None:
+    from lichen.common import tasks
+
+    tasks.workbench.cache_clear()
+    plan = plan_of("lwf", SITES, model=csv_plan["model"] | {"adapter": HEAD}, local=csv_plan["local"] | {"prefix_cache": "float32"})
+    task, model, _ = tasks.workbench(plan)
+    rows = tiny_rows(12, 0)
+    data = task.encode({"text": [row["text"] for row in rows], "label": [row["label"] for row in rows]})
+    batches, stage, ran = ready(plan, task, model).batches, stages(plan)[1], list[int]()
+    assert batches.prefix is not None
+    compute = batches.prefix.compute
+    batches.prefix.compute = lambda batch: ran.append(len(batch["input_ids"])) or compute(batch)  # type: ignore[method-assign]
+    whole, first, again = (
+        make_method(plan).examples(task, model, data, stage, lambda cache=cache: batches.of(data, cache)).teacher
+        for cache in (None, tmp_path, tmp_path)
+    )
+    assert sum(ran) - CHECKED_ROWS == len(rows), "each row once, and what tells the weights"
+    assert torch.allclose(whole, first, atol=1e-5)
+    assert torch.equal(first, again)
+    tasks.workbench.cache_clear()
+
+
 def test_labels_that_were_put_right_are_trained_on(plan_of: Callable[..., Plan], tiny_rows: Callable[..., Any]) -> None:
     from lichen.common import tasks
 
@@ -511,7 +536,12 @@ def test_labels_that_were_put_right_are_trained_on(plan_of: Callable[..., Plan],
         for labels in ([row["label"] for row in rows], ["crop"] * len(rows))
     )
     method, stage = make_method(plan), stages(plan)[1]
-    taught = method.examples(task, model, first, stage)
-    assert method.examples(task, model, first, stage) is taught, "else what frozen layers gave would be computed again"
-    assert method.examples(task, model, other, stage).labels.tolist() == other.labels.tolist()
+    batches = ready(plan, task, model).batches
+
+    def examples(data: Any, cache: Path | None = None) -> Any:
+        return method.examples(task, model, data, stage, lambda: batches.of(data, cache))
+
+    taught = examples(first)
+    assert examples(first) is taught, "else what frozen layers gave would be computed again"
+    assert examples(other).labels.tolist() == other.labels.tolist()
     tasks.workbench.cache_clear()
