@@ -17,6 +17,7 @@ from lichen.client.ledger_book import Limit
 from lichen.common.aggregation import HELD_A, KEPT, MEMORY, A, B, beside, part_of, phase_of
 from lichen.common.batches import CHECKED_ROWS, ready
 from lichen.common.continual import make_method
+from lichen.common.continual.lwf import LwF
 from lichen.common.continual.stream import stage_size, stages
 from lichen.common.errors import LichenError
 from lichen.common.model.adapter import State
@@ -515,7 +516,7 @@ def test_a_teacher_reads_what_frozen_layers_gave(
     compute = batches.prefix.compute
     batches.prefix.compute = lambda batch: ran.append(len(batch["input_ids"])) or compute(batch)  # type: ignore[method-assign]
     whole, first, again = (
-        make_method(plan).examples(task, model, data, stage, lambda cache=cache: batches.of(data, cache)).teacher
+        LwF(plan).examples(task, model, data, stage, lambda cache=cache: batches.of(data, cache)).teacher
         for cache in (None, tmp_path, tmp_path)
     )
     assert sum(ran) - CHECKED_ROWS == len(rows), "each row once, and what tells the weights"
