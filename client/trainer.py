@@ -204,8 +204,9 @@ class Trainer:
         cache: Path | None,
         most_steps: int | None,
         stop: Stop | None,
+        told: Callable[[int], None] = lambda rows: None,
     ) -> tuple[int, float]:
-        """Steps without privacy, as in `train`: how many, and the mean loss of the examples seen."""
+        """Steps without privacy, as in `train`: how many, and the mean loss of examples seen. A batch's rows are told before its step."""
         self._seed_dropout(source)
         losses_of: list[torch.Tensor] = []
         seen, steps = 0, 0
@@ -220,6 +221,7 @@ class Trainer:
                         losses = self.task.losses(self.model.network, collate(part))
                         torch.autograd.backward(losses.sum() / len(batch))
                     losses_of.append(losses.detach().sum())  # read at the end: a GPU's numbers must be waited for
+                told(len(batch))
                 optimizer.step()
                 seen += len(batch)
                 steps += 1
@@ -310,24 +312,31 @@ class Trainer:
             LichenError: as `train` and `train_private`, but for MODEL_NOT_TRAINED.
         """
         (data,) = self._begin(job.start, job.round, (job.data, job.cache))
-        active = self.model.active
+        active, private = self.model.active, job.private
         total = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in active.items()}
+        noise, size = 0.0, 0.0
 
         def add(*_: object) -> None:
             for name, tensor in active.items():
                 if tensor.grad is not None:
-                    total[name] += tensor.grad.detach().cpu().double().square()
+                    total[name] += size * tensor.grad.detach().cpu().double().square()
+
+        def of(rows: int) -> None:
+            nonlocal size
+            size = rows
 
         still = torch.optim.SGD(list(active.values()), lr=0.0)
         still.register_step_pre_hook(add)
-        if (private := job.private) is None:
-            steps, loss = self._steps(still, data, job.source, job.cache, job.most_steps, job.stop)
-            batch, rows, noise = float(min(self.plan.local.batch_size, len(data))), float(len(data)), 0.0
+        if private is None:
+            rows = float(len(data))
+            steps, loss = self._steps(still, data, job.source, job.cache, job.most_steps, job.stop, of)
         else:
+            segment, rows = private.segment, float(private.declared_size)
+            size = segment.sample_rate * rows
+            noise = (segment.noise_multiplier * self.plan.privacy.clip) ** 2 / size
             self._private_steps(still, data, private, job.source, job.cache)
-            steps, loss, rows = private.segment.steps, None, float(private.declared_size)
-            batch, noise = private.segment.sample_rate * rows, private.segment.noise_multiplier * self.plan.privacy.clip
-        squares = Squares({name: tensor / max(steps, 1) for name, tensor in total.items()}, batch, rows, noise)
+            steps, loss = segment.steps, None
+        squares = Squares({name: tensor / max(steps, 1) for name, tensor in total.items()}, rows, noise)
         return Trained(_as_sent(self._method.fisher(squares)), steps, loss)
 
     def _begin(self, start: State, round: int, *data: tuple[Encoded, Path | None]) -> list[Encoded]:

@@ -63,10 +63,7 @@ class EWC(Method):
 
     def fisher(self, squares: Squares) -> State:
         """The sum over a client's rows."""
-        return {
-            _SUMS + name: squares.rows * (squares.batch * square - squares.noise**2 / squares.batch)
-            for name, square in squares.mean_square.items()
-        }
+        return {_SUMS + name: squares.rows * (mean - squares.noise) for name, mean in squares.mean.items()}
 
     def pulls(self, kept: State, trained: Mapping[str, torch.Tensor]) -> list[Pull]:
         """Each weight towards its anchor, λ F / 2 its cost; F is scaled so that its mean over all that is trained is one."""

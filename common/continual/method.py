@@ -34,14 +34,12 @@ class Learned(NamedTuple):
 class Squares(NamedTuple):
     """What a client's steps tell of gradients at the weights that a round starts from."""
 
-    mean_square: State
-    """By trained tensor, over the steps: the square of the batch's mean gradient."""
-    batch: float
-    """Rows of a step; under privacy those that are expected."""
+    mean: State
+    """By trained tensor, over the steps: the rows of a step, under privacy those expected, times the square of their mean gradient."""
     rows: float
     """The client's; under privacy what stands for it."""
     noise: float = 0.0
-    """Standard deviation of the noise on a step's sum of gradients."""
+    """What the noise of a step adds to each of these numbers."""
 
 
 class Pull(NamedTuple):

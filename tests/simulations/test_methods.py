@@ -407,6 +407,28 @@ def test_weights_that_mattered_stay_where_old_tasks_left_them(tmp_path: Path, pl
     assert moved[100.0][1] > moved[100.0][0] > 0
 
 
+def test_a_batch_that_is_not_full_tells_no_more_of_a_row_than_a_full_one(
+    plan_of: Callable[..., Plan], tiny_rows: Callable[..., Any]
+) -> None:
+    from lichen.client.jobs import Job
+    from lichen.client.trainer import Trainer
+    from lichen.common import tasks
+    from lichen.common.privacy.randomness import SeededSource
+
+    tasks.workbench.cache_clear()
+    plan = plan_of("ewc", local={"epochs": 1, "batch_size": 16})
+    trainer, start = Trainer(plan), tasks.workbench(plan).start
+    rows = [row for row in tiny_rows(60, 0) if row["label"] in {"crop", "metal"}]
+
+    def told(count: int) -> float:
+        data = trainer.task.encode({field: [row[field] for row in rows[:count]] for field in trainer.task.fields})
+        draws = [trainer.run(Job(start, data, 3, SeededSource("order", seed), None)).delta for seed in range(5)]
+        return sum(float(tensor.sum()) for found in draws for tensor in found.values()) / count
+
+    assert told(17) < 6 * told(16), "single rows differ more than the means of sixteen, but not by forty times"
+    tasks.workbench.cache_clear()
+
+
 def test_what_noise_adds_to_squares_is_taken_off(plan_of: Callable[..., Plan], tiny_rows: Callable[..., Any]) -> None:
     from lichen.client.gate import Gate
     from lichen.client.jobs import Job, Private
