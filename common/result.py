@@ -149,13 +149,14 @@ class Continual(_Section):
     tasks: list[str]
     """In the order of the stream."""
     split: Literal["test", "validation", "hold-outs"] | None
-    """What R is of: while the run goes on the coordinator's validation rows, in the end its test rows if it has any; without both the
-    clients' hold-outs, if the plan has them scored as each task ends (`evaluation.federated_every`); null where nothing was scored."""
+    """What R is of: while the run goes on the coordinator's validation rows, in the end its test rows if it has any; without both, and in
+    an online run, the clients' hold-outs, if the plan has them scored as each task ends (`evaluation.federated_every`); null where nothing
+    was scored."""
     matrix: list[list[float | None]]
     """R, a row for each task that was learned, and empty where nothing was scored; null where a task has no rows in the split, or the test
     rows came when the version's model was let go of (`continual.keep`)."""
     start: list[float | None] | None = None
-    """The same of the model before the first round."""
+    """The same of the model before the first round; null in an online run, and so is `fwt`."""
     acc: float | None = None
     """Mean over tasks of the last row."""
     bwt: float | None = None

@@ -253,6 +253,9 @@ def main(grid: Grid, context: Context) -> None:
         result.error = f"{type(error).__name__}: {error}"
         raise
     finally:
+        if is_stream(plan) and result.status != "finished":
+            with suppress(LichenError):  # an operator may have chosen another version since the last was made
+                result.continual = Versions(directory.path, plan).summary()
         directory.save_result(result)
         shutil.rmtree(directory.path / _CACHE, ignore_errors=True)
         try:

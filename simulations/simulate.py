@@ -188,7 +188,7 @@ def deal(plan: Plan, root: Path) -> tuple[NodeHomes, dict[str, str]]:
         if len(held):
             splits["validation"] = train.take(held)
         train = train.choose(kept)
-    _check_tasks(plan, train)
+    _check_rows(plan, train)
     clients = None if plan.simulation.partition.startswith("by:") else plan.simulation.clients
     parts = partition(train, plan.simulation.partition, clients, plan.seed, label=label)
     if len(parts) < plan.cohort.size:  # no other node will ever connect
@@ -219,21 +219,39 @@ def deal(plan: Plan, root: Path) -> tuple[NodeHomes, dict[str, str]]:
     return homes, {name: str(root / f"{name}.parquet") for name in splits}
 
 
-def _check_tasks(plan: Plan, rows: StoredRows) -> None:
-    """Refuse a task of which there is no row, before the tasks before it are trained.
+def _check_rows(plan: Plan, rows: StoredRows) -> None:
+    """Refuse rows that no client could read, and a task of which there is no row, before the tasks before it are trained.
 
     Raises:
-        LichenError: DATA_EMPTY.
+        LichenError: DATA_FIELD, DATA_LABEL, DATA_EMPTY.
     """
-    fields = {field for field in (plan.task.label_field, *fields_of(plan)) if field in rows.columns}
-    columns = {field: list(rows.column(field)) for field in fields} if plan.continual.stream else {}
+    has, label, asked = rows.columns, plan.task.label_field, fields_of(plan)
+    if missing := [field for field in asked if field not in has]:
+        raise LichenError(
+            Code.DATA_FIELD,
+            f"the data have no {missing[0]!r}, which continual.stream asks for",
+            where="simulation.data",
+            fix=f"Map it to a column of theirs: fields: {{{missing[0]}: COLUMN}}, beside the task's.",
+        )
+    columns = {field: list(rows.column(field)) for field in {label, *asked} if field in has} if plan.continual.stream else {}
+    of_tasks: set[int] = set()
     for task in plan.continual.stream:
-        if fields.issuperset(task.fields) and not rows_of(plan, task, columns):
+        if not (own := rows_of(plan, task, columns)):
             raise LichenError(
                 Code.DATA_EMPTY,
                 f"no training row is of task {task.name!r}",
                 where="continual.stream",
                 fix="Hold its labels, where and between against the values that the data have.",
+            )
+        of_tasks.update(own)
+    if plan.task.labels and not plan.private:  # else nodes leave them out
+        found = (columns[label][row] for row in of_tasks) if plan.continual.stream else rows.column(label)
+        if strangers := sorted(set(map(str, found)).difference(plan.task.labels)):
+            raise LichenError(
+                Code.DATA_LABEL,
+                f"rows have labels that the plan has not: {', '.join(strangers[:5])}",
+                where="simulation.data",
+                fix="Add them to task.labels, or take those rows out.",
             )
 
 

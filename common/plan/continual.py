@@ -67,7 +67,7 @@ class LwF(Section):
     """Of `method: lwf`."""
 
     weight: Number = Field(default=1.0, ge=0)
-    """λ, of the distance to what the model before said; 0 is `sequential`."""
+    """λ, of the distance to what the model before said; with 0 nothing is kept, and a task is trained among its own labels all the same."""
     temperature: Number = Field(default=2.0, gt=0)
     """T: both models' scores are divided by it first."""
 

@@ -96,6 +96,14 @@ def parse_plan(document: Mapping[str, Any], *, where: str = "plan") -> Plan:
             where=where,
             fix="Set privacy.unit to example, entity or client; or to none, if that is what is meant.",
         )
+    continual = document.get("continual")
+    if isinstance(continual, dict) and "online" in continual and "mode" not in continual:
+        raise LichenError(
+            Code.PLAN_UNSOUND,
+            "continual.online is given, but no continual.mode, so no batch would ever begin",
+            where=where,
+            fix="Set continual.mode: online; or planned, if that is what is meant.",
+        )
     check_sound(plan, where=where)
     return plan
 

@@ -432,6 +432,14 @@ def test_a_plan_that_asks_for_privacy_without_a_unit_is_refused(key: str) -> Non
     assert parse_plan(document | {"privacy": {"unit": "none", key: 0.01}}).privacy.unit == "none"  # said, and meant
 
 
+def test_a_plan_that_asks_for_batches_but_not_for_online_mode_is_refused() -> None:
+    document: dict[str, Any] = {"task": {"labels": ["a", "b"]}, "model": {"base": "x"}, "local": {"steps": 4}, "rounds": 2}
+    with pytest.raises(LichenError, match="no batch would ever begin") as caught:
+        parse_plan(document | {"continual": {"online": {"rounds": 2}}})
+    assert caught.value.code is Code.PLAN_UNSOUND
+    assert parse_plan(document | {"continual": {"mode": "planned", "online": {"rounds": 2}}}).continual.mode == "planned"
+
+
 def test_no_hint_leads_to_less_privacy() -> None:
     document: dict[str, Any] = {"task": {"labels": ["a", "b"]}, "model": {"base": "x"}, "local": {"steps": 4}, "rounds": 1}
     with pytest.raises(LichenError) as caught:

@@ -123,6 +123,41 @@ def test_a_task_without_a_row_is_refused_before_the_first_round(tmp_path: Path, 
     assert caught.value.code is Code.DATA_EMPTY
 
 
+def test_rows_that_no_client_could_read_are_refused_before_the_first_round(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of()
+    fields = {key: value for key, value in plan.simulation.data.fields.items() if key != "site"}
+    no_site = plan.simulation.model_copy(update={"data": plan.simulation.data.model_copy(update={"fields": fields})})
+    stream = [{"name": "some", "where": {"site": ["a"]}}, {"name": "rest", "where": {"site": ["b"]}}]
+    with pytest.raises(LichenError, match="have no 'site'") as caught:
+        run(plan_of(stream).model_copy(update={"simulation": no_site}), tmp_path / "field", "inprocess")
+    assert (caught.value.code, "COLUMN" in caught.value.fix) == (Code.DATA_FIELD, True)
+    few = plan.task.model_copy(update={"labels": ("crop", "metal")})
+    document = plan_of(stream).model_copy(update={"task": few})
+    with pytest.raises(LichenError, match="labels that the plan has not: money") as caught:
+        run(document, tmp_path / "label", "inprocess")
+    assert caught.value.code is Code.DATA_LABEL
+
+
+def test_a_run_that_was_stopped_says_what_is_given_out(
+    tmp_path: Path, plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, add = plan_of(), Versions.add
+
+    def add_and_stop(self: Versions, *given: Any) -> None:
+        add(self, *given)
+        if (tmp_path / FOLDER / "2-banks").exists():
+            (tmp_path / FOLDER / "pinned").write_text("1\n")  # an operator's rollback, after the round was told
+            raise LichenError(Code.RUN_STOPPED, "stopped by the operator")
+
+    monkeypatch.setattr(Versions, "add", add_and_stop)
+    with pytest.raises(LichenError):
+        run(plan, tmp_path, "inprocess")
+    result = read_result(tmp_path)
+    assert result.status == "stopped"
+    assert result.continual is not None
+    assert (result.continual.given_out, list(result.continual.held_back)) == ("1-fields", ["2-banks"])
+
+
 def test_each_task_is_a_version_and_r_tells_what_was_learned_and_forgotten(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = plan_of()
     result = run(plan, tmp_path, "inprocess")
