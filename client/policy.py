@@ -26,6 +26,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import resolve_base
 from lichen.common.plan import Number, Plan, load_plan
 from lichen.common.private_files import write_private
+from lichen.common.yaml_files import read_yaml
 
 POLICY = "policy.yaml"
 APPROVALS = "approvals"
@@ -239,7 +240,7 @@ def load_policy(home: Path) -> Policy:
     except (OSError, UnicodeDecodeError) as error:
         raise LichenError(Code.POLICY_INVALID, f"can't be read: {error}", where=str(path)) from None
     try:
-        document = yaml.safe_load(text)
+        document = read_yaml(text)
     except yaml.YAMLError as error:
         raise LichenError(Code.POLICY_INVALID, f"not YAML: {' '.join(str(error).split())}", where=str(path)) from None
     if not isinstance(document, dict):

@@ -308,6 +308,7 @@ def test_check_lists_bad_rows_up_to_a_limit_and_counts_all(tmp_path: Path) -> No
         ("sources: []\n", "holdout_key"),
         ("- 1\n", "the document"),
         ("a: [\n", "not YAML"),
+        ("sources: []\nsources: []\n", "'sources' is given twice"),
         (f"holdout_key: {'a' * 32}\nsources: [{{path: x, fields: {{text: t}}, added_at: '', size: 3}}]\n", r"sources\.0\.size"),
     ],
 )

@@ -199,6 +199,8 @@ def test_hours_are_local() -> None:
         ("[1]\n", "mapping"),
         ("", "mapping"),
         ("a: [\n", "not YAML"),
+        ("privacy: {max_epsilon: 1}\nprivacy: {max_epsilon: 100}\n", "'privacy' is given twice"),
+        ("privacy: {max_epsilon: 1, max_epsilon: 100}\n", "'max_epsilon' is given twice"),
     ],
 )
 def test_a_bad_policy_permits_nothing(tmp_path: Path, text: str, words: str) -> None:

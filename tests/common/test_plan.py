@@ -306,6 +306,7 @@ def test_what_arrives_and_is_no_plan(text: str) -> None:
         ("=1", "KEY.PATH=VALUE"),
         ("rounds.of=1", "'rounds' holds a value"),
         ("local.steps=[1", "not a YAML value"),
+        ("privacy={epsilon: 1, epsilon: 100}", "'epsilon' is given twice"),
         ("local.stepz=1", "local.stepz: unknown key (nearest valid: steps)"),
         ("rounds=true", "rounds:"),
     ],

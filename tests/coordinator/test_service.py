@@ -84,7 +84,13 @@ def test_a_home_is_private_and_made_once(home: Home) -> None:
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [("format: 2\n", Code.STORE_VERSION), ("format: 1\nhost: a\n", Code.HOME_MISSING), ("[", Code.HOME_MISSING), ("", Code.HOME_MISSING)],
+    [
+        ("format: 2\n", Code.STORE_VERSION),
+        ("format: 1\nhost: a\n", Code.HOME_MISSING),
+        ("hosts: [a]\nbind: a\nbind: b\nfleet_port: 1\nenrolment_port: 2\n", Code.HOME_MISSING),
+        ("[", Code.HOME_MISSING),
+        ("", Code.HOME_MISSING),
+    ],
 )
 def test_a_configuration_that_cannot_be_understood(home: Home, text: str, code: Code) -> None:
     (home.path / "config.yaml").write_text(text, encoding="utf-8")
