@@ -263,12 +263,19 @@ def policy(
     as_json: AsJson = False,
 ) -> None:
     """Show what any plan may do here, and what each key means. Example: lichen client policy --init."""
-    from lichen.client.policy import POLICY, documented, load_policy, write_default
+    from lichen.client.policy import POLICY, Policy, documented, load_policy, write_default
 
     if init:
         typer.echo(f"wrote {write_default(home)}")
         return
-    found = load_policy(home)
+    try:
+        found = load_policy(home)
+    except LichenError as error:
+        if as_json:
+            raise
+        typer.secho(str(error), fg="red", err=True)
+        typer.echo(f"# The defaults, to mend {home / POLICY} by:\n{documented(Policy()).rstrip()}")
+        raise typer.Exit(int(error.code)) from None
     if as_json:
         _print_json(found.model_dump(mode="json"))
         return

@@ -220,6 +220,16 @@ def test_policy_and_approvals(home: Path, tiny_plan: dict[str, Any]) -> None:
     assert pending(home) == []
 
 
+def test_a_policy_that_is_invalid_is_answered_with_what_is_valid(home: Path) -> None:
+    (home / "policy.yaml").write_text("max_epsilon: 4\n")
+    result = runner.invoke(app, ["policy", "--home", str(home)])
+    assert result.exit_code == Code.POLICY_INVALID
+    assert "max_epsilon: unknown key (nearest known: privacy.max_epsilon" in result.stderr
+    assert "# Largest" in result.stdout
+    assert "max_epsilon: 8.0" in result.stdout
+    client("policy", "--json", home=home, fails=Code.POLICY_INVALID)
+
+
 def test_ledger_tells_what_is_left(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client("ledger", home=tmp_path / "no-home", fails=Code.AGENT_HOME_MISSING)
     client("ledger", home=home, fails=Code.AGENT_HOME_MISSING)  # a folder, in which no node lives
