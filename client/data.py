@@ -249,7 +249,8 @@ def add_source(
         )
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
-        raise LichenError(Code.DATA_FIELD, f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}", where=str(path)) from None
+        told = [".".join(map(str, detail["loc"])), detail["msg"].removeprefix("Value error, ")]
+        raise LichenError(Code.DATA_FIELD, ": ".join(filter(None, told)), where=str(path)) from None
     manifest = read_manifest(home) if (home / MANIFEST).exists() else Manifest(holdout_key=secrets.token_hex(16))
     if not count_training(home, source, manifest.holdout_key) and not watch:
         raise LichenError(Code.DATA_EMPTY, "every row is held out", where=str(path), fix="Lower --holdout.")
