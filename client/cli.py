@@ -243,13 +243,13 @@ def data_history(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     found = list[dict[str, Any]]()
     if (home / FILE).exists():
         with Arrivals(home) as arrivals:
-            found = arrivals.history()
+            found = [row if row["batch"] is None else row | {"batch": row["batch"] + 1} for row in arrivals.history()]
     if as_json:
         _print_json(found)
     elif not found:
         typer.echo("no run has read anything here yet")
     else:
-        shown = [row if row["begun"] is None else row | {"batch": row["batch"] + 1, "begun": _when(row["begun"])} for row in found]
+        shown = [row if row["begun"] is None else row | {"begun": _when(row["begun"])} for row in found]
         _print_table([{key: "" if value is None else value for key, value in row.items()} for row in shown], {key: key for key in shown[0]})
 
 
@@ -263,12 +263,19 @@ def policy(
     as_json: AsJson = False,
 ) -> None:
     """Show what any plan may do here, and what each key means. Example: lichen client policy --init."""
-    from lichen.client.policy import POLICY, documented, load_policy, write_default
+    from lichen.client.policy import POLICY, Policy, documented, load_policy, write_default
 
     if init:
         typer.echo(f"wrote {write_default(home)}")
         return
-    found = load_policy(home)
+    try:
+        found = load_policy(home)
+    except LichenError as error:
+        if as_json:
+            raise
+        typer.secho(str(error), fg="red", err=True)
+        typer.echo(f"# The defaults, to mend {home / POLICY} by:\n{documented(Policy()).rstrip()}")
+        raise typer.Exit(int(error.code)) from None
     if as_json:
         _print_json(found.model_dump(mode="json"))
         return
@@ -421,11 +428,14 @@ def leave(
 
 @app.command()
 def model(
-    run_id: Annotated[int, typer.Option("--run", help="Which run's; 0 is the one that finished last.", min=0)] = 0,
+    run_id: Annotated[int, typer.Option("--run", help="Which run's; 0 is the newest that has a model.", min=0)] = 0,
     home: Home = DEFAULT_HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a finished run's model, and score it on the rows held out here, beside the old one. Example: lichen client model."""
+    """Fetch a run's model, of a stream what it gives out so far, and score it on the rows held out here, beside the old one.
+
+    Example: lichen client model
+    """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     from lichen.client.enrolment import load_identity
@@ -446,7 +456,7 @@ def model(
     typer.echo(f"the model of run {fetched.run_id} lies in {fetched.model}; its README.md says how to load it")
     names = dict.fromkeys(name for item in scored for name in item.metrics)
     _print_table(
-        [{"model": item.model, "rows": item.rows, **item.metrics} for item in scored],
+        [{"model": item.model, "rows": item.rows, **dict.fromkeys(names), **item.metrics} for item in scored],
         {"model": "model", "rows": "held-out rows", **{name: name for name in names}},
     )
 
@@ -498,11 +508,15 @@ def _print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
+def _cell(value: object) -> str:
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Rows as a table; ``columns`` are keys and their headings."""
+    """Rows as a table, with – for None; ``columns`` are keys and their headings."""
     table = Table(box=None, pad_edge=False)
     for heading in columns.values():
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*(f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in columns))
+        table.add_row(*map(_cell, (row[key] for key in columns)))
     Console().print(table)

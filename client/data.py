@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lichen.client.readers import BadRow, Reader, Row, TextRows, find_files, refuse, to_table
 from lichen.common.errors import Code, LichenError
 from lichen.common.private_files import write_private
+from lichen.common.yaml_files import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,6 @@ CACHE = "cache"
 """The folder of a home for what is computed of its rows, and can be again."""
 FORMAT: Final = 1
 _EVERYTHING = 2**64
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML has it: a manifest is read in each round
 
 
 class Source(BaseModel):
@@ -171,7 +171,7 @@ def read_manifest(home: Path) -> Manifest:
     """
     path = home / MANIFEST
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _LOADER)  # noqa: S506 - a safe one
+        document = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         fix = "Add a source: lichen client data add FILE --field text=COLUMN"
         raise LichenError(Code.DATA_NOT_FOUND, "this node has no data yet", where=str(path), fix=fix) from None
@@ -249,7 +249,8 @@ def add_source(
         )
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
-        raise LichenError(Code.DATA_FIELD, f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}", where=str(path)) from None
+        told = [".".join(map(str, detail["loc"])), detail["msg"].removeprefix("Value error, ")]
+        raise LichenError(Code.DATA_FIELD, ": ".join(filter(None, told)), where=str(path)) from None
     manifest = read_manifest(home) if (home / MANIFEST).exists() else Manifest(holdout_key=secrets.token_hex(16))
     if not count_training(home, source, manifest.holdout_key) and not watch:
         raise LichenError(Code.DATA_EMPTY, "every row is held out", where=str(path), fix="Lower --holdout.")

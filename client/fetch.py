@@ -1,4 +1,4 @@
-"""Fetch the final model of a run from the coordinator, going on where a broken transfer ended."""
+"""Fetch the model of a run from the coordinator, going on where a broken transfer ended."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def fetch_model(
     Args:
         identity: who this node is, and where its coordinator is.
         models: the node's folder of models, made if it is not there.
-        run_id: which run; 0 is the one that finished last.
+        run_id: which run; 0 is the newest that is finished, or of whose stream something is given out already.
         progress: told the bytes that are here and those there will be.
         timeout: seconds for one attempt.
 

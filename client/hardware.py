@@ -24,6 +24,7 @@ from lichen.common.device import VARIABLE
 from lichen.common.errors import LichenError
 from lichen.common.hardware import Profile, rounded
 from lichen.common.private_files import write_private
+from lichen.common.yaml_files import read_yaml
 
 FORMAT: Final = 1
 FILE = "profile.json"
@@ -127,7 +128,7 @@ class Hardware:
 def is_kept_in(home: Path) -> bool:
     """Whether the policy keeps the profile in; one that can't be understood does. Read without the schemas of policy and plan."""
     try:
-        document = yaml.safe_load((home / POLICY).read_text(encoding="utf-8"))
+        document = read_yaml((home / POLICY).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -6,7 +6,6 @@ nothing leaves without differential privacy, ε ≤ 8 and δ ≤ 1e-5 over the n
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -25,7 +24,9 @@ from lichen.common.continual.stream import is_online
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import resolve_base
 from lichen.common.plan import Number, Plan, load_plan
+from lichen.common.plan.mistakes import closest, complaint
 from lichen.common.private_files import write_private
+from lichen.common.yaml_files import read_yaml
 
 POLICY = "policy.yaml"
 APPROVALS = "approvals"
@@ -108,7 +109,7 @@ class Policy(_Section):
     def _digests_are_whole(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in value or ():
             if name.startswith("sha256:") and not _SHA256.fullmatch(name.removeprefix("sha256:")):
-                raise ValueError(f"{name!r} is not sha256: and 64 hexadecimal digits")
+                raise ValueError("sha256: must be followed by 64 hexadecimal digits")
         return value
 
     def open_at(self, now: datetime) -> bool:
@@ -239,7 +240,7 @@ def load_policy(home: Path) -> Policy:
     except (OSError, UnicodeDecodeError) as error:
         raise LichenError(Code.POLICY_INVALID, f"can't be read: {error}", where=str(path)) from None
     try:
-        document = yaml.safe_load(text)
+        document = read_yaml(text)
     except yaml.YAMLError as error:
         raise LichenError(Code.POLICY_INVALID, f"not YAML: {' '.join(str(error).split())}", where=str(path)) from None
     if not isinstance(document, dict):
@@ -255,12 +256,16 @@ def load_policy(home: Path) -> Policy:
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in detail["loc"])
-        what = f"{key}: {detail['msg'].removeprefix('Value error, ')}"
-        if detail["type"] == "extra_forbidden":
-            known = [*Policy.model_fields, *PrivacyPolicy.model_fields]
-            near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-            what = f"{key}: unknown key" + (f" (nearest known: {near[0]})" if near else "")
+        what = f"{key}: {complaint(detail)}"
+        if detail["type"] == "extra_forbidden" and (near := _nearest(key)):
+            what += f" (nearest known: {near})"
         raise LichenError(Code.POLICY_INVALID, what, where=str(path), fix="`lichen client policy` describes every key.") from None
+
+
+def _nearest(key: str) -> str | None:
+    """The path of the key that an unknown one was perhaps meant as, in whichever section it was written."""
+    near = closest(key.rpartition(".")[2], [*Policy.model_fields, *PrivacyPolicy.model_fields], cutoff=0.6)
+    return f"privacy.{near}, written as privacy: {{{near}: …}}" if near in PrivacyPolicy.model_fields else near
 
 
 def write_default(home: Path) -> Path:

@@ -238,7 +238,8 @@ def find_files(path: Path, *, empty: bool = False, others: bool = False) -> list
             raise LichenError(Code.DATA_NOT_FOUND, f"can't be looked at: {error}", where=str(path)) from None
         found = sorted(file for file in inside if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts))
         if not found and not empty:
-            raise LichenError(Code.DATA_EMPTY, "the folder has no files", where=str(path))
+            fix = "If files are yet to come to it: lichen client data add … --watch."
+            raise LichenError(Code.DATA_EMPTY, "the folder has no files", where=str(path), fix=fix)
     kinds: list[tuple[Path, Kind]] = []
     for file in found:
         kind = SUFFIXES.get(file.suffix.lower())

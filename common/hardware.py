@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lichen.common.channel import fleet_pb2
 from lichen.common.channel.framing import WORK_BYTES
 from lichen.common.errors import Code, LichenError
+from lichen.common.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from lichen.common.plan import Plan
@@ -65,7 +66,7 @@ def find_profile(name: str) -> Profile:
     if name in TIERS:
         return TIERS[name]
     try:
-        document = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        document = read_yaml(Path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         fix = f"Tiers: {', '.join(TIERS)}; or write a file by `lichen client profile --json`."
         raise LichenError(Code.DATA_NOT_FOUND, "no such file, and no tier of that name", where=name, fix=fix) from None

@@ -8,15 +8,19 @@ from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lichen.common.continual.stream import is_stream
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.export import card
 from lichen.common.plan import load_plan
 from lichen.common.privacy.statement import make_statement
 from lichen.common.result import read_result, write_atomically
+
+if TYPE_CHECKING:
+    from lichen.coordinator.versions import Versions
 
 Format = Literal["peft", "merged"]
 ARCHIVE = "model.tar"
@@ -64,11 +68,15 @@ def export_model(run: Path, out: Path, form: Format = "peft", version: int | Non
     Raises:
         LichenError: OUTPUT_EXISTS, OUTPUT_UNUSABLE, NO_MODEL; MODEL_NOT_FOUND if the base is not here.
     """
+    if not (run / "plan.yaml").is_file():
+        fix = "Give the --out of lichen simulate, or runs/RUN of a coordinator's home."
+        raise LichenError(Code.OUTPUT_UNUSABLE, "no run directory", where=str(run), fix=fix)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LichenError(Code.OUTPUT_EXISTS, "the directory is not empty", where=str(out), fix="Choose another --out.")
     with ExitStack() as stack:
         model = run / "model"
         if version is not None:
+            versions_of(run).find(version)  # before anything is loaded
             model = Path(stack.enter_context(TemporaryDirectory())) / "model"
             _write_version(run, version, model)
         else:
@@ -119,6 +127,20 @@ def give_out(run: Path, number: int | None) -> None:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(run)) from None
+
+
+def versions_of(run: Path) -> Versions:
+    """Those of a run.
+
+    Raises:
+        LichenError: NO_MODEL, if its plan has no stream; PLAN_….
+    """
+    from lichen.coordinator.versions import Versions
+
+    plan = load_plan(run / "plan.yaml")
+    if not is_stream(plan):
+        raise LichenError(Code.NO_MODEL, "the run's plan has no stream of tasks, so its model has no versions", where=str(run))
+    return Versions(run, plan)
 
 
 def has_version(run: Path) -> bool:

@@ -24,6 +24,7 @@ from lichen.common.invite import check_address
 from lichen.common.pki import Authority, read_certificate
 from lichen.common.private_files import read_private, write_private
 from lichen.common.result import write_atomically
+from lichen.common.yaml_files import read_yaml
 from lichen.coordinator.store import Store
 
 FORMAT: Literal[1] = 1
@@ -233,7 +234,7 @@ class Home:
 def _read_config(home: Path) -> Config:
     path = home / "config.yaml"
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = read_yaml(path.read_text(encoding="utf-8"))
         if isinstance(found, dict) and isinstance(found.get("format"), int) and found["format"] > FORMAT:
             raise LichenError(
                 Code.STORE_VERSION,

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lichen.common.continual.stream import is_online, is_stream
-from lichen.common.errors import Code, LichenError
+from lichen.common.continual.stream import is_online
 from lichen.common.plan import Plan, load_plan
 from lichen.coordinator.cli_tools import DEFAULT_HOME, HomeOption, JsonOption, RunArgument, do, print_json, print_table
 from lichen.coordinator.versions import Version, Versions, measured, scored_tasks
@@ -116,11 +115,10 @@ def _versions(run: str, home: Path) -> tuple[Versions, Path]:
     Raises:
         LichenError: RUN_UNKNOWN; NO_MODEL, if its plan has no stream.
     """
+    from lichen.coordinator.export import versions_of
+
     directory = Path(do(home, "run", run=run)["directory"])
-    plan = load_plan(directory / "plan.yaml")
-    if not is_stream(plan):
-        raise LichenError(Code.NO_MODEL, "the run's plan has no stream of tasks, so its model has no versions", where=str(directory))
-    return Versions(directory, plan), directory
+    return versions_of(directory), directory
 
 
 def _kept(found: Versions, version: Version) -> str:

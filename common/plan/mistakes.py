@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from typing import get_args
+from collections.abc import Iterable, Iterator
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -22,7 +22,7 @@ def explain(error: ValidationError, where: str) -> LichenError:
         if detail["type"] == "default_factory_not_called":
             continue  # it was left out, and follows from what the other lines tell of
         path = ".".join(_path(detail))
-        line = f"{path or 'plan'}: {_complaint(detail)}"
+        line = f"{path or 'plan'}: {complaint(detail)}"
         if hint := _hint(detail):
             line += f" (nearest valid: {hint})"
         if line not in told:
@@ -42,7 +42,8 @@ def _path(detail: ErrorDetails) -> list[str]:
     return [str(part) for part in detail["loc"] if part not in {"str", "DataSource"} and not str(part).startswith("function-before[")]
 
 
-def _complaint(detail: ErrorDetails) -> str:
+def complaint(detail: ErrorDetails) -> str:
+    """What is wrong with a value, and the value."""
     if detail["type"] == "extra_forbidden":
         return "unknown key"
     if detail["type"] == "missing":
@@ -56,12 +57,11 @@ def _hint(detail: ErrorDetails) -> str | None:
     context = detail.get("ctx", {})
     if detail["type"] == "extra_forbidden":
         *parents, last = _path(detail)
-        return _closest(last, _fields_at(parents))
+        return closest(last, _fields_at(parents))
     if detail["type"] == "literal_error":
         options = [option.strip("'") for option in str(context["expected"]).replace(" or ", ", ").split(", ")]
-        return _closest(str(detail["input"]), options) or (
-            None if "none" in options else options[0]
-        )  # nobody should be led to less privacy
+        # the message lists them all: a far guess that is followed would be another plan, perhaps one with less privacy
+        return options[0] if len(options) == 1 else closest(str(detail["input"]), options, cutoff=0.6)
     for bound in ("ge", "le"):
         if bound in context:
             return str(context[bound])
@@ -74,16 +74,28 @@ def _hint(detail: ErrorDetails) -> str | None:
 def _fields_at(path: Iterable[str]) -> list[str]:
     model: type[BaseModel] = Plan
     for part in path:
+        if part.isdecimal():
+            continue  # a place in a list, whose elements the field's kind tells
         field = model.model_fields.get(part)
-        if field is None:
+        found = None if field is None else next(_sections_in(field.annotation), None)
+        if found is None:
             return []
-        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not kinds:
-            return []
-        model = kinds[0]
+        model = found
     return list(model.model_fields)
 
 
-def _closest(word: str, options: Sequence[str]) -> str | None:
-    found = difflib.get_close_matches(word, options, n=1, cutoff=0.4)
-    return found[0] if found else None
+def _sections_in(kind: Any) -> Iterator[type[BaseModel]]:
+    """What a value of this kind may be, or an element of it."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for part in get_args(kind):
+        yield from _sections_in(part)
+
+
+def closest(word: str, options: Iterable[str], cutoff: float = 0.4) -> str | None:
+    """The option that a word was perhaps meant as, whatever its case: the most alike, or the only one that begins so; None if none is."""
+    lower = {option.lower(): option for option in options}
+    found = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=cutoff)
+    if not found and word:
+        found = [option for option in lower if option.startswith(word.lower())]
+    return lower[found[0]] if len(found) == 1 else None

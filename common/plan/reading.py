@@ -15,6 +15,7 @@ from lichen.common.errors import Code, LichenError
 from lichen.common.plan.checks import check_sound
 from lichen.common.plan.mistakes import explain
 from lichen.common.plan.plan import Plan, canonical
+from lichen.common.yaml_files import read_yaml
 
 FORMAT = 1
 
@@ -46,7 +47,7 @@ def text_of(path: Path) -> str:
 
 def _document(path: Path) -> dict[str, Any]:
     try:
-        document = _SingleKeys(path.read_text(encoding="utf-8")).get_single_data()
+        document = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise LichenError(Code.PLAN_UNREADABLE, f"can't read the plan: {error}", where=str(path)) from None
     except yaml.YAMLError as error:
@@ -119,19 +120,6 @@ def plan_from_json(text: str) -> Plan:
     return parse_plan(document, where="received plan")
 
 
-class _SingleKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _override(document: dict[str, Any], setting: str) -> None:
     path, equals, text = setting.partition("=")
     if not equals or not path:
@@ -146,6 +134,7 @@ def _override(document: dict[str, Any], setting: str) -> None:
             raise LichenError(Code.PLAN_INVALID, f"{part!r} holds a value, not keys", where=f"--set {path}")
         node = child
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise LichenError(Code.PLAN_INVALID, f"{text!r} is not a YAML value", where=f"--set {path}") from None
+        node[last] = read_yaml(text)
+    except yaml.YAMLError as error:
+        what = f"{text!r} is not a YAML value: {' '.join(str(error).split())}"
+        raise LichenError(Code.PLAN_INVALID, what, where=f"--set {path}") from None

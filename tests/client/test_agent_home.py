@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 from lichen.client.arrivals import Arrivals, New
 from lichen.client.cli import app
 from lichen.client.data import add_source, read_manifest
+from lichen.client.fetch import FetchedModel
 from lichen.client.ledger import Ledger
 from lichen.client.ledger_book import Limit, Limits
 from lichen.client.locks import HomeLocks, agent_runs
 from lichen.client.policy import pending, request
+from lichen.client.score import Scored
 from lichen.client.status import StatusFile, is_paused, read_status
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import parse_plan
@@ -175,6 +177,18 @@ def test_data_add_and_check(tmp_path: Path, home: Path) -> None:
     assert "row 101" in bad.output
 
 
+def test_a_folder_that_files_are_yet_to_come_to_is_told_of_watch(tmp_path: Path, home: Path) -> None:
+    (inbox := tmp_path / "inbox").mkdir()
+    arguments = ["data", "add", str(inbox), "--field", "text=text", "--home", str(home)]
+    empty = runner.invoke(app, arguments).exception
+    assert isinstance(empty, LichenError)
+    assert (empty.code, "--watch" in empty.fix) == (Code.DATA_EMPTY, True)
+    held_out = runner.invoke(app, [*arguments, "--watch", "--holdout", "5"]).exception
+    assert isinstance(held_out, LichenError)
+    assert (held_out.code, held_out.what.startswith("holdout of a watched folder must be a share")) == (Code.DATA_FIELD, True)
+    assert "added" in client(*arguments[:-2], "--watch", home=home)
+
+
 def test_data_are_removed_as_they_were_added(tmp_path: Path, home: Path) -> None:
     client("data", "remove", tmp_path / "rows.jsonl", home=home, fails=Code.DATA_NOT_FOUND)
     fields = ("--field", "text=text", "--field", "label=label")
@@ -200,7 +214,7 @@ def test_what_runs_have_read_is_shown_to_the_owner(tmp_path: Path, home: Path) -
     assert first.split() == ["planned", "3"]
     assert second.split()[:2] == ["online", "1"]
     assert second.split()[-1] == "2"
-    assert [row["batch"] for row in json.loads(client("data", "history", "--json", home=home))] == [None, 0]
+    assert [row["batch"] for row in json.loads(client("data", "history", "--json", home=home))] == [None, 1]
 
 
 def test_policy_and_approvals(home: Path, tiny_plan: dict[str, Any]) -> None:
@@ -218,6 +232,16 @@ def test_policy_and_approvals(home: Path, tiny_plan: dict[str, Any]) -> None:
     client("reject", plan.sha256()[:12], home=home)
     client("approve", plan.sha256(), home=home)
     assert pending(home) == []
+
+
+def test_a_policy_that_is_invalid_is_answered_with_what_is_valid(home: Path) -> None:
+    (home / "policy.yaml").write_text("max_epsilon: 4\n")
+    result = runner.invoke(app, ["policy", "--home", str(home)])
+    assert result.exit_code == Code.POLICY_INVALID
+    assert "max_epsilon: unknown key (nearest known: privacy.max_epsilon" in result.stderr
+    assert "# Largest" in result.stdout
+    assert "max_epsilon: 8.0" in result.stdout
+    client("policy", "--json", home=home, fails=Code.POLICY_INVALID)
 
 
 def test_ledger_tells_what_is_left(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +276,16 @@ def test_ledger_tells_what_is_left(home: Path, tmp_path: Path, monkeypatch: pyte
     assert (found["record"], found["delta"]) == (max(spent, held_out), 2e-5)  # of two bounds
     assert found["runs"][0]["epsilon"] < spent
     assert "is left" in client("ledger", home=home)
+
+
+def test_a_model_without_a_loss_is_shown_beside_one_that_has_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = [Scored("run 2", 10, {"accuracy": 0.25}), Scored("start", 10, {"accuracy": 0.5, "loss": 1.25})]
+    monkeypatch.setattr("lichen.client.enrolment.load_identity", lambda _: None)
+    monkeypatch.setattr("lichen.client.fetch.fetch_model", lambda *_, **__: FetchedModel(2, home / "models" / "2"))
+    monkeypatch.setattr("lichen.client.score.score_models", lambda *_: scored)
+    *_, headings, first, second = client("model", home=home).splitlines()
+    assert headings.split()[-2:] == ["accuracy", "loss"]
+    assert (first.split()[-2:], second.split()[-2:]) == (["0.25", "–"], ["0.5", "1.25"])
 
 
 def test_status_and_run_without_an_enrolment(home: Path) -> None:

@@ -308,6 +308,7 @@ def test_check_lists_bad_rows_up_to_a_limit_and_counts_all(tmp_path: Path) -> No
         ("sources: []\n", "holdout_key"),
         ("- 1\n", "the document"),
         ("a: [\n", "not YAML"),
+        ("sources: []\nsources: []\n", "'sources' is given twice"),
         (f"holdout_key: {'a' * 32}\nsources: [{{path: x, fields: {{text: t}}, added_at: '', size: 3}}]\n", r"sources\.0\.size"),
     ],
 )
@@ -316,6 +317,16 @@ def test_a_bad_manifest_is_told(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(LichenError, match=words) as caught:
         load(tmp_path, "train", ("text",))
     assert caught.value.code is Code.DATA_FORMAT
+
+
+def test_what_is_told_of_a_manifest_that_is_not_yaml_shows_none_of_it(tmp_path: Path) -> None:
+    """Such an error may reach the coordinator, and the key tells which rows are held out."""
+    for text in ("holdout_key: 5ec7e7\nholdout_key: 5ec7e7\n", "holdout_key: 5ec7e7: [\n"):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(LichenError, match="not YAML") as caught:
+            load(tmp_path, "train", ("text",))
+        assert "line" in caught.value.what
+        assert "5ec7e7" not in str(caught.value)
 
 
 def test_rows_are_never_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

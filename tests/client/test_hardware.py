@@ -88,7 +88,15 @@ def test_a_damaged_file_is_measured_anew(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "kept_in"),
-    [(None, False), ("threads: 2\n", False), ("profile: true\n", False), ("profile: false\n", True), ("profile: no!\n", True), ("{", True)],
+    [
+        (None, False),
+        ("threads: 2\n", False),
+        ("profile: true\n", False),
+        ("profile: false\n", True),
+        ("profile: false\nprofile: true\n", True),
+        ("profile: no!\n", True),
+        ("{", True),
+    ],
 )
 def test_the_policy_keeps_it_in_and_so_does_one_that_cannot_be_understood(tmp_path: Path, text: str | None, kept_in: bool) -> None:
     if text is not None:

@@ -68,7 +68,13 @@ def test_a_profile_is_a_file_or_a_tier(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [(None, Code.DATA_NOT_FOUND), ("memory_mb: 0", Code.PLAN_INVALID), ("ram: 5", Code.PLAN_INVALID), ("{", Code.PLAN_INVALID)],
+    [
+        (None, Code.DATA_NOT_FOUND),
+        ("memory_mb: 0", Code.PLAN_INVALID),
+        ("ram: 5", Code.PLAN_INVALID),
+        ("{", Code.PLAN_INVALID),
+        ("{memory_mb: 1, memory_mb: 2}", Code.PLAN_INVALID),
+    ],
 )
 def test_files_that_are_no_profile(tmp_path: Path, text: str | None, code: Code) -> None:
     file = tmp_path / "node.yaml"

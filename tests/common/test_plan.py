@@ -118,6 +118,9 @@ def test_a_data_source_is_told_as_one() -> None:
         ("cohort__mode", "bufferd", "buffered"),
         ("aggregation__secure", True, "False"),
         ("task__kind", "text", "text-classification"),
+        ("task__kind", "causal", "causal-lm"),
+        ("continual__method", "EWC", "ewc"),
+        ("continual__method", "Replay", "replay"),
     ],
 )
 def test_bounds_and_choices_name_the_nearest_valid_value(path: str, value: Any, hint: str) -> None:
@@ -306,6 +309,7 @@ def test_what_arrives_and_is_no_plan(text: str) -> None:
         ("=1", "KEY.PATH=VALUE"),
         ("rounds.of=1", "'rounds' holds a value"),
         ("local.steps=[1", "not a YAML value"),
+        ("privacy={epsilon: 1, epsilon: 100}", "'epsilon' is given twice"),
         ("local.stepz=1", "local.stepz: unknown key (nearest valid: steps)"),
         ("rounds=true", "rounds:"),
     ],
@@ -438,6 +442,20 @@ def test_a_plan_that_asks_for_batches_but_not_for_online_mode_is_refused() -> No
         parse_plan(document | {"continual": {"online": {"rounds": 2}}})
     assert caught.value.code is Code.PLAN_UNSOUND
     assert parse_plan(document | {"continual": {"mode": "planned", "online": {"rounds": 2}}}).continual.mode == "planned"
+
+
+def test_what_is_near_nothing_gets_no_guess_but_what_is_valid() -> None:
+    """A guess was followed, and the method dropped without a word."""
+    for method in ("naive", "none", "DER", ""):
+        told = refusal(with_(continual__method=method))
+        assert "nearest valid" not in told
+        assert all(repr(valid) in told for valid in ("sequential", "ewc", "replay"))
+
+
+def test_an_unknown_key_of_an_element_is_told_with_the_nearest() -> None:
+    told = refusal(with_(continual__stream=[{"name": "one", "labels": ["a"]}, {"name": "two", "label": ["b"], "When": {}}]))
+    assert "continual.stream.1.label: unknown key (nearest valid: labels)" in told
+    assert "continual.stream.1.When: unknown key (nearest valid: where)" in told
 
 
 def test_no_hint_leads_to_less_privacy() -> None:

@@ -84,7 +84,13 @@ def test_a_home_is_private_and_made_once(home: Home) -> None:
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [("format: 2\n", Code.STORE_VERSION), ("format: 1\nhost: a\n", Code.HOME_MISSING), ("[", Code.HOME_MISSING), ("", Code.HOME_MISSING)],
+    [
+        ("format: 2\n", Code.STORE_VERSION),
+        ("format: 1\nhost: a\n", Code.HOME_MISSING),
+        ("hosts: [a]\nbind: a\nbind: b\nfleet_port: 1\nenrolment_port: 2\n", Code.HOME_MISSING),
+        ("[", Code.HOME_MISSING),
+        ("", Code.HOME_MISSING),
+    ],
 )
 def test_a_configuration_that_cannot_be_understood(home: Home, text: str, code: Code) -> None:
     (home.path / "config.yaml").write_text(text, encoding="utf-8")
@@ -427,7 +433,16 @@ def test_what_the_disk_did() -> None:
 
 
 def test_a_model_that_is_not_there_is_not_exported(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(parse_plan(PLAN).to_yaml())
     refused(Code.NO_MODEL, export_model, tmp_path, tmp_path / "out")
+    for directory in (tmp_path / "nowhere", tmp_path / "plan.yaml"):
+        for version in (None, 1):
+            with pytest.raises(LichenError, match="no run directory") as caught:
+                export_model(directory, tmp_path / "out", version=version)
+            assert caught.value.code is Code.OUTPUT_UNUSABLE
+    with pytest.raises(LichenError, match="no stream of tasks, so its model has no versions"):
+        export_model(tmp_path, tmp_path / "out", version=1)
+    assert not (tmp_path / "out").exists()
 
 
 # --- backups ---
