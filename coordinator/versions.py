@@ -213,11 +213,16 @@ class Versions:
         Raises:
             LichenError: NO_MODEL, if there is none of this number, or its tensors were let go of.
         """
-        with self._locked():
-            if number is None:
-                (self._folder / PINNED).unlink(missing_ok=True)
-            else:
-                write_atomically(self._folder / PINNED, f"{self.find(number).number}\n")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with held(self._folder.parent):
+            self.pin(number)
+
+    def pin(self, number: int | None) -> None:
+        """As `choose`, for who holds the run already."""
+        if number is None:
+            (self._folder / PINNED).unlink(missing_ok=True)
+        else:
+            write_atomically(self._folder / PINNED, f"{self.find(number).number}\n")
 
     def summary(self) -> Continual | None:
         """What they tell on the validation rows, of an online run on the hold-outs; None before the first.
@@ -272,22 +277,11 @@ class Versions:
             fix = "Say again what is given out: lichen coordinator rollback."
             raise LichenError(Code.OUTPUT_UNUSABLE, f"no version's number: {error}", where=str(path), fix=fix) from None
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Nothing is let go of while it is being pinned."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
     def _let_go(self) -> None:
         """Of versions that need not be kept leave what they tell alone; what an earlier attempt has left goes too."""
         if (keep := self._plan.continual.keep) is None:
             return
-        with self._locked():
+        with held(self._folder.parent):
             made = [version for version in self._written() if version.number]
             given_out = {self._pinned(), self.newest().number}  # the second too: a rollback may be over at any time
             for version in made[:-keep]:
@@ -311,6 +305,27 @@ class Versions:
         there = [version.name for version in self._written() if version.number and self.has_state(version)]
         more = f", and {len(there) - _SHOWN:,} before" if len(there) > _SHOWN else ""
         return f"Versions that have a model: {', '.join(there[-_SHOWN:]) or 'none yet'}{more}."
+
+
+@contextmanager
+def held(directory: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the models of a run of a stream, against other processes too: none is chosen, let go of, written or replaced by another.
+
+    Not twice by one thread, which would wait for itself. A run without a stream has nothing to hold.
+
+    Args:
+        directory: the run's.
+        shared: with others that only read.
+    """
+    if not (directory / FOLDER).is_dir():
+        yield
+        return
+    descriptor = os.open(directory / FOLDER, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def scored_tasks(plan: Plan) -> list[str]:
