@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.statement import make_statement
 from lichen.common.private_files import write_private
 from lichen.common.records import ChainLink, PayloadRef
-from lichen.common.result import Metrics, Result, Round, write_atomically
+from lichen.common.result import Metrics, Result, Round, sync, write_atomically
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State
@@ -237,9 +236,9 @@ class RunDirectory:
         final = self._checkpoint(state.round)
         temporary = final.with_suffix(".tmp")
         write_tensors(temporary, tensors, {"lichen": json.dumps(about)})
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(final)
-        _sync(final.parent)  # on the disk now: what the round was made of may be let go of
+        sync(final.parent)  # on the disk now: what the round was made of may be let go of
         for old in self._checkpoints()[:-KEPT]:
             old.unlink()
 
@@ -329,14 +328,6 @@ class RunDirectory:
         except FileNotFoundError:
             return []
         return [told for told in map(Round.model_validate_json, lines) if told.round <= until]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def versions() -> dict[str, str]:

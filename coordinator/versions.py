@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lichen.common.continual.measures import drift, measures
 from lichen.common.continual.stream import Stage, is_online, rounds_of_tasks, tasks_of
 from lichen.common.errors import Code, LichenError
-from lichen.common.result import Continual, Metrics, write_atomically
+from lichen.common.result import Continual, Metrics, sync, write_atomically
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State
@@ -149,7 +149,9 @@ class Versions:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "state.tmp"
         write_tensors(temporary, model, {})
+        sync(temporary)
         temporary.replace(folder / _STATE)
+        sync(folder)
         self._write(version)  # last: a version that is told of is whole
         self._let_go()
 
@@ -265,6 +267,8 @@ class Versions:
         path = self._folder / version.name / _TOLD
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, version.model_dump_json(indent=2) + "\n")
+        for folder in (path.parent, self._folder):  # before its round is told, which is not made again then
+            sync(folder)
         self._known[path] = version
 
     def _pinned(self) -> int | None:
