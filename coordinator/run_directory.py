@@ -76,6 +76,8 @@ class ServerState:
     """Noised hold-out evaluations by client."""
     exhausted: dict[str, list[str]] = field(default_factory=dict)
     """By kind of message the clients that have no privacy budget left for it: they are not asked again."""
+    rowless: list[str] = field(default_factory=list)
+    """Without privacy the clients that have answered that they have no rows of the stream's task under way."""
     clip: float | None = None
     """Under `unit: client`: of the next round."""
     chain: list[ChainLink] = field(default_factory=list)
@@ -225,6 +227,7 @@ class RunDirectory:
             "spent_before": state.spent_before,
             "evaluated": state.evaluated,
             "exhausted": state.exhausted,
+            "rowless": state.rowless,
             "clip": state.clip,
             "chain": [[link.before, link.added.digest, link.added.length] for link in state.chain],
             "held": {} if self.plan.central else state.held,
@@ -276,6 +279,7 @@ class RunDirectory:
             spent_before={name: history(tasks) for name, tasks in about.get("spent_before", {}).items()},
             evaluated=history(about["evaluated"]),
             exhausted=about.get("exhausted", {}),
+            rowless=about.get("rowless", []),
             clip=about.get("clip"),
             chain=[ChainLink(before, PayloadRef(digest, length)) for before, digest, length in about.get("chain", [])],
             held=about.get("held", {}),
