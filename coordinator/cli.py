@@ -295,6 +295,7 @@ def restore(
 
 
 def _follow(home: Path, run: str, console: Console) -> None:
+    from lichen.coordinator.cohort import note_on_draws
     from lichen.coordinator.watch import conclusion, follow
 
     found = open_home(home)
@@ -303,9 +304,13 @@ def _follow(home: Path, run: str, console: Console) -> None:
         run_id = find_run(store, run).run_id
         if store.run(run_id).status in {"queued", "running"}:
             told = ask(found.socket, "status")  # without a service nothing would ever come
-            if len(told["connected"]) < (size := plan_from_json(store.run(run_id).plan).cohort.size):
-                here = f"{len(told['connected'])} nodes are connected, cohort.size is {size}: a round waits for more until its deadline"
-                console.print(f"note: {here}", markup=False, highlight=False, soft_wrap=True)
+            plan, connected = plan_from_json(store.run(run_id).plan), len(told["connected"])
+            if connected < (size := plan.cohort.size):
+                note: str | None = f"{connected} nodes are connected, cohort.size is {size}: a round waits for more until its deadline"
+            else:
+                note = note_on_draws(plan, connected)
+            if note:
+                console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
         directory = found.runs / store.run(run_id).directory
         said: list[str | None] = [None]
 

@@ -53,7 +53,7 @@ class Cohorts:
         """A seeded draw of `cohort.asked` of the connected nodes, waiting for `cohort.size`; a secret one by `CentralDP`.
 
         Drawn from them in the order of their names, where the grid knows them: ids are random, and other in a simulation. Nodes that
-        have said that their privacy budget is spent are not drawn.
+        have said that their privacy budget is spent are not drawn, nor those without rows of the task, as long as enough others are there.
 
         Raises:
             LichenError: COHORT_TOO_SMALL, if fewer than `cohort.minimum` may be drawn; never under `unit: client`.
@@ -71,7 +71,9 @@ class Cohorts:
                 where=f"round {round}",
                 fix="Connect more nodes, or submit a plan with a smaller minimum.",
             )
-        return draw_cohort(self._plan, nodes, round)
+        # all again, where too few are left: rows may have come
+        able = [node for node in nodes if self._name(node) not in state.rowless]
+        return draw_cohort(self._plan, able if len(able) >= self._plan.cohort.minimum else nodes, round)
 
     def wait_for_data(
         self, round: int, grid: Grid, state: ServerState, meet: Callable[[list[int]], list[str]], least: int = 0
@@ -144,8 +146,22 @@ class Cohorts:
             log.warning("%s has no privacy budget left, and is not asked again in this run", client)
             spent.append(client)
 
+    def has_no_rows(self, client: str, state: ServerState) -> None:
+        """Rather ask others for the rest of a stream's task: a client has answered, without privacy, that it has no rows of it."""
+        if self._plan.continual.stream and not self._plan.private and client not in state.rowless:
+            state.rowless.append(client)
+
 
 def draw_cohort(plan: Plan, nodes: Sequence[int], round: int) -> list[int]:
     """A round's cohort: `cohort.asked` of the nodes, or all if they are fewer; ascending. It follows from the plan's seed."""
     generator = random.Random(f"{plan.seed}|cohort|{round}")  # noqa: S311 - who is asked is no secret here
     return sorted(generator.sample(nodes, min(plan.cohort.asked, len(nodes))))
+
+
+def note_on_draws(plan: Plan, clients: int) -> str | None:
+    """What to tell whoever starts a stream of which a round may ask only clients without rows of its task; None for other plans."""
+    if not plan.continual.stream or plan.private or plan.cohort.size >= clients:
+        return None
+    return (
+        f"cohort.size is {plan.cohort.size}, of {clients} clients: a round passes without an update where none it asks has rows of its task"
+    )

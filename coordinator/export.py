@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,7 +81,7 @@ def export_model(run: Path, out: Path, form: Format = "peft", version: int | Non
             model = Path(stack.enter_context(TemporaryDirectory())) / "model"
             _write_version(run, version, model)
         else:
-            model = given_out(run)
+            model = stack.enter_context(given_out(run))
         if not (model / "README.md").is_file():
             raise LichenError(Code.NO_MODEL, "this run has no model yet", where=str(run), fix="Wait until it has finished.")
         try:
@@ -100,33 +101,40 @@ def give_out(run: Path, number: int | None) -> None:
     Raises:
         LichenError: NO_MODEL; MODEL_NOT_FOUND, if the base is not here; OUTPUT_UNUSABLE.
     """
+    from lichen.coordinator.versions import held
+
+    try:
+        with held(run):
+            _replace_model(run, number)
+    except OSError as error:
+        raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(run)) from None
+
+
+def _replace_model(run: Path, number: int | None) -> None:
     from lichen.coordinator.report import write_report
     from lichen.coordinator.versions import Versions
 
     new, old = run / "model.new", run / "model.old"
-    try:
-        if old.exists() and not (run / "model").exists():  # an attempt was killed
-            old.rename(run / "model")
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
-        versions = Versions(run, load_plan(run / "plan.yaml"))
-        has_model = (run / "model").exists()
-        if has_model:  # else what is given out is written when it is asked for
-            _write_version(run, versions.newest().number if number is None else number, new)
-        versions.choose(number)
-        if has_model:
-            (run / "model").rename(old)
-            new.rename(run / "model")
-        (run / ARCHIVE).unlink(missing_ok=True)  # nodes fetched the other
-        result, told = read_result(run), versions.summary()
-        if result.continual is not None and told is not None:
-            update = {"held_back": told.held_back, "given_out": told.given_out}
-            result.continual = result.continual.model_copy(update=update)
-            write_atomically(run / "result.json", result.model_dump_json(indent=2) + "\n")
-            write_report(run)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(run)) from None
+    if old.exists() and not (run / "model").exists():  # an attempt was killed
+        old.rename(run / "model")
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    versions = Versions(run, load_plan(run / "plan.yaml"))
+    has_model = (run / "model").exists()
+    if has_model:  # else what is given out is written when it is asked for
+        _write_version(run, versions.newest().number if number is None else number, new)
+    versions.pin(number)
+    if has_model:
+        (run / "model").rename(old)
+        new.rename(run / "model")
+    (run / ARCHIVE).unlink(missing_ok=True)  # nodes fetched the other
+    result, told = read_result(run), versions.summary()
+    if result.continual is not None and told is not None:
+        update = {"held_back": told.held_back, "given_out": told.given_out}
+        result.continual = result.continual.model_copy(update=update)
+        write_atomically(run / "result.json", result.model_dump_json(indent=2) + "\n")
+        write_report(run)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def versions_of(run: Path) -> Versions:
@@ -150,33 +158,53 @@ def has_version(run: Path) -> bool:
     return (run / FOLDER).is_dir() and Versions(run, load_plan(run / "plan.yaml")).given_out() is not None
 
 
-def given_out(run: Path) -> Path:
+@contextmanager
+def given_out(run: Path) -> Iterator[Path]:
     """Where the model lies that a run gives out: `model/`, or of a stream beside a version's tensors, written when it is first asked for.
 
     `model/` is of the version that `result.json` of a finished run names; an operator may have chosen another as it was made.
+    It stays what it is until the context ends: who gives out another waits, in whichever process; who only reads does not.
 
     Raises:
         LichenError: MODEL_NOT_FOUND, if the base is not here; OUTPUT_UNUSABLE.
     """
+    from lichen.coordinator.versions import held
+
+    while True:
+        with held(run, shared=True):
+            folder, missing = _place(run)
+            if missing is None:
+                yield folder
+                return
+        with held(run):
+            folder, missing = _place(run)
+            if missing is not None:  # nobody else has written it meanwhile
+                _write_beside(run, missing, folder)
+
+
+def _place(run: Path) -> tuple[Path, int | None]:
+    """The folder of the model that a run gives out, and the number of the version that is to be written there first, if one is."""
     from lichen.coordinator.versions import FOLDER, Versions
 
     if not (run / FOLDER).is_dir() or (versions := Versions(run, load_plan(run / "plan.yaml"))).given_out() is None:
-        return run / "model"
+        return run / "model", None
     version = versions.current()
     if (run / "model" / "README.md").is_file():
         result = read_result(run)
         if result.status == "finished" and result.continual and result.continual.given_out == version.name:
-            return run / "model"
+            return run / "model", None
     folder = run / FOLDER / version.name / "model"
-    if not folder.exists():
-        new = folder.with_name("model.new")
-        try:
-            shutil.rmtree(new, ignore_errors=True)
-            _write_version(run, version.number, new)
-            new.rename(folder)
-        except OSError as error:
-            raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(folder)) from None
-    return folder
+    return folder, None if folder.exists() else version.number
+
+
+def _write_beside(run: Path, number: int, folder: Path) -> None:
+    new = folder.with_name("model.new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        _write_version(run, number, new)
+        new.rename(folder)
+    except OSError as error:
+        raise LichenError(Code.OUTPUT_UNUSABLE, f"can't write: {error}", where=str(folder)) from None
 
 
 def _write_version(run: Path, number: int, folder: Path) -> None:

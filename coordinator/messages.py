@@ -161,11 +161,15 @@ class Messages:
         return replies
 
     def arrived(self, reply: Message, asked: Message, state: ServerState) -> None:
-        """Note what any answer tells: which model the node has now, and whether it has privacy budget left."""
+        """Note what any answer tells: which model the node has now, and whether it has privacy budget left, and rows of the task."""
         client = self._name(asked.metadata.dst_node_id)
         self._downlink.arrived(client, state, asked)
-        if reply.has_error() and reply.error.code == Code.PRIVACY_BUDGET:
+        if not reply.has_error():
+            return
+        if reply.error.code == Code.PRIVACY_BUDGET:
             self._cohorts.drop_out(asked.metadata.message_type, client, state)
+        elif reply.error.code == Code.DATA_EMPTY and asked.metadata.message_type == records.TRAIN:
+            self._cohorts.has_no_rows(client, state)
 
 
 def _answers(

@@ -71,8 +71,7 @@ class ModelService:
         """The run, its archive (made now if need be), and the archive's digest and length."""
         run = self._with_model(run_id)
         directory = self._runs / run.directory
-        with self._packing:
-            model = given_out(directory)
+        with self._packing, given_out(directory) as model:
             path = model.parent / ARCHIVE
             if (ref := self._packed.get(path)) is None or not path.exists():
                 if path.exists():

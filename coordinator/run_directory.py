@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.statement import make_statement
 from lichen.common.private_files import write_private
 from lichen.common.records import ChainLink, PayloadRef
-from lichen.common.result import Metrics, Result, Round, write_atomically
+from lichen.common.result import Metrics, Result, Round, sync, write_atomically
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State
@@ -77,6 +76,8 @@ class ServerState:
     """Noised hold-out evaluations by client."""
     exhausted: dict[str, list[str]] = field(default_factory=dict)
     """By kind of message the clients that have no privacy budget left for it: they are not asked again."""
+    rowless: list[str] = field(default_factory=list)
+    """Without privacy the clients that have answered that they have no rows of the stream's task under way."""
     clip: float | None = None
     """Under `unit: client`: of the next round."""
     chain: list[ChainLink] = field(default_factory=list)
@@ -226,6 +227,7 @@ class RunDirectory:
             "spent_before": state.spent_before,
             "evaluated": state.evaluated,
             "exhausted": state.exhausted,
+            "rowless": state.rowless,
             "clip": state.clip,
             "chain": [[link.before, link.added.digest, link.added.length] for link in state.chain],
             "held": {} if self.plan.central else state.held,
@@ -237,9 +239,9 @@ class RunDirectory:
         final = self._checkpoint(state.round)
         temporary = final.with_suffix(".tmp")
         write_tensors(temporary, tensors, {"lichen": json.dumps(about)})
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(final)
-        _sync(final.parent)  # on the disk now: what the round was made of may be let go of
+        sync(final.parent)  # on the disk now: what the round was made of may be let go of
         for old in self._checkpoints()[:-KEPT]:
             old.unlink()
 
@@ -277,6 +279,7 @@ class RunDirectory:
             spent_before={name: history(tasks) for name, tasks in about.get("spent_before", {}).items()},
             evaluated=history(about["evaluated"]),
             exhausted=about.get("exhausted", {}),
+            rowless=about.get("rowless", []),
             clip=about.get("clip"),
             chain=[ChainLink(before, PayloadRef(digest, length)) for before, digest, length in about.get("chain", [])],
             held=about.get("held", {}),
@@ -329,14 +332,6 @@ class RunDirectory:
         except FileNotFoundError:
             return []
         return [told for told in map(Round.model_validate_json, lines) if told.round <= until]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def versions() -> dict[str, str]:

@@ -200,7 +200,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self._learn(self._method.ended(state.model, state.memory, stage, self._start))
         for client, history in state.spent.items():
             state.spent_before.setdefault(client, {})[task] = history
-        state.average, state.velocity, state.squares, state.spent, state.exhausted = {}, {}, {}, {}, {}
+        state.average, state.velocity, state.squares, state.spent, state.exhausted, state.rowless = {}, {}, {}, {}, {}, []
 
     def _learn(self, learned: Learned) -> None:
         if learned.step:
@@ -312,7 +312,8 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         """Add the usable updates, and step the model.
 
         Raises:
-            LichenError: COHORT_TOO_SMALL, if fewer than `cohort.minimum` are usable; never under `unit: client`.
+            LichenError: COHORT_TOO_SMALL, if fewer than `cohort.minimum` are usable, and others failed that have rows; never under
+                `unit: client`.
         """
         if self._central:
             self._step(self._release(self._central, server_round, replies).update, {})
@@ -324,7 +325,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         """Step the model by those updates that are usable. Raises as `aggregate_train`."""
         total, usable, most = self._updates.added(counted, self._told, self.state.model)
         self._count(usable)
-        if len(usable) < self.plan.cohort.minimum and is_online(self.plan):
+        if len(usable) < self.plan.cohort.minimum and self._may_pass(round):
             log.warning("round %d: %d usable updates, cohort.minimum is %d: none is used", round, len(usable), self.plan.cohort.minimum)
             self._used, self._told.participants = [], 0
             return
@@ -345,6 +346,16 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
             reports = [one.report for one in usable]
             weight = sum(report.examples or 0 for report in reports)
             self._told.train_loss = sum((report.train_loss or 0) * (report.examples or 0) for report in reports) / weight
+
+    def _may_pass(self, round: int) -> bool:
+        """Whether a round may go by without an update: where data come as they will, or who failed has no rows of the task, all of them.
+
+        Not one of sums, which no later round makes good.
+        """
+        if is_online(self.plan):
+            return True
+        lack_rows = bool(self.plan.continual.stream) and not self.plan.private and set(self._told.errors.values()) == {Code.DATA_EMPTY}
+        return lack_rows and not self._method.gathers(round)
 
     def _release(self, central: CentralDP, round: int, replies: Iterable[Message]) -> Release:
         """The round's noised sum: the one that a crash left behind, or a new one, which is on the disk before anything follows from it."""

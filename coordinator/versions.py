@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lichen.common.continual.measures import drift, measures
 from lichen.common.continual.stream import Stage, is_online, rounds_of_tasks, tasks_of
 from lichen.common.errors import Code, LichenError
-from lichen.common.result import Continual, Metrics, write_atomically
+from lichen.common.result import Continual, Metrics, sync, write_atomically
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State
@@ -149,7 +149,9 @@ class Versions:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "state.tmp"
         write_tensors(temporary, model, {})
+        sync(temporary)
         temporary.replace(folder / _STATE)
+        sync(folder)
         self._write(version)  # last: a version that is told of is whole
         self._let_go()
 
@@ -213,11 +215,16 @@ class Versions:
         Raises:
             LichenError: NO_MODEL, if there is none of this number, or its tensors were let go of.
         """
-        with self._locked():
-            if number is None:
-                (self._folder / PINNED).unlink(missing_ok=True)
-            else:
-                write_atomically(self._folder / PINNED, f"{self.find(number).number}\n")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with held(self._folder.parent):
+            self.pin(number)
+
+    def pin(self, number: int | None) -> None:
+        """As `choose`, for who holds the run already."""
+        if number is None:
+            (self._folder / PINNED).unlink(missing_ok=True)
+        else:
+            write_atomically(self._folder / PINNED, f"{self.find(number).number}\n")
 
     def summary(self) -> Continual | None:
         """What they tell on the validation rows, of an online run on the hold-outs; None before the first.
@@ -260,6 +267,8 @@ class Versions:
         path = self._folder / version.name / _TOLD
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, version.model_dump_json(indent=2) + "\n")
+        for folder in (path.parent, self._folder):  # before its round is told, which is not made again then
+            sync(folder)
         self._known[path] = version
 
     def _pinned(self) -> int | None:
@@ -272,22 +281,11 @@ class Versions:
             fix = "Say again what is given out: lichen coordinator rollback."
             raise LichenError(Code.OUTPUT_UNUSABLE, f"no version's number: {error}", where=str(path), fix=fix) from None
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Nothing is let go of while it is being pinned."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
     def _let_go(self) -> None:
         """Of versions that need not be kept leave what they tell alone; what an earlier attempt has left goes too."""
         if (keep := self._plan.continual.keep) is None:
             return
-        with self._locked():
+        with held(self._folder.parent):
             made = [version for version in self._written() if version.number]
             given_out = {self._pinned(), self.newest().number}  # the second too: a rollback may be over at any time
             for version in made[:-keep]:
@@ -311,6 +309,27 @@ class Versions:
         there = [version.name for version in self._written() if version.number and self.has_state(version)]
         more = f", and {len(there) - _SHOWN:,} before" if len(there) > _SHOWN else ""
         return f"Versions that have a model: {', '.join(there[-_SHOWN:]) or 'none yet'}{more}."
+
+
+@contextmanager
+def held(directory: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the models of a run of a stream, against other processes too: none is chosen, let go of, written or replaced by another.
+
+    Not twice by one thread, which would wait for itself. A run without a stream has nothing to hold.
+
+    Args:
+        directory: the run's.
+        shared: with others that only read.
+    """
+    if not (directory / FOLDER).is_dir():
+        yield
+        return
+    descriptor = os.open(directory / FOLDER, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def scored_tasks(plan: Plan) -> list[str]:

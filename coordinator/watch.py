@@ -40,14 +40,14 @@ def follow(
     """
     console = console or Console()
     stopped = stop.is_set if isinstance(stop, threading.Event) else stop
-    began = time.monotonic()
+    began, told_so_far = time.monotonic(), _Told(directory)
     rounds, told = _total(directory), 0
     if console.is_terminal:
         with Live(console=console, refresh_per_second=4, transient=False) as live:
             while True:
                 last = stopped()
                 rounds = rounds or _total(directory)
-                done = read_rounds(directory)
+                done = told_so_far.rounds()
                 seconds = None if last else time.monotonic() - began
                 live.update(_live(done, rounds, seconds, console.height, within() if within else ""))
                 if last:
@@ -56,7 +56,7 @@ def follow(
     while True:
         last = stopped()
         rounds = rounds or _total(directory)
-        for round in read_rounds(directory):
+        for round in told_so_far.rounds():
             if round.round > told:
                 console.print(line(round, rounds), soft_wrap=True, markup=False, highlight=False)
                 told = round.round
@@ -75,11 +75,34 @@ def ended(directory: Path) -> bool:
 
 def read_rounds(directory: Path) -> list[Round]:
     """The rounds that `metrics.jsonl` tells of so far."""
-    try:
-        lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [Round.model_validate_json(text) for text in lines]
-    except (OSError, ValidationError):
-        return []
+    return _Told(directory).rounds()
+
+
+class _Told:
+    """What `metrics.jsonl` tells, for who asks again and again: of 10,000 rounds none is parsed twice."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "metrics.jsonl"
+        self._seen: tuple[int, int, int] | None = None
+        self._text = ""
+        self._rounds: list[Round] = []
+
+    def rounds(self) -> list[Round]:
+        """Those so far."""
+        try:
+            about = self._path.stat()
+            seen = about.st_ino, about.st_mtime_ns, about.st_size
+            if seen != self._seen:
+                self._read(self._path.read_text(encoding="utf-8"))
+                self._seen = seen
+        except (OSError, ValidationError):
+            return []
+        return self._rounds
+
+    def _read(self, text: str) -> None:
+        known = len(self._text) if text.startswith(self._text) else 0  # a run that was resumed may tell its last rounds anew
+        added = [Round.model_validate_json(line) for line in text[known:].splitlines()]
+        self._text, self._rounds = text, [*(self._rounds if known else []), *added]
 
 
 def table(rounds: list[Round], total: int | None = None, *, title: str | None = None) -> Table:

@@ -16,10 +16,13 @@ from flwr.clientapp import ClientApp
 from lichen.common import records
 from lichen.common.errors import Code
 from lichen.common.plan import Plan
+from lichen.coordinator.cohort import note_on_draws
+from lichen.coordinator.run_directory import RunDirectory
 from lichen.simulations.engine import InProcessGrid
 from scripted_clients import (
     PRIVATE,
     SIZES,
+    Answer,
     Federation,
     close,
     expected,
@@ -140,3 +143,83 @@ def test_a_first_round_that_takes_the_first_to_come_does_not_wait_until_all_are_
     federation = Federation(tmp_path, plan_of(cohort={"size": 2, "oversample": 1.5}), grid=Machines)
     assert federation.run().rounds[0].participants == 2
     assert "round 1: 2 of 3 nodes are ready" in caplog.text
+
+
+TASKS: list[dict[str, Any]] = [
+    {"name": "all", "labels": ["crop", "metal"], "rounds": 2},
+    {"name": "north", "where": {"site": ["north"]}, "rounds": 4},
+    {"name": "south", "where": {"site": ["south"]}, "rounds": 1},
+]
+
+
+def lacking(rounds: Iterable[int], code: Code = Code.DATA_EMPTY) -> Answer:
+    """Fails in these rounds, by default since no row is of their task."""
+    return lambda plan, asked, *rest: (failing(code) if asked.round in rounds else honest)(plan, asked, *rest)
+
+
+def stream_of(plan_of: Callable[..., Plan]) -> Plan:
+    """Of whose seed it follows that round 3 draws the first two of three."""
+    return plan_of(rounds=7, seed=0, cohort={"size": 2, "minimum": 1}, continual={"stream": TASKS})
+
+
+def test_a_streams_round_passes_whose_cohort_has_no_rows_of_the_task_and_the_next_asks_others(
+    tmp_path: Path, plan_of: Callable[..., Plan]
+) -> None:
+    north = range(3, 7)
+    federation = Federation(tmp_path, stream_of(plan_of), {"client-0": lacking(north), "client-1": lacking(north)})
+    result = federation.run()
+    assert trained(federation)[2:6] == [["client-0", "client-1"], *[["client-2"]] * 3]
+    assert len(trained(federation)[6]) == 2, "of the next task they may have rows"
+    assert [told.participants for told in result.rounds] == [2, 2, 0, 1, 1, 1, 2]
+    assert result.rounds[2].errors == {"client-0": 43, "client-1": 43}
+
+
+def test_who_has_no_rows_is_asked_again_where_nobody_else_is_left(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    plan = stream_of(plan_of)
+    federation = Federation(tmp_path, plan, dict.fromkeys(SIZES, lacking(range(3, 6))))
+    result = federation.run()
+    assert [told.participants for told in result.rounds] == [2, 2, 0, 0, 0, 2, 2], "rows came before the last round"
+    state = RunDirectory(tmp_path, plan).load_state()
+    assert state is not None
+    assert state.rowless == []
+
+
+def test_fewer_updates_than_the_minimum_are_not_used_where_the_others_have_no_rows(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    actors = dict.fromkeys(("client-0", "client-1"), lacking([3]))
+    federation = Federation(tmp_path, plan_of(rounds=7, cohort={"size": 3, "minimum": 2}, continual={"stream": TASKS}), actors)
+    assert [told.participants for told in federation.run().rounds] == [3, 3, 0, 3, 3, 3, 3]
+
+
+def test_who_has_no_rows_is_known_after_a_crash(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
+    def killed(*_: Any) -> Message:
+        raise KeyboardInterrupt
+
+    federation = Federation(tmp_path, stream_of(plan_of), dict.fromkeys(("client-0", "client-1"), lacking(range(3, 7))))
+    federation.actors["client-2"] = lambda plan, asked, *rest: (killed if asked.round == 4 else honest)(plan, asked, *rest)
+    with pytest.raises(KeyboardInterrupt):
+        federation.run()
+    again = Federation(tmp_path, federation.plan, federation.actors | {"client-2": honest})
+    again.run()
+    assert trained(again)[:3] == [["client-2"]] * 3
+
+
+def test_who_starts_a_stream_is_told_of_small_cohorts(plan_of: Callable[..., Plan]) -> None:
+    plan = stream_of(plan_of)
+    assert "cohort.size is 2, of 3 clients" in str(note_on_draws(plan, 3))
+    assert note_on_draws(plan, 2) is None
+    assert note_on_draws(plan_of(cohort={"size": 2, "minimum": 1}), 3) is None
+
+
+@pytest.mark.parametrize(
+    ("second", "changes"),
+    [
+        (lacking(range(1, 8), Code.WORKER_FAILED), {}),
+        (lacking(range(1, 8)), {"continual": {"stream": [{**task, "rounds": 2} for task in TASKS], "method": "adapters"}, "rounds": 6}),
+        (lacking(range(1, 8)), {"continual": {}}),
+    ],
+    ids=["another-error", "a-round-of-sums", "no-stream"],
+)
+def test_other_rounds_without_an_update_fail(tmp_path: Path, plan_of: Callable[..., Plan], second: Answer, changes: dict[str, Any]) -> None:
+    actors = dict.fromkeys(SIZES, lacking(range(1, 8))) | {"client-1": second, "client-2": second}
+    plan = plan_of(**{"rounds": 7, "cohort": {"size": 3, "minimum": 1}, "continual": {"stream": TASKS}} | changes)
+    Federation(tmp_path, plan, actors).fails(Code.COHORT_TOO_SMALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,22 @@ def test_hold_outs_are_scored_where_a_task_ends_with_an_evaluation() -> None:
     for every, scored in ((0, False), (1, True), (2, True), (3, False), (5, True)):
         plan = parse_plan(DOCUMENT | {"rounds": 5, "continual": {"stream": stream}, "evaluation": {"federated_every": every}})
         assert scores_hold_outs(plan) == scored, every
+
+
+def test_a_version_that_is_told_of_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, fsync, replace = list[str](), os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def replaced(self: Path, target: Path) -> Path:
+        done.append(f"make {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    plan = online()
+    add(Versions(tmp_path, plan), plan, 1)
+    state = ["sync state.tmp", "make state.safetensors", "sync 1-batch-1"]
+    assert done == [*state, "sync version.json.tmp", "make version.json", "sync 1-batch-1", f"sync {FOLDER}"]

@@ -7,10 +7,11 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from lichen.common.result import Privacy, Result, Round, Transfer, write_atomically
-from lichen.coordinator.watch import bytes_text, conclusion, ended, follow
+from lichen.coordinator.watch import bytes_text, conclusion, ended, follow, read_rounds
 
 
 def rounds(count: int, epsilon: float | None = None) -> list[Round]:
@@ -81,3 +82,39 @@ def test_ended(tmp_path: Path) -> None:
 def test_texts() -> None:
     assert [bytes_text(n) for n in (0, 999, 1000, 1_500_000, 2_000_000_000)] == ["0 B", "999 B", "1.0 kB", "1.5 MB", "2.0 GB"]
     assert conclusion(result("finished")) == "finished: test accuracy 0.7500; no differential privacy"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_of_a_long_run_no_round_is_parsed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    parsed, parse = list[int](), Round.model_validate_json
+
+    def counted(text: str) -> Round:
+        parsed.append(1)
+        return parse(text)
+
+    looks = iter(range(1, 7))
+
+    def stop() -> bool:
+        if (look := next(looks)) == 4:
+            write(tmp_path, 301)
+        return look == 6
+
+    monkeypatch.setattr(Round, "model_validate_json", counted)
+    monkeypatch.setattr("lichen.coordinator.watch.POLL_S", 0.0)
+    write(tmp_path, 300)
+    out = io.StringIO()
+    follow(tmp_path, stop=stop, console=Console(file=out, force_terminal=terminal, width=120, height=40))
+    assert len(parsed) == 301
+    assert "301/3" in out.getvalue()
+
+
+def test_rounds_that_are_told_anew_are_shown_as_they_are_now(tmp_path: Path) -> None:
+    out, counts = io.StringIO(), iter((3, 2, 4))
+
+    def stop() -> bool:
+        write(tmp_path, count := next(counts), epsilon=float(count))
+        return count == 4
+
+    follow(tmp_path, stop=stop, console=Console(file=out))
+    assert [text.split(",")[0] for text in out.getvalue().splitlines()] == [f"round {number}/3" for number in range(1, 5)]
+    assert [round.epsilon for round in read_rounds(tmp_path)] == [4.0] * 4
