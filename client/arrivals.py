@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lichen.client.data import fingerprints, pieces
+from lichen.client.data import Piece, fingerprints, pieces
 from lichen.common.database import Database
 from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.schedule import too_large
 
 if TYPE_CHECKING:
-    from lichen.client.data import Piece, Split
+    from lichen.client.data import Split
     from lichen.client.readers import Row
     from lichen.common.plan import Plan
 
@@ -182,7 +183,9 @@ def says(plan: Plan, columns: Mapping[str, Sequence[object]]) -> list[Sequence[o
     return [columns[plan.task.text_field]]
 
 
-def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict[str, object] | None = None) -> New:
+def new_rows(
+    home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict[str, object] | None = None, *, at_once: bool = False
+) -> New:
     """What an online run may read as new here. A row that its task can't use is an error; under privacy it is new, and passed over.
 
     Args:
@@ -191,13 +194,15 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
         run: its name.
         arrivals: the home's.
         settled: by path the state of pieces without anything new, which are passed over while it stays; added to.
+        at_once: whether only what one batch may read: under privacy the oldest pieces, as many as δ permits; the others come with the next.
 
     Raises:
-        LichenError: DATA_DECLARED_SIZE, if a piece that has new rows has no declared size; as `lichen.client.data.load`; DATA_LABEL.
+        LichenError: DATA_DECLARED_SIZE, if a piece that has new rows has no declared size, or PLAN_UNSOUND, if δ is above one in it; as
+            `lichen.client.data.load`; DATA_LABEL.
     """
     size, new, passed = 0, list[int](), set[int]()
     before = arrivals.passed(run) if plan.private else set[int]()
-    for piece in pieces(home):
+    for piece in sorted(pieces(home), key=Piece.changed):
         state = piece.state()
         if settled is not None and settled.get(piece.source.path) == state:
             continue
@@ -218,6 +223,15 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
                 where=piece.source.path,
                 fix="Add the source again with --declared-size N; of a watched folder it is each file's.",
             )
+        if plan.private and too_large(plan, piece.source.declared_size):
+            raise LichenError(
+                Code.PLAN_UNSOUND,
+                f"δ = {plan.privacy.delta:g} of this plan is above one in the declared size, {piece.source.declared_size}",
+                where=piece.source.path,
+                fix="Make smaller files, and declare a smaller size; or ask the operator for a smaller delta.",
+            )
+        if at_once and plan.private and too_large(plan, size + piece.source.declared_size):
+            break
         size += piece.source.declared_size
         new += [one for one in own if one in usable]
         passed.update(one for one in own if one not in usable)
@@ -245,7 +259,7 @@ def take(home: Path, plan: Plan, run: str, number: int) -> Batches:
     with Arrivals(home) as arrivals:
         if (found := arrivals.batch(run, number)) is not None:
             return found
-        new = new_rows(home, plan, run, arrivals)
+        new = new_rows(home, plan, run, arrivals, at_once=True)
         if not new.declared_size:
             raise LichenError(Code.DATA_EMPTY, "no new rows since the last batch", where=str(home / "data.yaml"))
         return Batches(arrivals.key, new.declared_size, frozenset((one, number) for one in new.rows), frozenset(new.passed))
@@ -267,7 +281,7 @@ def until(home: Path, plan: Plan, run: str, number: int, *, new: bool) -> Batche
     with Arrivals(home) as arrivals:
         rows = arrivals.until(run, number)
         if new and arrivals.batch(run, number) is None:
-            rows |= {(one, number) for one in new_rows(home, plan, run, arrivals).rows}
+            rows |= {(one, number) for one in new_rows(home, plan, run, arrivals, at_once=True).rows}
         return Batches(arrivals.key, None, rows)
 
 

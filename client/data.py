@@ -352,6 +352,10 @@ class Piece(NamedTuple):
         """What tells whether it has changed: how it is read, and path, size and time of change of each file."""
         return self.source.model_dump_json(), _state([self.home / self.source.path])
 
+    def changed(self) -> int:
+        """When one of its files was changed last (Unix time, ns)."""
+        return max((at for _, _, at in _state([self.home / self.source.path])), default=0)
+
 
 def pieces(home: Path) -> Iterator[Piece]:
     """What this node's data consist of. Raises as `load`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 from lichen.client import watching
 from lichen.client.arrivals import Arrivals, Batches, New, begin, new_rows, until
 from lichen.client.arrivals import take as found
-from lichen.client.data import add_source, check, declared_size, load, pieces
+from lichen.client.data import add_source, check, declared_size, fingerprints, load, pieces
 from lichen.client.watching import Watcher
 from lichen.common.channel.fleet_pb2 import News
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
+from lichen.common.privacy.schedule import planned_steps
 
 RUN = "7"
 FIELDS = {"text": "text", "label": "label"}
@@ -197,6 +199,29 @@ def test_a_size_is_declared_or_nothing_is_told(tmp_path: Path) -> None:
     add_source(tmp_path, folder, fields={"label": "label"}, watch=True, declared_size=1)
     with pytest.raises(LichenError, match="no column is mapped to 'text'"):
         count(tmp_path, plan_of())
+
+
+def test_a_private_batch_is_no_larger_than_delta_permits_and_the_rest_comes_with_the_next(tmp_path: Path) -> None:
+    plan, folder = plan_of(privacy={"unit": "example", "sample_rate": 0.5, "delta": 1 / 200}), watched(tmp_path)
+    for number in range(5):
+        deliver(folder, f"{9 - number}.jsonl", [f"row {number}"])
+        os.utime(folder / f"{9 - number}.jsonl", (number, number))
+    assert count(tmp_path, plan) == 5 * 64, "all of it is there"
+    scored = until(tmp_path, plan, RUN, 0, new=True)
+    batches = [take(tmp_path, plan, RUN, number) for number in range(2)]
+    assert [batch.declared_size for batch in batches] == [3 * 64, 2 * 64]
+    assert scored.rows == batches[0].rows
+    assert all(planned_steps(plan, batch.declared_size or 0).steps == 5 for batch in batches)
+    oldest = fingerprints(batches[0].key, "row", [[f"row {number}" for number in range(3)]])
+    assert set(dict(batches[0].rows)) == set(oldest)
+    assert count(tmp_path, plan) == 0
+    watched(tmp_path / "large", declared_size=201)
+    deliver(tmp_path / "large" / "inbox", "one.jsonl", ["a"])
+    assert count(tmp_path / "large", plan_of()) == 201
+    for ask in (count, lambda home, plan: take(home, plan, RUN, 0)):
+        with pytest.raises(LichenError, match=r"one.jsonl: .*above one in the declared size, 201") as caught:
+            ask(tmp_path / "large", plan)
+        assert caught.value.code is Code.PLAN_UNSOUND
 
 
 def test_a_watched_folder_may_be_empty_and_its_size_is_each_files(tmp_path: Path) -> None:
