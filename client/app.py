@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 
 from lichen.client import arrivals, canaries
 from lichen.client.chain import bring_up
-from lichen.client.data import CACHE, Split, declared_size, fingerprints, load, read_manifest, said, stamp
+from lichen.client.data import CACHE, Split, declared_size, fingerprints, load, said, stamp
 from lichen.client.gate import Gate
 from lichen.client.jobs import Job, Private
 from lichen.client.ledger import Ledger, open_ledger
@@ -36,7 +36,7 @@ from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.codec.feedback import corrected, lost
 from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
 from lichen.common.continual import make_method
-from lichen.common.continual.stream import fields_of, is_online, is_stream, labels_until, rows_by_task, stage_of, stage_size, stages
+from lichen.common.continual.stream import fields_read, is_online, is_stream, labels_until, rows_by_task, stage_of, stage_size, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.hardware import rounded
 from lichen.common.plan import Plan
@@ -516,15 +516,8 @@ def _read_rows(
 ) -> Rows:
     """Those of a stage, by its number. Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
     entity = plan.privacy.unit_field
-    if plan.private and (entity or split == "holdout") and any(source.holdout >= 1 for source in read_manifest(home).sources):
-        raise LichenError(
-            Code.DATA_FIELD,
-            "a number of held-out rows: one row more pushes another, of another entity, to training",
-            where=str(home / "data.yaml"),
-            fix="Add the source again with a share below 1 as --holdout.",
-        )
-    fields = dict.fromkeys([*trainer.task.fields, *([entity] if entity else []), *fields_of(plan)])
-    data = load(home, split, tuple(fields), lenient=plan.private)
+    arrivals.check_split(home, plan, split)
+    data = load(home, split, fields_read(plan), lenient=plan.private)
     columns = {field: data.column(field) for field in data.fields}
     count, size, stage, every = len(data), data.declared_size, stages(plan)[number], columns
     if plan.private and (faults := [trainer.task.fault({field: values[row] for field, values in columns.items()}) for row in range(count)]):
