@@ -226,6 +226,40 @@ def test_a_batch_with_too_few_updates_moves_nothing_and_the_run_goes_on(tmp_path
     assert any(not torch.equal(tensor, moved[1].model[name]) for name, tensor in moved[0].model.items())  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kinds", [(records.PREPARE, records.TRAIN), (records.TRAIN,)])
+def test_who_fails_is_left_out_until_it_tells_something_else(
+    tmp_path: Path, plan_of: Callable[..., Plan], kinds: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    class Telling(InProcessGrid):
+        waits, rows = 0, (32, 32, 32)
+
+        def new_rows(self) -> dict[int, int]:
+            return dict(zip(self.get_node_ids(), self.rows, strict=True))
+
+        def wait_for_news(self, timeout: float) -> None:
+            self.waits += 1
+            if self.waits == 5:
+                mended.add(True)
+                self.rows = (64, 32, 32)
+            assert self.waits < 10
+
+    mended: set[bool] = set()
+
+    def act(plan: Plan, assignment: records.Assignment, message: Any, name: str) -> Any:
+        fails = message.metadata.message_type in kinds and not mended
+        return (failing(Code.DATA_FIELD) if fails else honest)(plan, assignment, message, name)
+
+    plan = plan_of(evaluation={"federated_every": 0}, continual={"mode": "online", "online": {"rounds": 1, "clients": 3}})
+    federation = Federation(tmp_path, plan, {"client-0": act}, Telling)
+    result = federation.run()
+    first = [] if records.PREPARE in kinds else [2]
+    assert [told.participants for told in result.rounds] == [*first, *[3] * (4 - len(first))]
+    assert federation.grid.waits == 5  # type: ignore[attr-defined]
+    assert "waits: 2 of 3 clients have 1 new rows; not asked since they failed: client-0" in caplog.text
+
+
 def test_later_rounds_of_a_batch_ask_those_of_its_first(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:
     plan = plan_of(evaluation={"federated_every": 0}, rounds=6, continual={"mode": "online", "online": {"rounds": 3, "clients": 3}})
     federation = Federation(tmp_path, plan)
