@@ -507,14 +507,14 @@ def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer, round: int, ru
     if plan.private:
         with open_ledger(node.home, own=node.simulated) as ledger:  # another ledger knows nothing of this one's data segments
             changed += (ledger.id, ledger.split_at)
-    return _read_rows(node.home, plan, split, trainer, number, changed, node.simulated, batches)
+    read = _rows_of_many if node.simulated else _rows_of_one
+    return read(node.home, plan, split, trainer, number, changed, node.simulated, batches)
 
 
-@functools.lru_cache(maxsize=64)
 def _read_rows(
     home: Path, plan: Plan, split: Split, trainer: Trainer, number: int, changed: object, simulated: bool, batches: arrivals.Batches | None
 ) -> Rows:
-    """Those of a stage, by its number. Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
+    """Those of a stage, by its number. ``changed`` is the state of the files."""
     entity = plan.privacy.unit_field
     arrivals.check_split(home, plan, split)
     data = load(home, split, fields_read(plan), lenient=plan.private)
@@ -562,6 +562,11 @@ def _read_rows(
     shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
     read_from = [shared.setdefault(own, own) for own in together.values()]
     return Rows(encoded, units, read_from, frozenset(of), size, by_task, known_by, batches, as_of)
+
+
+# a round does not tokenise again; of a node's own process the last training and hold-out, since an online run's batches are other rows each
+_rows_of_one = functools.lru_cache(maxsize=2)(_read_rows)
+_rows_of_many = functools.lru_cache(maxsize=64)(_read_rows)
 
 
 def _without(columns: dict[str, list[Any]], faults: Sequence[str | None]) -> tuple[dict[str, list[Any]], int]:
