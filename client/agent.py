@@ -158,7 +158,7 @@ class Agent:
             await asyncio.to_thread(self._witness.check)
         kind = message.metadata.message_type
         if kind == records.PREPARE:
-            await self._watcher.look()
+            await self._watcher.look_twice()
         work = _WORK[kind]
         log.info("%s, round %d of %s", work, assignment.round, plan.name)
         self._status.change(state=work)

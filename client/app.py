@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 
 from lichen.client import arrivals, canaries
 from lichen.client.chain import bring_up
-from lichen.client.data import CACHE, Split, declared_size, fingerprints, load, read_manifest, said, stamp
+from lichen.client.data import CACHE, Split, declared_size, fingerprints, load, said, stamp
 from lichen.client.gate import Gate
 from lichen.client.jobs import Job, Private
 from lichen.client.ledger import Ledger, open_ledger
@@ -36,7 +36,7 @@ from lichen.common.assignment import capped_steps, own_plan
 from lichen.common.codec.feedback import corrected, lost
 from lichen.common.codec.registry import downlink_codec, update_seed, uplink_codec
 from lichen.common.continual import make_method
-from lichen.common.continual.stream import fields_of, is_online, is_stream, labels_until, rows_by_task, stage_of, stage_size, stages
+from lichen.common.continual.stream import fields_read, is_online, is_stream, labels_until, rows_by_task, stage_of, stage_size, stages
 from lichen.common.errors import Code, LichenError
 from lichen.common.hardware import rounded
 from lichen.common.plan import Plan
@@ -507,24 +507,17 @@ def _rows(node: Node, plan: Plan, split: Split, trainer: Trainer, round: int, ru
     if plan.private:
         with open_ledger(node.home, own=node.simulated) as ledger:  # another ledger knows nothing of this one's data segments
             changed += (ledger.id, ledger.split_at)
-    return _read_rows(node.home, plan, split, trainer, number, changed, node.simulated, batches)
+    read = _rows_of_many if node.simulated else _rows_of_one
+    return read(node.home, plan, split, trainer, number, changed, node.simulated, batches)
 
 
-@functools.lru_cache(maxsize=64)
 def _read_rows(
     home: Path, plan: Plan, split: Split, trainer: Trainer, number: int, changed: object, simulated: bool, batches: arrivals.Batches | None
 ) -> Rows:
-    """Those of a stage, by its number. Cached by ``changed``, the state of the files, so that a round does not tokenise again."""
+    """Those of a stage, by its number. ``changed`` is the state of the files."""
     entity = plan.privacy.unit_field
-    if plan.private and (entity or split == "holdout") and any(source.holdout >= 1 for source in read_manifest(home).sources):
-        raise LichenError(
-            Code.DATA_FIELD,
-            "a number of held-out rows: one row more pushes another, of another entity, to training",
-            where=str(home / "data.yaml"),
-            fix="Add the source again with a share below 1 as --holdout.",
-        )
-    fields = dict.fromkeys([*trainer.task.fields, *([entity] if entity else []), *fields_of(plan)])
-    data = load(home, split, tuple(fields), lenient=plan.private)
+    arrivals.check_split(home, plan, split)
+    data = load(home, split, fields_read(plan), lenient=plan.private)
     columns = {field: data.column(field) for field in data.fields}
     count, size, stage, every = len(data), data.declared_size, stages(plan)[number], columns
     if plan.private and (faults := [trainer.task.fault({field: values[row] for field, values in columns.items()}) for row in range(count)]):
@@ -569,6 +562,11 @@ def _read_rows(
     shared: dict[frozenset[int], frozenset[int]] = {}  # few different ones: kept once
     read_from = [shared.setdefault(own, own) for own in together.values()]
     return Rows(encoded, units, read_from, frozenset(of), size, by_task, known_by, batches, as_of)
+
+
+# a round does not tokenise again; of a node's own process the last training and hold-out, since an online run's batches are other rows each
+_rows_of_one = functools.lru_cache(maxsize=2)(_read_rows)
+_rows_of_many = functools.lru_cache(maxsize=64)(_read_rows)
 
 
 def _without(columns: dict[str, list[Any]], faults: Sequence[str | None]) -> tuple[dict[str, list[Any]], int]:

@@ -10,18 +10,20 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lichen.client.data import fingerprints, pieces
+from lichen.client.data import Piece, fingerprints, pieces, read_manifest
+from lichen.common.continual.stream import fields_read
 from lichen.common.database import Database
 from lichen.common.errors import Code, LichenError
+from lichen.common.privacy.schedule import too_large
 
 if TYPE_CHECKING:
-    from lichen.client.data import Piece, Split
+    from lichen.client.data import Split
     from lichen.client.readers import Row
     from lichen.common.plan import Plan
 
@@ -63,6 +65,10 @@ class Batches:
             return [one % self.dealt for one in fingerprints]
         known = dict(self.rows)
         return [known.get(one) for one in fingerprints]
+
+
+Settled = dict[str, tuple[object, dict[str, Any]]]
+"""By path the state of a piece, and the types of its fields."""
 
 
 class New(NamedTuple):
@@ -182,7 +188,16 @@ def says(plan: Plan, columns: Mapping[str, Sequence[object]]) -> list[Sequence[o
     return [columns[plan.task.text_field]]
 
 
-def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict[str, object] | None = None) -> New:
+def new_rows(
+    home: Path,
+    plan: Plan,
+    run: str,
+    arrivals: Arrivals,
+    settled: Settled | None = None,
+    *,
+    among: Set[object] | None = None,
+    at_once: bool = False,
+) -> New:
     """What an online run may read as new here. A row that its task can't use is an error; under privacy it is new, and passed over.
 
     Args:
@@ -190,18 +205,27 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
         plan: the run's.
         run: its name.
         arrivals: the home's.
-        settled: by path the state of pieces without anything new, which are passed over while it stays; added to.
+        settled: pieces without anything new, which are passed over while they stay as they are; added to.
+        among: the states of the pieces that count; None: all.
+        at_once: whether only what one batch may read: under privacy the oldest pieces, as many as δ permits; the others come with the next.
 
     Raises:
-        LichenError: DATA_DECLARED_SIZE, if a piece that has new rows has no declared size; as `lichen.client.data.load`; DATA_LABEL.
+        LichenError: DATA_DECLARED_SIZE, if a piece that has new rows has no declared size, or PLAN_UNSOUND, if δ is above one in it; as
+            `lichen.client.data.load`; DATA_LABEL.
     """
-    size, new, passed = 0, list[int](), set[int]()
+    size, new, passed, types = 0, list[int](), set[int](), _Types(plan)
     before = arrivals.passed(run) if plan.private else set[int]()
-    for piece in pieces(home):
+    check_split(home, plan, "train")
+    for piece in sorted(pieces(home), key=Piece.changed):
         state = piece.state()
-        if settled is not None and settled.get(piece.source.path) == state:
+        if among is not None and state not in among:
             continue
-        found = list(_rows_of(piece, plan))
+        if settled is not None and (known_as := settled.get(piece.source.path)) is not None and known_as[0] == state:
+            types.check(piece, known_as[1])
+            continue
+        rows, of_fields = piece.read(fields_read(plan), lenient=plan.private)
+        types.check(piece, of_fields)
+        found = list(_with_faults(piece, rows, plan))
         known = fingerprints(arrivals.key, "row", says(plan, {plan.task.text_field: [row[plan.task.text_field] for _, row, _ in found]}))
         sides = {one: side for one, (side, _, _) in zip(known, found, strict=True)}
         usable = {one for one, (_, _, fault) in zip(known, found, strict=True) if fault is None}
@@ -209,7 +233,7 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
         if all(sides[one] == "holdout" for one in own if one not in before):
             new += [one for one in own if one in before and one in usable]  # mended
             if settled is not None:
-                settled[piece.source.path] = state
+                settled[piece.source.path] = state, of_fields
             continue
         if piece.source.declared_size is None:
             raise LichenError(
@@ -218,18 +242,58 @@ def new_rows(home: Path, plan: Plan, run: str, arrivals: Arrivals, settled: dict
                 where=piece.source.path,
                 fix="Add the source again with --declared-size N; of a watched folder it is each file's.",
             )
+        if plan.private and too_large(plan, piece.source.declared_size):
+            raise LichenError(
+                Code.PLAN_UNSOUND,
+                f"δ = {plan.privacy.delta:g} of this plan is above one in the declared size, {piece.source.declared_size}",
+                where=piece.source.path,
+                fix="Make smaller files, and declare a smaller size; or ask the operator for a smaller delta.",
+            )
+        if at_once and plan.private and too_large(plan, size + piece.source.declared_size):
+            break
         size += piece.source.declared_size
         new += [one for one in own if one in usable]
         passed.update(one for one in own if one not in usable)
     return New(size, new, list(passed))
 
 
-def _rows_of(piece: Piece, plan: Plan) -> Iterator[tuple[Split, Row, str | None]]:
+def check_split(home: Path, plan: Plan, split: Split) -> None:
+    """Refuse a number of held-out rows where only a share is private.
+
+    Raises:
+        LichenError: DATA_FIELD; as `lichen.client.data.read_manifest`.
+    """
+    alone = plan.private and (plan.privacy.unit_field or split == "holdout")
+    if alone and any(source.holdout >= 1 for source in read_manifest(home).sources):
+        raise LichenError(
+            Code.DATA_FIELD,
+            "a number of held-out rows: one row more pushes another, of another entity, to training",
+            where=str(home / "data.yaml"),
+            fix="Add the source again with a share below 1 as --holdout.",
+        )
+
+
+class _Types:
+    """The types of the fields of all pieces, which `lichen.client.data.load` wants alike, of what the plan does not read by source."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._read = fields_read(plan)
+        self._first: dict[tuple[str | None, str], tuple[Any, Piece]] = {}
+
+    def check(self, piece: Piece, types: Mapping[str, Any]) -> None:
+        for field, own in types.items():
+            first, other = self._first.setdefault((None if field in self._read else piece.of, field), (own, piece))
+            if own != first:
+                what = f"{field!r} holds {own}, and {first} in {other.source.path}"
+                raise LichenError(Code.DATA_FIELD, what, where=piece.source.path, fix="Export both alike.")
+
+
+def _with_faults(piece: Piece, rows: Iterable[tuple[Split, Row]], plan: Plan) -> Iterator[tuple[Split, Row, str | None]]:
     """A piece's rows with their sides, and why the task can't use one.
 
     Under privacy those count too: the coordinator chooses the labels, and is told without noise whether anything is new.
     """
-    for side, row in piece.rows(plan.task.fields, strict=not plan.private):
+    for side, row in rows:
         fault = plan.task.fault(row)
         if fault is not None and not plan.private:
             raise LichenError(Code.DATA_LABEL, fault, where=piece.source.path, fix="Mend the row, or take it out.")
@@ -245,7 +309,7 @@ def take(home: Path, plan: Plan, run: str, number: int) -> Batches:
     with Arrivals(home) as arrivals:
         if (found := arrivals.batch(run, number)) is not None:
             return found
-        new = new_rows(home, plan, run, arrivals)
+        new = new_rows(home, plan, run, arrivals, at_once=True)
         if not new.declared_size:
             raise LichenError(Code.DATA_EMPTY, "no new rows since the last batch", where=str(home / "data.yaml"))
         return Batches(arrivals.key, new.declared_size, frozenset((one, number) for one in new.rows), frozenset(new.passed))
@@ -267,7 +331,7 @@ def until(home: Path, plan: Plan, run: str, number: int, *, new: bool) -> Batche
     with Arrivals(home) as arrivals:
         rows = arrivals.until(run, number)
         if new and arrivals.batch(run, number) is None:
-            rows |= {(one, number) for one in new_rows(home, plan, run, arrivals).rows}
+            rows |= {(one, number) for one in new_rows(home, plan, run, arrivals, at_once=True).rows}
         return Batches(arrivals.key, None, rows)
 
 

@@ -341,17 +341,28 @@ class Piece(NamedTuple):
     home: Path
     source: Source
     """Its path is the piece's."""
+    of: str
+    """The path of the source in `data.yaml`."""
     holdout_key: str
 
-    def rows(self, fields: Sequence[str], *, strict: bool = False) -> Iterator[tuple[Split, Row]]:
-        """Its rows with their sides, every value as text; bad ones are left out, or an error if ``strict``. Raises as `load`."""
+    def read(self, fields: Sequence[str], *, lenient: bool) -> tuple[list[tuple[Split, Row]], dict[str, Any]]:
+        """Its rows with their sides, and the types of its fields, if it has rows; ``lenient`` and raises as `load`."""
         _check_fields(self.source, fields)
-        reader = _reader(self.home, self.source, refuse if strict else lambda _: None, apart=True)
-        return _sides(self.home, self.source, self.holdout_key, reader)
+        reader = _reader(self.home, self.source, (lambda _: None) if lenient else refuse, apart=lenient)
+        rows = list(_sides(self.home, self.source, self.holdout_key, reader))
+        return rows, dict(zip(reader.schema.names, reader.schema.types, strict=True))
 
     def state(self) -> object:
         """What tells whether it has changed: how it is read, and path, size and time of change of each file."""
-        return self.source.model_dump_json(), _state([self.home / self.source.path])
+        return self.source.model_dump_json(), self._files()
+
+    def changed(self) -> int:
+        """When one of its files was changed last (Unix time, ns)."""
+        return max((at for _, _, at in self._files()), default=0)
+
+    def _files(self) -> tuple[tuple[str, int, int], ...]:
+        # a file of a watched folder may have gone since it was listed
+        return _state([self.home / self.source.path] if self.source.watch else _read_of(self.home, self.source))
 
 
 def pieces(home: Path) -> Iterator[Piece]:
@@ -359,10 +370,10 @@ def pieces(home: Path) -> Iterator[Piece]:
     manifest = read_manifest(home)
     for source in manifest.sources:
         if not source.watch:
-            yield Piece(home, source, manifest.holdout_key)
+            yield Piece(home, source, source.path, manifest.holdout_key)
             continue
-        for file, _ in find_files(home / source.path, empty=True, others=True):
-            yield Piece(home, source.model_copy(update={"path": str(file)}), manifest.holdout_key)
+        for file in _read_of(home, source):
+            yield Piece(home, source.model_copy(update={"path": str(file)}), source.path, manifest.holdout_key)
 
 
 def declared_size(home: Path) -> int | None:
@@ -379,7 +390,7 @@ def _declared(home: Path, manifest: Manifest) -> int | None:
     for source in manifest.sources:
         if source.declared_size is None:
             return None
-        files = len(find_files(home / source.path, empty=True, others=True)) if source.watch else 1
+        files = len(_read_of(home, source)) if source.watch else 1
         total += source.declared_size * max(1, files)
     return total
 
@@ -417,23 +428,28 @@ def fingerprints(key: bytes, kind: str, columns: Sequence[Sequence[Any]]) -> lis
 
 
 def stamp(home: Path) -> tuple[tuple[str, int, int], ...]:
-    """What tells whether the data has changed: path, size and time of change of the manifest and of every source file.
+    """What tells whether the data has changed: path, size and time of change of the manifest and of every file that is read.
 
     Raises:
-        LichenError: as :func:`read_manifest`.
+        LichenError: as :func:`read_manifest`; DATA_NOT_FOUND, DATA_FORMAT for a source.
     """
-    return _state([home / MANIFEST, *(home / source.path for source in read_manifest(home).sources)])
+    return _state([home / MANIFEST, *(file for source in read_manifest(home).sources for file in _read_of(home, source))])
 
 
-def _state(places: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+def _read_of(home: Path, source: Source) -> list[Path]:
+    """The files of a source that are read."""
+    return [file for file, _ in find_files(home / source.path, empty=True, others=source.watch)]
+
+
+def _state(files: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
     found = []
-    try:
-        for place in (inside for given in places for inside in (sorted(given.rglob("*")) if given.is_dir() else [given])):
+    for file in files:
+        try:
             with suppress(FileNotFoundError):  # it may go meanwhile
-                told = place.stat()
-                found.append((str(place), told.st_size, told.st_mtime_ns))
-    except OSError as error:
-        raise LichenError(Code.DATA_NOT_FOUND, f"can't be looked at: {error}", where=", ".join(map(str, places))) from None
+                told = file.stat()
+                found.append((str(file), told.st_size, told.st_mtime_ns))
+        except OSError as error:
+            raise LichenError(Code.DATA_NOT_FOUND, f"can't be looked at: {error}", where=str(file)) from None
     return tuple(found)
 
 

@@ -6,14 +6,14 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from lichen.client.data import stamp
+from lichen.client.data import pieces
 from lichen.client.status import is_paused
 from lichen.common.channel.fleet_pb2 import News
 from lichen.common.continual.stream import is_online
@@ -21,12 +21,13 @@ from lichen.common.errors import LichenError
 from lichen.common.private_files import write_private
 
 if TYPE_CHECKING:
+    from lichen.client.arrivals import Settled
     from lichen.common.plan import Plan
 
 FORMAT: Final = 1
 FILE = "watched.json"
 EVERY = 1.0
-"""Seconds between two looks at the files; a change counts once two looks have found the same, since a file may be in the writing."""
+"""Seconds between two looks at the files; a piece of data counts once it has stayed as it is so long, since it may be in the writing."""
 _SHARE = 20  # to see whether files have changed takes at most one part in so many of the time
 
 log = logging.getLogger(__name__)
@@ -53,10 +54,12 @@ class Watcher:
 
     def __init__(self, home: Path, tell: Callable[[News], None], note: Callable[[str | None], None] = lambda _: None) -> None:
         self._home, self._tell, self._note = home, tell, note
-        self._looked: object = None  # what the files were like, unless that failed: what stood in the way may be gone
+        self._looked: object = None  # what was counted, unless that failed: what stood in the way may be gone
+        self._since: dict[object, float] = {}  # by the state of each piece when it was first seen so
+        self._still: Set[object] = frozenset()  # the states of the pieces that have stayed so
         self._watched = _read(home / FILE)
         self._begun = asyncio.Event()
-        self._settled: dict[str, object] = {}
+        self._settled: Settled = {}
         self._looking = asyncio.Lock()
 
     def begin(self, run: int, plan: Plan, text: str) -> None:
@@ -75,7 +78,6 @@ class Watcher:
         """Look whenever files have changed, until cancelled."""
         if self._watched:
             self._begun.set()
-        seen: object = None
         told: str | None = None
         while True:
             await self._begun.wait()
@@ -83,25 +85,23 @@ class Watcher:
                 self._begun.clear()
                 continue
             began = time.monotonic()
-            now: object = None
             try:
-                now = (watched.run, is_paused(self._home), await asyncio.to_thread(stamp, self._home))
+                now = (watched.run, is_paused(self._home), await asyncio.to_thread(self._see))
                 took = time.monotonic() - began
                 if refused := await asyncio.to_thread(self._refused, watched):  # by a policy that was changed, or by the hour
                     raise refused
-                if now == seen != self._looked:
+                if now != self._looked:
                     await self.look()
                     self._looked = now
-                if now == self._looked:
-                    self._note(told := None)
+                self._note(told := None)
             except Exception as error:  # whatever it is, such as a folder on a share that is away, it may be gone later
                 self._looked, took = None, time.monotonic() - began  # all of it, since all is tried again
                 self._tell(News(run_id=watched.run))
                 if told != (told := str(error)):
                     log.warning("new data is not counted: %s", error)
                 self._note(told)
-            seen = now
-            await asyncio.sleep(max(EVERY, _SHARE * took))
+            # where files keep coming, to count what is new takes half of the time at most
+            await asyncio.sleep(max(EVERY, _SHARE * took, time.monotonic() - began))
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[None]:
@@ -116,6 +116,14 @@ class Watcher:
             except Exception as error:  # what was trained must not be lost for it
                 self._looked = None
                 log.warning("new data is not counted: %s", error)
+
+    async def look_twice(self) -> None:
+        """`look`, where nothing may have been seen yet: once what is there has had the time to change."""
+        if self._watched:
+            await asyncio.to_thread(self._see)
+            await asyncio.sleep(EVERY)
+            await asyncio.to_thread(self._see)
+            await self.look()
 
     async def look(self) -> None:
         """Count what is new, and tell it.
@@ -142,7 +150,14 @@ class Watcher:
             return error
         return None
 
-    def _count(self, watched: Watched, settled: dict[str, object]) -> int:
+    def _see(self) -> Set[object]:
+        """See which pieces of data have stayed as they are: their states."""
+        now = time.monotonic()
+        self._since = {state: self._since.get(state, now) for state in (piece.state() for piece in pieces(self._home))}
+        self._still = frozenset(state for state, since in self._since.items() if now - since >= EVERY)
+        return self._still
+
+    def _count(self, watched: Watched, settled: Settled) -> int:
         from lichen.client.arrivals import Arrivals, new_rows
 
         if is_paused(self._home):
@@ -150,7 +165,7 @@ class Watcher:
         if (refused := self._refused(watched)) is not None:
             raise refused
         with Arrivals(self._home) as arrivals:
-            return new_rows(self._home, watched.plan, str(watched.run), arrivals, settled).declared_size
+            return new_rows(self._home, watched.plan, str(watched.run), arrivals, settled, among=self._still).declared_size
 
 
 def _read(path: Path) -> Watched | None:

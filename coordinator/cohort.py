@@ -12,6 +12,7 @@ from lichen.common import records
 from lichen.common.errors import Code, LichenError, name_of
 
 if TYPE_CHECKING:
+    from flwr.app import Message
     from flwr.serverapp import Grid
 
     from lichen.common.plan import Plan
@@ -48,6 +49,8 @@ class Cohorts:
 
     def __init__(self, plan: Plan, name: Callable[[int], str], central: CentralDP | None) -> None:
         self._plan, self._name, self._central = plan, name, central
+        self._failed: dict[int, int | None] = {}
+        """By node whose last training failed, or whose preparation has since, how many new rows it told then."""
 
     def choose(self, round: int, grid: Grid, state: ServerState, among: frozenset[str] | None = None) -> list[int]:
         """A seeded draw of `cohort.asked` of the connected nodes, waiting for `cohort.size`; a secret one by `CentralDP`.
@@ -80,7 +83,8 @@ class Cohorts:
     ) -> tuple[list[int], int]:
         """The cohort of a batch's first round: a draw as `choose` makes it among those that have enough new data, once they are enough.
 
-        Where the grid's nodes can't tell, in a simulation, all have.
+        Where the grid's nodes can't tell, in a simulation, all have. One that has failed is left out until it tells something else: what
+        it did not train on is still new, and would begin one batch after another, at the cost of the other nodes' data.
 
         Args:
             round: that one.
@@ -106,18 +110,32 @@ class Cohorts:
                 met.update(strangers)
             for reply in grid.pull_messages(sorted(asked)):
                 asked.discard(reply.metadata.reply_to_message_id)
+                self.answered(reply, grid)
                 if reply.has_error():
                     name, code = self._name(reply.metadata.src_node_id), reply.error.code
                     log.warning("%s can't look for new data: error %d (%s)", name, code, name_of(code))
             rows = news.new_rows()
-            ready = self.with_budget(records.TRAIN, [node for node in here if rows.get(node, 0) >= online.rows], state)
+            self._failed = {node: then for node, then in self._failed.items() if rows.get(node) == then}
+            able = [node for node in here if rows.get(node, 0) >= online.rows and node not in self._failed]
+            ready = self.with_budget(records.TRAIN, able, state)
             together = sum(rows[node] for node in ready)
             if len(ready) >= online.clients and together >= least:
                 return draw_cohort(self._plan, sorted(ready, key=self._name), round), together
             if len(ready) != told:
                 told = len(ready)
-                log.info("round %d waits: %d of %d clients have %d new rows", round, told, online.clients, online.rows)
+                left_out = f"; not asked since they failed: {', '.join(sorted(map(self._name, self._failed)))}" if self._failed else ""
+                log.info("round %d waits: %d of %d clients have %d new rows%s", round, told, online.clients, online.rows, left_out)
             news.wait_for_news(NEWS_S)
+
+    def answered(self, reply: Message, grid: Grid) -> None:
+        """Note whether a node could train, or prepare for it; see `wait_for_data`."""
+        node, kind = reply.metadata.src_node_id, reply.metadata.message_type
+        if kind == records.EVALUATE or not isinstance(grid, TellsNews):
+            return
+        if reply.has_error():
+            self._failed[node] = grid.new_rows().get(node)
+        elif kind == records.TRAIN:
+            self._failed.pop(node, None)
 
     def wait_for_nodes(self, round: int, grid: Grid, among: frozenset[str] | None = None) -> list[int]:
         """The connected nodes, by name, once they are `cohort.size`, or those that are there when the deadline has passed."""

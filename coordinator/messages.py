@@ -151,6 +151,7 @@ class Messages:
         sent = {message.metadata.dst_node_id: message for message in messages}
         for reply in replies:
             self.arrived(reply, sent[reply.metadata.src_node_id], state)
+            self._cohorts.answered(reply, grid)
         late = sent.keys() - {reply.metadata.src_node_id for reply in replies}
         if enough and late:
             told.unneeded, told.called_off = len(late), sorted(map(self._name, late))

@@ -88,6 +88,8 @@ class ServerState:
     """Of an online run the clients whose new data the batch under way is."""
     before: Before | None = None
     """Of the batch that was waited for last, if its hold-outs were scored."""
+    learned: bool = False
+    """Whether the task that is under way has changed anything yet."""
     trained: dict[str, int] = field(default_factory=dict)
     """Under `mode: buffered` by client the trainings that are settled: used, failed or called off."""
     told: Round | None = None
@@ -233,6 +235,7 @@ class RunDirectory:
             "held": {} if self.plan.central else state.held,
             "batch": state.batch,
             "before": state.before.model_dump() if state.before else None,
+            "learned": state.learned,
             "trained": state.trained,
             "told": state.told.model_dump_json() if state.told else None,
         }
@@ -285,6 +288,7 @@ class RunDirectory:
             held=about.get("held", {}),
             batch=about.get("batch", []),
             before=Before.model_validate(before) if (before := about.get("before")) else None,
+            learned=about.get("learned", True),  # an older lichen took it for granted
             trained=about.get("trained", {}),
             told=Round.model_validate_json(told) if (told := about.get("told")) else None,
         )

@@ -191,18 +191,24 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
         self.state.round = number
 
     def _end_task(self, task: str, stage: Stage) -> None:
-        """The next task starts from the mean of this one's last rounds, with budgets of its own: no record is read in both."""
+        """The next task starts from the mean of this one's last rounds, with budgets of its own: no record is read in both.
+
+        A batch of which no update was used has taught nothing, and leaves what the method keeps as it was.
+        """
         state = self.state
-        if self.plan.aggregation.average_last > 1:
-            final = self._mean_of_last()
-            step = {name: final[name] - tensor for name, tensor in state.model.items() if part_of(name) != KEPT}
-            state.model = self._downlink.add(step, state)
-        self._learn(self._method.ended(state.model, state.memory, stage, self._start))
+        if state.learned:
+            if self.plan.aggregation.average_last > 1:
+                final = self._mean_of_last()
+                step = {name: final[name] - tensor for name, tensor in state.model.items() if part_of(name) != KEPT}
+                state.model = self._downlink.add(step, state)
+            self._learn(self._method.ended(state.model, state.memory, stage, self._start))
+        state.learned = False
         for client, history in state.spent.items():
             state.spent_before.setdefault(client, {})[task] = history
         state.average, state.velocity, state.squares, state.spent, state.exhausted, state.rowless = {}, {}, {}, {}, {}, []
 
     def _learn(self, learned: Learned) -> None:
+        self.state.learned = True
         if learned.step:
             # where 8 bits hold a block's largest well, they lose most of a Fisher matrix, and move what is to stay
             self.state.model = self._downlink.add_exactly(learned.step, self.state)
@@ -379,6 +385,7 @@ class FederatedStrategy(Strategy):  # type: ignore[misc]
     def _step(self, change: State, restart: State, room: torch.Tensor | None = None) -> None:
         """Move the model; ``room`` may be overwritten."""
         state, change = self.state, self._without_noise(change)
+        state.learned = True
         step, state.velocity, state.squares = server_step(change, state.velocity, state.squares, self.plan.aggregation)
         whole = step | {name: step[name] + tensor if name in step else tensor for name, tensor in restart.items()}
         state.model = self._downlink.add(whole, state, room)

@@ -7,6 +7,7 @@ alone, so the loss of a row does too: under differential privacy it is clipped a
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -37,7 +38,8 @@ class LwF(Method):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        self._taught: OrderedDict[str, tuple[Encoded, Encoded]] = OrderedDict()  # of what rows, and those with the answers
+        # of what rows, as long as these are kept themselves, and those with the answers
+        self._taught: OrderedDict[str, tuple[weakref.ref[Encoded], Encoded]] = OrderedDict()
 
     def check(self, refuse: Refuse) -> None:
         """It needs tasks, and one model."""
@@ -57,21 +59,23 @@ class LwF(Method):
     def examples(
         self, task: Task[Any], model: TunedModel, data: Encoded, stage: Stage, collates: Callable[[], AbstractContextManager[Collate]]
     ) -> Encoded:
-        """With what the model before says of them; in the first task there is none."""
-        if not stage.number or not len(data):
-            return data
+        """With what the model before says of them; until a task has taught anything there is none."""
         before = {name.removeprefix(_BEFORE): tensor for name, tensor in model.kept.items()}
+        if not stage.number or not len(data) or not any(tensor.any() for tensor in before.values()):
+            return data
         digest = hashlib.sha256(f"{stage.number} {data.digest}".encode())
         for tensor in before.values():
             digest.update(tensor.numpy().tobytes())
         key = digest.hexdigest()
-        if key not in self._taught or self._taught[key][0] is not data:  # the same texts may have other labels
+        if key not in self._taught or self._taught[key][0]() is not data:  # the same texts may have other labels
             state = model.state()
             model.load(state | before)
             task.choose_among(labels_until(self.plan, stage.number - 1))
             with collates() as collate:
-                self._taught[key] = data, task.taught(model.network, data, _AT_ONCE, collate)
+                taught = task.taught(model.network, data, _AT_ONCE, collate)
             model.load(state)
+            self._taught = OrderedDict((old, own) for old, own in self._taught.items() if own[0]() is not None)
+            self._taught[key] = weakref.ref(data), taught
         self._taught.move_to_end(key)
         if len(self._taught) > _KNOWN:
             self._taught.popitem(last=False)

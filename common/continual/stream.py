@@ -92,6 +92,12 @@ def fields_of(plan: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys(field for task in plan.continual.stream for field in task.fields))
 
 
+def fields_read(plan: Plan) -> tuple[str, ...]:
+    """The data fields that a node reads: the task's, the unit of privacy's, and those by which rows are dealt to tasks."""
+    unit = (plan.privacy.unit_field,) if plan.privacy.unit_field else ()
+    return tuple(dict.fromkeys((*plan.task.fields, *unit, *fields_of(plan))))
+
+
 def rows_of(plan: Plan, task: StreamTask, columns: Mapping[str, Sequence[object]]) -> list[int]:
     """The numbers of the rows that are of a task.
 

@@ -34,7 +34,7 @@ def planned_steps(plan: Plan, declared_size: int, stage: Stage | None = None) ->
     Raises:
         LichenError: PRIVACY_TARGET; PLAN_UNSOUND, if δ is above one in the declared size: it would permit to publish a row.
     """
-    if plan.privacy.delta * declared_size > 1:
+    if too_large(plan, declared_size):
         raise LichenError(
             Code.PLAN_UNSOUND,
             f"δ = {plan.privacy.delta:g} is above one in the declared size, {declared_size}",
@@ -45,6 +45,11 @@ def planned_steps(plan: Plan, declared_size: int, stage: Stage | None = None) ->
     steps = plan.local.steps or max(1, round((plan.local.epochs or 1) / rate))
     noise = noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, rate, steps * rounds_of_a_unit(plan, stage))
     return Segment(noise, rate, steps)
+
+
+def too_large(plan: Plan, declared_size: int) -> bool:
+    """Whether a private plan's δ is above one in so many units: it would permit to publish one."""
+    return plan.privacy.delta * declared_size > 1
 
 
 def one_task_each(plan: Plan) -> bool:

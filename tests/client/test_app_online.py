@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from lichen.common.model.adapter import State
 from lichen.common.plan import Plan, parse_plan
 from lichen.common.privacy.schedule import evaluations, planned_evaluation
 from lichen.common.tasks import workbench
+from lichen.common.tasks.text_classification import TextClassification
 
 Rows = Callable[..., list[dict[str, Any]]]
 PRIVATE = {"unit": "example", "epsilon": 8.0, "delta": 1e-5, "sample_rate": 0.5}
@@ -78,6 +81,27 @@ def test_what_fails_before_the_first_step_loses_no_rows(home: Path, tiny_plan: d
     assert ask(home, plan, 3).content.config_records["report"]["examples"] <= 20
     (home / "inbox" / "two.jsonl").unlink()
     assert ask(home, plan, 4).error.code == Code.DATA_EMPTY, "its rows are gone"
+
+
+def test_rows_of_past_batches_are_let_go_of(
+    home: Path, tiny_plan: dict[str, Any], tiny_rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = parse_plan(tiny_plan | {"rounds": 4, "continual": ONLINE | {"online": {"rounds": 1}}, "evaluation": {"federated_every": 1}})
+    encoded = list[weakref.ref[object]]()
+    encode = TextClassification.encode
+
+    def noted(task: TextClassification, columns: Any) -> Any:
+        encoded.append(weakref.ref(found := encode(task, columns)))
+        return found
+
+    monkeypatch.setattr(TextClassification, "encode", noted)
+    for round in range(1, 5):
+        deliver(home, f"{round}.jsonl", tiny_rows(30, round))
+        for kind in (records.TRAIN, records.EVALUATE) * 2:
+            assert not ask(home, plan, round, kind=kind).has_error()
+    gc.collect()
+    assert len(encoded) == 8, "what a round has read is kept for its next message"
+    assert [one() is not None for one in encoded] == [False] * 6 + [True] * 2
 
 
 def test_in_private_batches_a_segment_is_read_in_the_rounds_of_one(home: Path, tiny_plan: dict[str, Any], tiny_rows: Rows) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 from lichen.client import watching
 from lichen.client.arrivals import Arrivals, Batches, New, begin, new_rows, until
 from lichen.client.arrivals import take as found
-from lichen.client.data import add_source, check, declared_size, load, pieces
+from lichen.client.data import add_source, check, declared_size, fingerprints, load, pieces
 from lichen.client.watching import Watcher
 from lichen.common.channel.fleet_pb2 import News
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import Plan, parse_plan
+from lichen.common.privacy.schedule import too_large
 
 RUN = "7"
 FIELDS = {"text": "text", "label": "label"}
@@ -130,7 +132,7 @@ def test_what_is_scored_before_a_batch_stays_new(tmp_path: Path) -> None:
 def test_held_out_rows_make_no_batch_and_come_with_one(tmp_path: Path) -> None:
     plan, folder = plan_of(), watched(tmp_path, holdout=0.5)
     deliver(folder, "one.jsonl", [f"row {number}" for number in range(40)])
-    held = [row["text"] for piece in pieces(tmp_path) for side, row in piece.rows(["text"]) if side == "holdout"]
+    held = [row["text"] for piece in pieces(tmp_path) for side, row in piece.read(["text"], lenient=False)[0] if side == "holdout"]
     assert 5 < len(held) < 35
     (folder / "one.jsonl").unlink()
     deliver(folder, "held.jsonl", held)
@@ -161,7 +163,7 @@ def test_rows_that_the_task_cannot_use_are_told_of_once_and_come_when_they_are_m
     with pytest.raises(LichenError) as caught:
         count(tmp_path, plan_of())
     assert caught.value.code is Code.DATA_LABEL
-    (folder / "two.jsonl").write_text('{"text": "c"}\n')
+    (folder / "two.jsonl").write_text('{"text": "c", "label": "a"}\n{"text": "d"}\n')
     with pytest.raises(LichenError) as caught:
         count(tmp_path, plan_of())
     assert caught.value.code is Code.DATA_ROW
@@ -177,7 +179,7 @@ def test_what_is_still_on_its_way_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_pieces_are_read_again_when_they_are_read_otherwise(tmp_path: Path) -> None:
-    folder, settled = watched(tmp_path), dict[str, object]()
+    folder, settled = watched(tmp_path), dict[str, Any]()
     deliver(folder, "one.jsonl", ["x"])
     take(tmp_path, plan_of(), RUN, 0)
     with Arrivals(tmp_path) as arrivals:
@@ -197,6 +199,69 @@ def test_a_size_is_declared_or_nothing_is_told(tmp_path: Path) -> None:
     add_source(tmp_path, folder, fields={"label": "label"}, watch=True, declared_size=1)
     with pytest.raises(LichenError, match="no column is mapped to 'text'"):
         count(tmp_path, plan_of())
+
+
+def test_what_a_training_could_not_read_is_not_told(tmp_path: Path) -> None:
+    entity = plan_of(privacy={"unit": "entity", "unit_field": "patient", "sample_rate": 0.5})
+    folder = watched(tmp_path)
+    deliver(folder, "one.jsonl", ["a"])
+    with pytest.raises(LichenError, match="no column is mapped to 'patient'"):
+        count(tmp_path, entity)
+    (folder / "one.jsonl").unlink()
+    (tmp_path / "more.csv").write_text("text,label,patient\nb,a,x\nc,a,y\n")
+    fields = FIELDS | {"patient": "patient"}
+    add_source(tmp_path, folder, fields=fields, watch=True, declared_size=64, holdout=0.0)
+    add_source(tmp_path, tmp_path / "more.csv", fields=fields, declared_size=8, holdout=1)
+    with pytest.raises(LichenError, match="a number of held-out rows"):
+        count(tmp_path, entity)
+
+
+@pytest.mark.parametrize("field", ["label", "site"])
+def test_pieces_whose_types_differ_are_not_told_where_a_training_could_not_read_them(tmp_path: Path, field: str) -> None:
+    folder, settled = tmp_path / "inbox", dict[str, Any]()
+    folder.mkdir()
+    plan = parse_plan(json.loads(plan_of().canonical_json()) | {"task": {"labels": ["0", "1"]}})
+    add_source(tmp_path, folder, fields=FIELDS | {"site": "site"}, watch=True, declared_size=64, holdout=0.0)
+
+    def told() -> int:
+        with Arrivals(tmp_path) as arrivals:
+            return new_rows(tmp_path, plan, RUN, arrivals, settled).declared_size
+
+    row = {"text": "a", "label": 0, "site": 1}
+    (folder / "one.jsonl").write_text(json.dumps(row) + "\n")
+    assert told() == 64
+    take(tmp_path, plan, RUN, 0)
+    assert told() == 0
+    assert len(load(tmp_path, "train", ["text", "label"])) == 1
+    (folder / "two.jsonl").write_text(json.dumps(row | {"text": "b", field: str(row[field])}) + "\n")
+    for refused in (told, lambda: load(tmp_path, "train", ["text", "label"])):
+        with pytest.raises(LichenError, match=r"two\.jsonl.*holds string"):
+            refused()
+    (folder / "two.jsonl").write_text(json.dumps(row | {"text": "b"}) + "\n")
+    assert told() == 64
+
+
+def test_a_private_batch_is_no_larger_than_delta_permits_and_the_rest_comes_with_the_next(tmp_path: Path) -> None:
+    plan, folder = plan_of(privacy={"unit": "example", "sample_rate": 0.5, "delta": 1 / 200}), watched(tmp_path)
+    for number in range(5):
+        deliver(folder, f"{9 - number}.jsonl", [f"row {number}"])
+        os.utime(folder / f"{9 - number}.jsonl", (number, number))
+    assert count(tmp_path, plan) == 5 * 64, "all of it is there"
+    scored = until(tmp_path, plan, RUN, 0, new=True)
+    batches = [take(tmp_path, plan, RUN, number) for number in range(2)]
+    assert [batch.declared_size for batch in batches] == [3 * 64, 2 * 64]
+    assert scored.rows == batches[0].rows
+    assert not any(too_large(plan, batch.declared_size or 0) for batch in batches)
+    oldest = fingerprints(batches[0].key, "row", [[f"row {number}" for number in range(3)]])
+    assert set(dict(batches[0].rows)) == set(oldest)
+    assert count(tmp_path, plan) == 0
+    watched(tmp_path / "large", declared_size=201)
+    deliver(tmp_path / "large" / "inbox", "one.jsonl", ["a"])
+    assert count(tmp_path / "large", plan_of()) == 201
+    for ask in (count, lambda home, plan: take(home, plan, RUN, 0)):
+        with pytest.raises(LichenError, match=r"one.jsonl: .*above one in the declared size, 201") as caught:
+            ask(tmp_path / "large", plan)
+        assert caught.value.code is Code.PLAN_UNSOUND
 
 
 def test_a_watched_folder_may_be_empty_and_its_size_is_each_files(tmp_path: Path) -> None:
@@ -285,10 +350,10 @@ def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytes
         await wait_for(0)
         (tmp_path / "paused").unlink()
         await wait_for(64)
-        (folder / "loop.jsonl").symlink_to(folder / "loop.jsonl")  # what can't be looked at
+        folder.rename(away := folder.with_name("away"))  # what can't be looked at
         await wait_for(0)
-        assert "loop.jsonl" in str(faults[-1])
-        (folder / "loop.jsonl").unlink()
+        assert "no such file or folder" in str(faults[-1])
+        away.rename(folder)
         await wait_for(64)
         await asyncio.sleep(0)
         assert faults[-1] is None
@@ -327,3 +392,43 @@ def test_a_change_is_told_once_it_has_settled(tmp_path: Path, monkeypatch: pytes
         assert not told
 
     asyncio.run(go(damaged))
+
+
+@pytest.mark.parametrize("file", [".upload.jsonl", "app.log", "upload.jsonl.part", "live.jsonl"])
+def test_a_file_that_is_always_changing_holds_up_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    monkeypatch.setattr(watching, "EVERY", 0.1)
+    (tmp_path / "policy.yaml").write_text("format: 1\nunnoised_updates_to_coordinator: allow\n")
+    folder, told = watched(tmp_path), list[int]()
+    deliver(folder, "whole.jsonl", ["a", "b"])
+
+    async def go() -> None:
+        watcher = Watcher(tmp_path, lambda news: told.append(news.rows))
+        watcher.begin(7, plan_of(), plan_of().canonical_json())
+        looking = asyncio.create_task(watcher.run())
+        growing = asyncio.create_task(grow())
+        try:
+            async with asyncio.timeout(10):
+                await watcher.look_twice()
+                assert told[-1] == 64
+                while 64 not in told[2:]:
+                    await asyncio.sleep(0.01)
+            async with watcher.reading():
+                take(tmp_path, plan_of(), "7", 0)
+            await asyncio.sleep(0.5)
+            assert told[-1] == 0
+            assert max(told) == 64, "nothing that was in the writing was counted"
+            growing.cancel()
+            if file == "live.jsonl":
+                async with asyncio.timeout(10):
+                    while told[-1] != 64:
+                        await asyncio.sleep(0.01)
+        finally:
+            looking.cancel(), growing.cancel()
+
+    async def grow() -> None:
+        for number in range(10_000):
+            with (folder / file).open("a") as stream:
+                stream.write(json.dumps({"text": f"row {number}", "label": "a"}) + "\n")
+            await asyncio.sleep(0.02)
+
+    asyncio.run(go())

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from lichen.common import records
+from lichen.common.aggregation import KEPT
 from lichen.common.continual.stream import stage_of
 from lichen.common.errors import Code
+from lichen.common.model.adapter import State
 from lichen.common.plan import Plan
 from lichen.common.privacy.schedule import evaluations, planned_evaluation
 from lichen.coordinator.run_directory import RunDirectory
 from lichen.simulations.engine import InProcessGrid
-from scripted_clients import PRIVATE, Answer, Federation, answer, failing, honest, plan_from
+from scripted_clients import PRIVATE, Answer, Federation, answer, failing, honest, plan_from, report_of, update_of
 
 ONLINE: dict[str, Any] = {"mode": "online", "online": {"rounds": 2, "clients": 3}}
 GOOD, POOR = [4.0, 1.0, 0.0, 1.0, 4.0, 0.0, 0.0, 1.0, 4.0], [1.0, 2.0, 2.0, 2.0, 1.0, 2.0, 2.0, 2.0, 1.0]
@@ -224,6 +226,62 @@ def test_a_batch_with_too_few_updates_moves_nothing_and_the_run_goes_on(tmp_path
     moved = [RunDirectory(out, federation.plan).load_state() for out in (tmp_path / "lean", tmp_path / "whole")]
     assert all(state is not None for state in moved)
     assert any(not torch.equal(tensor, moved[1].model[name]) for name, tensor in moved[0].model.items())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("average_last", [1, 2])
+def test_a_batch_of_failures_is_no_teacher(tmp_path: Path, plan_of: Callable[..., Plan], average_last: int) -> None:
+    before = f"{KEPT}.before."
+    models: dict[int, State] = {}
+
+    def act(plan: Plan, assignment: records.Assignment, message: Any, name: str) -> Any:
+        models[assignment.round] = records.get_tensors(message.content, None)
+        if assignment.round <= 2 and name != "client-2":
+            return records.error_reply(message, int(Code.WORKER_FAILED), "")
+        start = {key: tensor for key, tensor in models[assignment.round].items() if not key.startswith(before)}
+        return answer(message, report_of(plan, assignment, name), update_of(start, name, assignment.number))
+
+    changes = {"rounds": 6, "evaluation": {"federated_every": 0}, "aggregation": {"average_last": average_last}}
+    result = Federation(tmp_path, plan_of(continual=ONLINE | {"method": "lwf"}, **changes), every(act)).run()
+    assert [told.participants for told in result.rounds] == [0, 0, 3, 3, 3, 3]
+    taught = {round: any(tensor.any() for key, tensor in model.items() if key.startswith(before)) for round, model in models.items()}
+    assert taught == {round: round > 4 for round in range(1, 7)}
+    assert all(torch.equal(tensor, models[3][key]) for key, tensor in models[1].items()), "nothing has moved"
+    kept = {key: tensor for key, tensor in models[5].items() if key.startswith(before)}
+    assert all(torch.allclose(tensor, models[5][key.removeprefix(before)], atol=1e-6) for key, tensor in kept.items())
+
+
+@pytest.mark.parametrize("kinds", [(records.PREPARE, records.TRAIN), (records.TRAIN,)])
+def test_who_fails_is_left_out_until_it_tells_something_else(
+    tmp_path: Path, plan_of: Callable[..., Plan], kinds: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    class Telling(InProcessGrid):
+        waits, rows = 0, (32, 32, 32)
+
+        def new_rows(self) -> dict[int, int]:
+            return dict(zip(self.get_node_ids(), self.rows, strict=True))
+
+        def wait_for_news(self, timeout: float) -> None:
+            self.waits += 1
+            if self.waits == 5:
+                mended.add(True)
+                self.rows = (64, 32, 32)
+            assert self.waits < 10
+
+    mended: set[bool] = set()
+
+    def act(plan: Plan, assignment: records.Assignment, message: Any, name: str) -> Any:
+        fails = message.metadata.message_type in kinds and not mended
+        return (failing(Code.DATA_FIELD) if fails else honest)(plan, assignment, message, name)
+
+    plan = plan_of(evaluation={"federated_every": 0}, continual={"mode": "online", "online": {"rounds": 1, "clients": 3}})
+    federation = Federation(tmp_path, plan, {"client-0": act}, Telling)
+    result = federation.run()
+    first = [] if records.PREPARE in kinds else [2]
+    assert [told.participants for told in result.rounds] == [*first, *[3] * (4 - len(first))]
+    assert federation.grid.waits == 5  # type: ignore[attr-defined]
+    assert "waits: 2 of 3 clients have 1 new rows; not asked since they failed: client-0" in caplog.text
 
 
 def test_later_rounds_of_a_batch_ask_those_of_its_first(tmp_path: Path, plan_of: Callable[..., Plan]) -> None:

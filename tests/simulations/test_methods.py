@@ -523,14 +523,24 @@ def test_the_mean_of_the_last_rounds_is_of_those_that_train(tmp_path: Path, plan
     assert not torch.allclose(kept[f"{MEMORY}.1.{model}"], second[name], atol=1e-4)
 
 
+def with_a_teacher(plan: Plan) -> Any:
+    """The plan's task and model, which keeps another than its start as the model before."""
+    from lichen.common import tasks
+
+    tasks.workbench.cache_clear()
+    task, model, start = tasks.workbench(plan)
+    before = f"{KEPT}.before."
+    model.load({name: start[name.removeprefix(before)] + (0.1 if name.startswith(before) else 0) for name in start})
+    return task, model
+
+
 def test_a_teacher_reads_what_frozen_layers_gave(
     tmp_path: Path, csv_plan: dict[str, Any], plan_of: Callable[..., Plan], tiny_rows: Any
 ) -> None:
     from lichen.common import tasks
 
-    tasks.workbench.cache_clear()
     plan = plan_of("lwf", SITES, model=csv_plan["model"] | {"adapter": HEAD}, local=csv_plan["local"] | {"prefix_cache": "float32"})
-    task, model, _ = tasks.workbench(plan)
+    task, model = with_a_teacher(plan)
     rows = tiny_rows(12, 0)
     data = task.encode({"text": [row["text"] for row in rows], "label": [row["label"] for row in rows]})
     batches, stage, ran = ready(plan, task, model).batches, stages(plan)[1], list[int]()
@@ -550,9 +560,8 @@ def test_a_teacher_reads_what_frozen_layers_gave(
 def test_labels_that_were_put_right_are_trained_on(plan_of: Callable[..., Plan], tiny_rows: Callable[..., Any]) -> None:
     from lichen.common import tasks
 
-    tasks.workbench.cache_clear()
     plan = plan_of("lwf", SITES)
-    task, model, _ = tasks.workbench(plan)
+    task, model = with_a_teacher(plan)
     rows = tiny_rows(12, 0)
     first, other = (
         task.encode({"text": [row["text"] for row in rows], "label": labels})
@@ -566,5 +575,8 @@ def test_labels_that_were_put_right_are_trained_on(plan_of: Callable[..., Plan],
 
     taught = examples(first)
     assert examples(first) is taught, "else what frozen layers gave would be computed again"
+    assert taught.teacher is not None
     assert examples(other).labels.tolist() == other.labels.tolist()
+    model.load(tasks.workbench(plan).start)
+    assert examples(first) is first, "no task has taught anything"
     tasks.workbench.cache_clear()
