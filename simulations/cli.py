@@ -46,7 +46,6 @@ def simulate(
     """Run a plan on this machine. Example: lichen simulate r8 --out runs/r8 --set privacy.epsilon=2."""
     from lichen.common.privacy.statement import bound_text
     from lichen.common.result import metric_title
-    from lichen.coordinator.cohort import note_on_draws
     from lichen.coordinator.run_directory import open_for
 
     overrides = list(settings or ())
@@ -56,8 +55,6 @@ def simulate(
         overrides.append(f"simulation.partition={json.dumps(partition)}")
     found = load_plan(find_plan(plan), overrides)
     open_for(out, resume=resume, plan=found)  # before the rounds of another run are shown as this one's
-    if note := note_on_draws(found, found.simulation.clients):
-        typer.echo(f"note: {note}", err=True)
     choose("cpu" if engine is Engine.RAY and device == AUTO else device)
     result = run_shown(found, out, engine.value, Console(stderr=as_json), resume=resume, workers=workers)
     if as_json:

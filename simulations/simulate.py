@@ -19,6 +19,7 @@ from lichen.common.device import device
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import digest_of
 from lichen.common.result import Result, read_result, write_atomically
+from lichen.coordinator.cohort import note_on_draws
 from lichen.coordinator.run_directory import COHORT, RunDirectory, open_for
 from lichen.simulations.datasets import hold_out, load_spec
 from lichen.simulations.engine import InProcessGrid, Progress, Together
@@ -198,6 +199,8 @@ def deal(plan: Plan, root: Path) -> tuple[NodeHomes, dict[str, str]]:
             where="simulation.clients",
             fix=f"Simulate more, or set cohort.size to at most {len(parts)} (and cohort.minimum).",
         )
+    if note := note_on_draws(plan, len(parts)):
+        log.warning("%s", note)
     if plan.cohort.population is not None and plan.cohort.population != len(parts):
         raise LichenError(
             Code.PARTITION_INVALID,
