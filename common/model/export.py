@@ -14,6 +14,7 @@ from lichen.common.aggregation import HELD_A, HELD_B, KEPT, MERGED, A, B, beside
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import WRAPPER, resolve_base, rows_by_class
 from lichen.common.privacy.statement import as_markdown
+from lichen.common.result import sync
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,8 @@ def save_models(
     if router := method.router(state):
         write_tensors(directory / ROUTER, router, {})
         (directory / "README.md").write_text(_router_card(plan, statement), encoding="utf-8")
+    for path in (*directory.rglob("*"), directory):  # what is there is taken for whole, after a power cut too
+        sync(path)
 
 
 def save_model(

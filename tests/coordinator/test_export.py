@@ -89,3 +89,10 @@ def test_two_may_ask_at_once_for_a_version_that_is_not_written_yet(home: Home, t
     written = [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path / "first", tmp_path / "second", directory / "model")]
     assert written[0] == written[1] == written[2]
     assert len(saved) == 1
+
+
+def test_a_model_is_on_the_disk_before_it_is_in_its_place(home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    synced: set[str] = set()
+    monkeypatch.setattr("lichen.common.model.export.sync", lambda path: synced.add(path.name))
+    export_model(home.runs / "7", tmp_path / "out", version=1)
+    assert {path.name for path in (tmp_path / "out").rglob("*")} <= synced
