@@ -247,7 +247,7 @@ def _check_rows(plan: Plan, rows: StoredRows) -> None:
                 fix="Hold its labels, where and between against the values that the data have.",
             )
         of_tasks.update(own)
-    if plan.task.labels and not plan.private:  # else nodes leave them out
+    if plan.task.labels and label in has and not plan.private:  # else nodes leave them out
         found = (columns[label][row] for row in of_tasks) if plan.continual.stream else rows.column(label)
         if strangers := sorted(set(map(str, found)).difference(plan.task.labels)):
             raise LichenError(

@@ -151,7 +151,7 @@ def test_the_clipped_sum_is_the_loops(family: str, adapter: str) -> None:
     # a bound that nobody reaches: every tensor has its whole gradient, so none is left out
     right, _ = by_loop(network, losses, SINGLES, math.inf)
     for ours, theirs in zip(in_one(module, losses, SINGLES, math.inf), right, strict=True):
-        assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-5)  # of numbers of 1 to 4, in 32 bits, by any processor
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
