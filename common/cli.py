@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lichen.common.errors import Code, LichenError, disk_failed
+from lichen.common.disk import disk_failed
+from lichen.common.errors import Code, LichenError
 
 COMMANDS = {
     "demo": ("lichen.simulations.demo:app", "Run a real federation on this machine: a coordinator and four agents over mutual TLS."),

@@ -6,10 +6,7 @@ number is all that an agent tells the coordinator of a failure, because texts ma
 
 from __future__ import annotations
 
-import errno
 from enum import IntEnum
-
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 
 class Code(IntEnum):
@@ -130,19 +127,3 @@ class LichenError(Exception):
 
 def _rebuild(code: int, what: str, where: str, fix: str) -> LichenError:
     return LichenError(Code(code), what, where=where, fix=fix)
-
-
-def disk_failed(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is the disk's: full, over quota, read-only or broken."""
-    import sqlite3
-
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK:
-            return True
-        text = str(error)
-        if isinstance(error, sqlite3.OperationalError) and ("disk is full" in text or "disk I/O" in text):
-            return True
-        if type(error).__name__ == "SafetensorError" and any(f"os error {number}" in text for number in _DISK):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

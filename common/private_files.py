@@ -6,6 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
+from lichen.common.disk import sync
 from lichen.common.errors import Code, LichenError
 
 
@@ -23,13 +24,8 @@ def write_private(path: Path, data: bytes, *, mode: int = 0o600, durable: bool =
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if not durable:
-        return
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    if durable:
+        sync(path.parent)
 
 
 def read_private(path: Path) -> bytes:

@@ -227,15 +227,6 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or which files a folder has, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def schema() -> str:
     """The JSON schema of `result.json`."""
     return json.dumps(Result.model_json_schema(), indent=2, ensure_ascii=False)

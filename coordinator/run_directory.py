@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
+from lichen.common.disk import sync
 from lichen.common.errors import Code, LichenError
 from lichen.common.plan import digest_of, load_plan, text_of
 from lichen.common.privacy.accounting import Segment
 from lichen.common.privacy.statement import make_statement
 from lichen.common.private_files import write_private
 from lichen.common.records import ChainLink, PayloadRef
-from lichen.common.result import Metrics, Result, Round, sync, write_atomically
+from lichen.common.result import Metrics, Result, Round, write_atomically
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 
-from lichen.common.errors import Code, LichenError, disk_failed
+from lichen.common.disk import disk_failed
+from lichen.common.errors import Code, LichenError
 from lichen.common.records import message_from_bytes, offered_refs
 from lichen.coordinator.fleet import FleetServer
 from lichen.coordinator.grid import COORDINATOR_NODE_ID, GrpcGrid

@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lichen.common.continual.measures import drift, measures
 from lichen.common.continual.stream import Stage, is_online, rounds_of_tasks, tasks_of
+from lichen.common.disk import sync
 from lichen.common.errors import Code, LichenError
-from lichen.common.result import Continual, Metrics, sync, write_atomically
+from lichen.common.result import Continual, Metrics, write_atomically
 
 if TYPE_CHECKING:
     from lichen.common.model.adapter import State

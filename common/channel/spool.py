@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import BinaryIO
 
+from lichen.common.disk import sync
 from lichen.common.errors import Code, LichenError
 from lichen.common.records import PayloadRef
 
@@ -61,7 +62,7 @@ class Spool:
             length = os.fstat(file.fileno()).st_size
             os.fsync(file.fileno())
         os.replace(source, self.path(digest))
-        _sync_directory(self.directory)
+        sync(self.directory)
         return PayloadRef(digest, length)
 
     def add_bytes(self, data: bytes) -> PayloadRef:
@@ -161,7 +162,7 @@ class Partial:
         self._sync()
         self._file.close()
         os.replace(self._part, self._target)
-        _sync_directory(self._target.parent)
+        sync(self._target.parent)
 
     def close(self) -> None:
         """Leave the partial file for later; harmless after `finish`."""
@@ -171,12 +172,3 @@ class Partial:
         self._file.flush()
         os.fdatasync(self._file.fileno())
         self._synced = self.offset
-
-
-def _sync_directory(directory: Path) -> None:
-    """A rename is on the disk only when its directory is."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

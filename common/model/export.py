@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lichen.common.aggregation import HELD_A, HELD_B, KEPT, MERGED, A, B, beside, part_of
+from lichen.common.disk import sync
 from lichen.common.errors import Code, LichenError
 from lichen.common.model.base import WRAPPER, resolve_base, rows_by_class
 from lichen.common.privacy.statement import as_markdown
-from lichen.common.result import sync
 
 if TYPE_CHECKING:
     import torch

@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 
 from lichen.common import pki
 from lichen.common.channel.spool import Spool
-from lichen.common.errors import Code, LichenError, disk_failed
+from lichen.common.disk import disk_failed
+from lichen.common.errors import Code, LichenError
 from lichen.common.invite import Invite
 from lichen.common.plan import Plan, digest_of, parse_plan
 from lichen.common.result import read_result

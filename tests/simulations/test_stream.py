@@ -21,7 +21,8 @@ from lichen.client.spending import spending
 from lichen.common.aggregation import MERGED, A, B, beside, part_of
 from lichen.common.continual.measures import measures
 from lichen.common.continual.stream import stages
-from lichen.common.errors import Code, LichenError, disk_failed
+from lichen.common.disk import disk_failed
+from lichen.common.errors import Code, LichenError
 from lichen.common.model.adapter import State
 from lichen.common.model.base import rows_by_class
 from lichen.common.model.export import load_saved
