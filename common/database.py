@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lichen.common.errors import Code, LichenError
+
+_WAIT_S = 30.0  # for another process's transaction
 
 
 class Database:
@@ -28,8 +31,8 @@ class Database:
     def __init__(self, path: str | Path, schema: str, version: int, upgrades: Mapping[int, str] | None = None) -> None:
         self.path = Path(path)
         self._lock = threading.RLock()
-        self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=30)
-        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=_WAIT_S)
+        self._use_write_ahead_log()
         with self._transaction() as db:
             found = db.execute("PRAGMA user_version").fetchone()[0]
             if found > version:
@@ -46,6 +49,19 @@ class Database:
                 self._upgrade(db, older, (upgrades or {}).get(older, ""))
             if found != version:  # who writes nothing need not wait for the disk: a node opens its ledger several times a round
                 db.execute(f"PRAGMA user_version = {version}")
+
+    def _use_write_ahead_log(self) -> None:
+        """Other statements wait for their turn, this one does not: of two processes that open a new file at once, one would fail."""
+        until = time.monotonic() + _WAIT_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+                time.sleep(0.005)
+            else:
+                return
 
     def _upgrade(self, db: sqlite3.Connection, found: int, statements: str) -> None:
         """Make the next version of the tables of version ``found``, within the transaction that opens the file."""

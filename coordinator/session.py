@@ -98,6 +98,7 @@ class Session:
         for message_id in message_ids:
             if replying := self._replying.get(message_id):
                 replying.cancel()
+                self._too_late(message_id)
                 self._receipt(message_id, stored=False)
             self.link.withdraw(message_id)
             self._offered.discard(message_id)
@@ -142,6 +143,9 @@ class Session:
             self._replying.pop(message_id, None)
         self._receipt(message_id, stored=kept)
 
+    def _too_late(self, message_id: str) -> None:
+        log.warning("node %s answered message %s too late: refused, and it is told", self.node.name, message_id)
+
     def _receipt(self, message_id: str, *, stored: bool) -> None:
         self.link.withdraw(message_id)
         self.link.send(CoordinatorFrame(receipt=Receipt(message_id=message_id, stored=stored)))
@@ -160,7 +164,7 @@ class Session:
         if not wanted:
             kept = await asyncio.to_thread(self._was_kept, message_id)
             if not kept:
-                log.warning("node %s answered message %s of run %d too late: refused, and it is told", self.node.name, message_id, run_id)
+                self._too_late(message_id)
             return kept
         message = message_from_bytes(data)
         metadata = message.metadata

@@ -7,13 +7,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lichen.client.ledger import Ledger
+from lichen.client.ledger import FILE, Ledger
 from lichen.client.ledger_book import Limit, Limits, Split
 from lichen.common.errors import Code, LichenError
 from lichen.common.privacy.accounting import Segment, _epsilon, epsilon, noise_multiplier
@@ -271,6 +272,17 @@ def test_processes_share_one_budget(tmp_path: Path) -> None:
         assert sorted(entry.segment.steps for entry in ledger.entries()) == [1] + [3] * 8
         assert ledger.run_epsilon("r", "train", DELTA) <= limit
     assert sum(line == "50" for lines in told for line in lines) == 15 - 9
+
+
+def test_a_new_ledger_is_opened_while_another_process_makes_it(tmp_path: Path) -> None:
+    """The one statement for which SQLite does not wait for its turn by itself."""
+    making = sqlite3.connect(tmp_path / FILE, isolation_level=None, check_same_thread=False)
+    making.execute("BEGIN IMMEDIATE")
+    timer = threading.Timer(0.3, making.close)
+    timer.start()
+    with Ledger(tmp_path) as ledger:
+        assert ledger.entries() == []
+    timer.join()
 
 
 def test_what_was_reserved_survives_a_kill(tmp_path: Path) -> None:
